@@ -1,0 +1,71 @@
+# InfoGAN on anime faces. `make help` lists the targets; every variable can be given on the line:
+#   make train-v1 DATA=~/faces ARGS="--max-minutes 60"
+
+PYTHON ?= python3
+VENV   ?= .venv
+DATA   ?= data/anime
+CKPT   ?= checkpoint/v3/last.pt
+ARGS   ?=
+URL    ?= https://www.kaggle.com/api/v1/datasets/download/soumikrakshit/anime-faces
+
+ifeq ($(OS),Windows_NT)
+PY := $(VENV)/Scripts/python
+else
+PY := $(VENV)/bin/python
+endif
+READY := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo data faces train-v1 train-v2 train-v3 generate test bench lint clean
+
+help:  ## this list
+	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup: $(READY)  ## .venv with the packages of requirements.txt, once
+
+$(READY): requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $(READY)
+
+# v1 on drawn faces: small and quick enough for a laptop's CPU
+demo: $(READY)  ## draw faces, train v1 on them for five minutes, show what its codes do
+	$(PY) data/draw_faces.py data/drawn --n 6000 --size 64 --seed 0
+	$(PY) infogan.py --data data/drawn --out checkpoint/demo --width 32 --max-minutes 5 $(ARGS)
+	$(PY) generate.py --ckpt checkpoint/demo/last.pt
+	@echo "look at checkpoint/demo/traversals/cat0.png and overview.png"
+
+# the Kaggle set soumikrakshit/anime-faces, unless pictures are there already
+data: $(READY)  ## download the anime faces into data/anime
+	$(PY) data/download.py --url $(URL) --out data/anime
+
+# only the default folder is filled by itself; one that DATA names is the user's own
+faces: $(READY)
+	@if [ "$(DATA)" = data/anime ]; then $(PY) data/download.py --url $(URL) --out data/anime; fi
+
+train-v1: faces  ## 1 categorical and 2 continuous codes, 150 epochs, into checkpoint/v1
+	$(PY) infogan.py --data $(DATA) --out checkpoint/v1 --n-cat 1 --n-cont 2 --epochs 150 $(ARGS)
+
+train-v2: faces  ## 10 categorical and 2 continuous codes, 230 epochs, into checkpoint/v2
+	$(PY) infogan.py --data $(DATA) --out checkpoint/v2 --n-cat 10 --n-cont 2 --epochs 230 $(ARGS)
+
+train-v3: faces  ## 10 categorical and 20 continuous codes, 360 epochs, into checkpoint/v3
+	$(PY) infogan.py --data $(DATA) --out checkpoint/v3 --n-cat 10 --n-cont 20 --epochs 360 $(ARGS)
+
+generate: $(READY)  ## sheets and table of a trained run: make generate CKPT=checkpoint/v1/last.pt
+	$(PY) generate.py --ckpt $(CKPT) $(ARGS)
+
+test: $(READY)  ## the tests: no network, no GPU, under four minutes
+	$(PY) -m pytest -q test_infogan.py $(ARGS)
+
+# pictures a second of the input path and of whole steps, as ratios in one run
+bench: $(READY)  ## speed of the input path and of a step on this machine
+	$(PY) test_infogan.py bench
+
+lint: $(READY)  ## format and lint by ruff
+	$(PY) -m pip install --quiet --disable-pip-version-check "ruff>=0.6"
+	$(PY) -m ruff format --check .
+	$(PY) -m ruff check .
+
+clean:  ## caches and .venv; never runs, never pictures
+	rm -rf $(VENV) __pycache__ .pytest_cache .ruff_cache

@@ -1,0 +1,1026 @@
+"""InfoGAN in one file: a GAN whose codes mean something, learned without labels.
+
+Chen et al. 2016, arXiv:1606.03657. The generator G draws a picture x = G(z, c) from noise z and a
+code c, the discriminator D tells it from real pictures, and a head Q on D's trunk must read c back
+from x. With L_I, a lower bound of the mutual information I(c; x) (Eqs. 5 and 6):
+
+    min over G and Q, max over D:  V(D, G) - lambda L_I(G, Q),   L_I(G, Q) = E[log Q(c|x)] + H(c)
+
+    python infogan.py --data ~/faces                         train; the same command again goes on
+    python infogan.py --n-cat 10 --n-cont 20 --epochs 360    10 categorical and 20 continuous codes
+    python generate.py --ckpt checkpoint/cat1-cont2/last.pt  look at what each code does
+
+Left out on purpose: labels, learning-rate schedules, growing networks, worker processes, configs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import hashlib
+import io
+import json
+import math
+import os
+import pickle
+import signal
+import sys
+import time
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch import Tensor, nn
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+from torchvision.utils import make_grid
+from tqdm import tqdm
+
+LIMITS = {  # of every number that a flag or a checkpoint may ask for
+    "n_cat": (0, 64),
+    "cat_dim": (2, 1000),
+    "n_cont": (0, 256),
+    "z_dim": (0, 10_000),
+    "image_size": (16, 256),
+    "width": (1, 1024),
+    "channels": (1, 3),
+    "lam_cat": (0.0, 1000.0),
+    "lam_cont": (0.0, 1000.0),
+    "ema": (0.0, 1e9),
+    "epochs": (1, 10**9),
+    "batch_size": (2, 65_536),
+    "lr_g": (0.0, 1.0),
+    "lr_d": (0.0, 1.0),
+    "seed": (0, 2**63 - 1),
+    "max_steps": (1, 10**12),
+    "max_minutes": (0.001, 1e7),
+    "save_every": (1, 10**9),
+    "sample_every": (1, 10**9),
+}
+SHAPE = ("n_cat", "cat_dim", "n_cont", "z_dim", "image_size", "width", "channels")
+
+
+class Problem(Exception):
+    """What a user can mend, in one line: what is wrong, where, what to do. Becomes exit code 2."""
+
+    code = 2
+
+
+class Diverged(Problem):
+    """The training itself went wrong: NaN or infinity. Becomes exit code 1."""
+
+    code = 1
+
+
+def check_limits(values: dict, limits: dict = LIMITS) -> None:
+    """Raises Problem when a value named in limits has another type or lies outside."""
+    for name, (low, high) in limits.items():
+        if name not in values:
+            continue
+        value, flag = values[name], "--" + name.replace("_", "-")
+        if type(value) is not type(low) or not low <= value <= high:
+            kind = "a whole number" if type(low) is int else "a number"
+            raise Problem(f"{flag} {value}: must be {kind} from {low} to {high}")
+        if name == "image_size" and value & (value - 1):
+            raise Problem(f"{flag} {value}: must be 16, 32, 64, 128 or 256")
+        if name == "channels" and value == 2:
+            raise Problem(f"{flag} {value}: must be 1 (grey) or 3 (colour)")
+
+
+# codes --------------------------------------------------------------------------------------------
+
+
+class Codes(NamedTuple):
+    """What G draws n pictures from."""
+
+    z: Tensor  # (n, z_dim), N(0, 1): what no code has to explain
+    c_cat: Tensor  # (n, n_cat), whole numbers from 0 to cat_dim - 1
+    c_cont: Tensor  # (n, n_cont), uniform in [-1, 1]
+
+
+class QOutput(NamedTuple):
+    """Q(c|x) for n pictures: a distribution over each code."""
+
+    q_logits: Tensor  # (n, n_cat, cat_dim)
+    q_mu: Tensor  # (n, n_cont)
+    q_logvar: Tensor  # (n, n_cont)
+
+
+SIGMA_MIN = 0.1  # of Q's Gaussian: without a floor it pays for precision that nobody sees
+
+
+@dataclass(frozen=True)
+class CodeSpec:
+    """How many codes of which kind (paper, section 4). Raises Problem outside LIMITS."""
+
+    n_cat: int = 1
+    cat_dim: int = 10
+    n_cont: int = 2
+    z_dim: int = 100
+
+    def __post_init__(self) -> None:
+        check_limits(asdict(self))
+        if not self.dim:
+            raise Problem("--z-dim 0: without codes G needs noise, give --z-dim 100")
+
+    @property
+    def dim(self) -> int:
+        """Width of G's input."""
+        return self.z_dim + self.n_cat * self.cat_dim + self.n_cont
+
+    @property
+    def q_dim(self) -> int:
+        """Width of Q's output: logits, means, variances."""
+        return self.n_cat * self.cat_dim + 2 * self.n_cont
+
+    @property
+    def names(self) -> list[str]:
+        """cat0, cat1, …, cont0, cont1, …: the order of all figures per code."""
+        return [f"cat{k}" for k in range(self.n_cat)] + [f"cont{j}" for j in range(self.n_cont)]
+
+    @property
+    def entropies(self) -> list[float]:
+        """H(c) of each code in nats; that of a continuous one is differential."""
+        return [math.log(self.cat_dim)] * self.n_cat + [math.log(2)] * self.n_cont
+
+    @property
+    def ceilings(self) -> list[float]:
+        """The most that L_I can reach, in nats: H(c), or what Q's narrowest Gaussian can tell."""
+        best = [0.0] * self.n_cat + [-math.log(SIGMA_MIN * math.sqrt(2 * math.pi))] * self.n_cont
+        return [h + log_q for h, log_q in zip(self.entropies, best, strict=True)]
+
+    def sample(self, n: int, rng: torch.Generator) -> Codes:
+        """n draws of z and c, on the generator's device."""
+        at = {"generator": rng, "device": rng.device}
+        z, c_cont = torch.randn(n, self.z_dim, **at), torch.rand(n, self.n_cont, **at) * 2 - 1
+        return Codes(z, torch.randint(self.cat_dim, (n, self.n_cat), **at), c_cont)
+
+    def join(self, codes: Codes) -> Tensor:
+        """(n, dim), what G takes: z, the categoricals one-hot, the continuous codes."""
+        one_hot = F.one_hot(codes.c_cat, self.cat_dim).flatten(1)
+        return torch.cat([codes.z, one_hot, codes.c_cont], 1)
+
+    def split(self, q: Tensor) -> QOutput:
+        """Q's raw output (n, q_dim) as a distribution, sigma between SIGMA_MIN and 1."""
+        logits, mu, raw = q.split([self.n_cat * self.cat_dim, self.n_cont, self.n_cont], 1)
+        variance = SIGMA_MIN**2 + (1 - SIGMA_MIN**2) * raw.sigmoid()
+        return QOutput(logits.unflatten(1, (self.n_cat, self.cat_dim)), mu, variance.log())
+
+
+# pictures -----------------------------------------------------------------------------------------
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif"}
+DATA = Path("data")  # where torchvision keeps the named sets
+HOW = "give a folder of pictures, or `make data` gets faces, or `make demo` draws some"
+NAMED_SETS = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "svhn": "SVHN", "celeba": "CelebA"}
+
+
+class Pictures(NamedTuple):
+    """A training set, decoded once."""
+
+    x: Tensor  # uint8 (N, channels, size, size)
+    fingerprint: str  # of its contents: a run goes on only with the pictures it began with
+
+
+def to_square(image: Image.Image, size: int, channels: int) -> Tensor:
+    """uint8 (channels, size, size) of any picture: upright, on white, scaled, centre cropped."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16 bit, which convert() would clip instead of scale
+        image = image.convert("I").point(lambda v: v * (1 / 257)).convert("L")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = image.convert("L" if channels == 1 else "RGB")
+    return pil_to_tensor(ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR))
+
+
+def find_pictures(folder: Path) -> list[Path]:
+    """All picture files below a folder, in an order that only their names decide."""
+    found = (Path(at, name) for at, _, names in os.walk(folder) for name in names)
+    return sorted(p for p in found if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
+
+
+def open_named_set(name: str) -> list[Path] | Iterable[Image.Image]:
+    """A set by torchvision, below data/; what is not there yet is downloaded.
+
+    Raises Problem offline, or when torchvision wants a package for it that is missing.
+    """
+    from torchvision import datasets
+
+    here = DATA / {"celeba": "celeba/img_align_celeba", "svhn": "train_32x32.mat"}.get(
+        name, f"{NAMED_SETS[name]}/raw/train-images-idx3-ubyte"
+    )
+    try:
+        if name == "svhn" or not here.exists():
+            there = getattr(datasets, NAMED_SETS[name])(DATA, download=True)
+        if name == "celeba":
+            return find_pictures(here)
+        if name == "svhn":
+            return map(Image.fromarray, there.data.transpose(0, 2, 3, 1))
+        return map(Image.fromarray, datasets.mnist.read_image_file(str(here)).numpy())
+    except (RuntimeError, OSError, ImportError, zipfile.BadZipFile) as error:
+        why = " ".join(str(error).split()) or type(error).__name__
+        raise Problem(f"--data {name}: torchvision could not get it into {DATA}/: {why}") from error
+
+
+def load_pictures(data: str, size: int, channels: int | None = None) -> Pictures:
+    """Decodes a folder or a named set; exact copies and unreadable files are left out, and told.
+
+    channels None takes what the set has: 1 when every picture is grey, else 3. Raises Problem when
+    fewer than two pictures can be used.
+    """
+    folder = Path(data).expanduser()
+    if data not in NAMED_SETS and not folder.is_dir():
+        raise Problem(f"--data {data}: no such folder; {HOW}")
+    items = list(open_named_set(data) if data in NAMED_SETS else find_pictures(folder))
+
+    def read(item: Path | Image.Image) -> tuple[str, Tensor | None]:
+        try:
+            raw = item.read_bytes() if isinstance(item, Path) else item.tobytes()
+            image = Image.open(io.BytesIO(raw)) if isinstance(item, Path) else item
+            return hashlib.sha256(raw).hexdigest(), to_square(image, size, channels or 3)
+        except Exception as error:  # decoders raise whatever they like; it is told below
+            return f"{item} ({type(error).__name__})", None
+
+    kept, skipped = {}, []
+    with ThreadPoolExecutor() as pool:  # Pillow decodes without the interpreter's lock
+        decoded = pool.map(read, items)
+        for key, x in tqdm(decoded, "pictures", len(items), leave=False, disable=None):
+            if x is None:
+                skipped.append(key)
+            else:
+                kept.setdefault(key, x)
+    told = f"{len(kept):,} pictures in {data}"
+    if copies := len(items) - len(skipped) - len(kept):
+        told += f", {copies:,} exact copies dropped"
+    if skipped:
+        named = ", ".join(skipped[:3]) + (", …" if len(skipped) > 3 else "")
+        told += f", {len(skipped):,} unreadable files skipped: {ascii(named)}"
+    if len(kept) < 2:
+        raise Problem(f"--data {data}: {told}, at least 2 are needed; {HOW}")
+    print(told)
+    x = torch.stack(list(kept.values()))
+    if channels is None and all((part == part[:, :1]).all() for part in x.split(1000)):
+        x = x[:, :1].contiguous()
+    return Pictures(x, hashlib.sha256("".join(kept).encode()).hexdigest()[:16])
+
+
+def make_batch(x: Tensor, flip: bool, rng: torch.Generator, device: torch.device) -> Tensor:
+    """uint8 pictures as floats in [-1, 1] on the device; flip mirrors half of them."""
+    x = x.to(device, non_blocking=True).float().div_(127.5).sub_(1)
+    if flip:
+        mirrored = torch.rand(len(x), 1, 1, 1, generator=rng) < 0.5
+        x = torch.where(mirrored.to(device, non_blocking=True), x.flip(3), x)
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+# networks -----------------------------------------------------------------------------------------
+
+Q_HIDDEN = 256
+
+
+def layer_widths(image_size: int, width: int) -> list[int]:
+    """Maps after each halving of image_size down to 4; at 64 and width 64: 64, 128, 256, 512."""
+    return [width * min(2**i, 8) for i in range(int(math.log2(image_size)) - 2)]
+
+
+class Generator(nn.Module):
+    """x = G(z, c): (n, spec.dim) to (n, channels, size, size) in [-1, 1] (DCGAN, 1511.06434)."""
+
+    def __init__(self, spec: CodeSpec, image_size: int = 64, width: int = 64, channels: int = 3):
+        super().__init__()
+        check_limits({"image_size": image_size, "width": width, "channels": channels})
+        widths = layer_widths(image_size, width)[::-1]
+        layers = [nn.ConvTranspose2d(spec.dim, widths[0], 4, 1, 0, bias=False)]
+        for now, then in zip(widths, [*widths[1:], channels], strict=True):
+            layers += [nn.BatchNorm2d(now), nn.ReLU(True)]
+            layers += [nn.ConvTranspose2d(now, then, 4, 2, 1, bias=then == channels)]
+        self.layers = nn.Sequential(*layers, nn.Tanh())
+
+    def forward(self, joined: Tensor) -> Tensor:
+        return self.layers(joined[:, :, None, None]).float()
+
+
+class Discriminator(nn.Module):
+    """A trunk that D and Q share (paper, section 5), D's head (a logit), Q's head (q_dim wide)."""
+
+    def __init__(self, spec: CodeSpec, image_size: int = 64, width: int = 64, channels: int = 3):
+        super().__init__()
+        check_limits({"image_size": image_size, "width": width, "channels": channels})
+        widths = layer_widths(image_size, width)
+        layers = [nn.Conv2d(channels, widths[0], 4, 2, 1), nn.LeakyReLU(0.2, True)]
+        for now, then in zip(widths, widths[1:], strict=False):
+            layers += [nn.Conv2d(now, then, 4, 2, 1, bias=False)]
+            layers += [nn.BatchNorm2d(then), nn.LeakyReLU(0.2, True)]
+        self.spec = spec
+        self.trunk = nn.Sequential(*layers)
+        self.d_head = nn.Conv2d(widths[-1], 1, 4)
+        self.q_head = nn.Sequential(
+            nn.Conv2d(widths[-1], Q_HIDDEN, 4, bias=False),
+            nn.BatchNorm2d(Q_HIDDEN),
+            nn.LeakyReLU(0.1, True),
+            nn.Conv2d(Q_HIDDEN, max(spec.q_dim, 1), 1),
+        )
+
+    def forward(self, x: Tensor) -> tuple[Tensor, QOutput]:
+        """D's logits (n,) and Q(c|x) of pictures in [-1, 1]."""
+        h = self.trunk(x)  # (n, 8 width, 4, 4)
+        q = self.q_head(h)[:, : self.spec.q_dim, 0, 0]
+        return self.d_head(h).flatten().float(), self.spec.split(q.float())
+
+    def judge(self, x: Tensor) -> Tensor:
+        """D's logits alone, for real pictures: Q's batch norm sees generated ones only."""
+        return self.d_head(self.trunk(x)).flatten().float()
+
+
+class Encoder(nn.Module):
+    """Q for users: reads codes from pictures in [-1, 1]."""
+
+    def __init__(self, D: Discriminator):
+        super().__init__()
+        self.D = D
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """c_cat's probabilities (n, n_cat, cat_dim); c_cont's means and sigmas (n, n_cont)."""
+        q = self.D(x)[1]
+        return q.q_logits.softmax(2), q.q_mu, (q.q_logvar / 2).exp()
+
+
+@torch.no_grad()
+def init_weights(net: nn.Module, rng: torch.Generator) -> None:
+    """DCGAN's start: convolutions N(0, 0.02), batch norm N(1, 0.02), biases 0."""
+    for m in net.modules():
+        if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d)):
+            m.weight.normal_(float(isinstance(m, nn.BatchNorm2d)), 0.02, generator=rng)
+            if m.bias is not None:
+                m.bias.zero_()
+
+
+# objective ----------------------------------------------------------------------------------------
+
+
+def d_loss(d_real: Tensor, d_fake: Tensor) -> Tensor:
+    """-V(D, G) = -E[log D(x)] - E[log(1 - D(G(z, c)))], from logits (paper, Eq. 1)."""
+    return F.softplus(-d_real).mean() + F.softplus(d_fake).mean()
+
+
+def g_loss(d_fake: Tensor) -> Tensor:
+    """-E[log D(G(z, c))], from logits: the non-saturating form (1406.2661, section 3)."""
+    return F.softplus(-d_fake).mean()
+
+
+def log_q(q: QOutput, codes: Codes) -> Tensor:
+    """log Q(c|x) of each code in nats, (n, n_cat + n_cont)."""
+    cat = q.q_logits.log_softmax(2).gather(2, codes.c_cat[:, :, None])[:, :, 0]
+    square = (codes.c_cont - q.q_mu) ** 2 / q.q_logvar.exp()
+    return torch.cat([cat, -0.5 * (math.log(2 * math.pi) + q.q_logvar + square)], 1)
+
+
+def mutual_information(spec: CodeSpec, q: QOutput, codes: Codes) -> Tensor:
+    """L_I = E[log Q(c|x)] + H(c) of each code in nats (paper, Eq. 5), (n_cat + n_cont,)."""
+    return log_q(q, codes).mean(0) + torch.tensor(spec.entropies, device=q.q_mu.device)
+
+
+def weigh(spec: CodeSpec, L_I: Tensor, args: argparse.Namespace) -> Tensor:
+    """lambda L_I, with one lambda for each kind of code (paper, section 7.2)."""
+    return args.lam_cat * L_I[: spec.n_cat].sum() + args.lam_cont * L_I[spec.n_cat :].sum()
+
+
+# step ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class State:
+    """All that training changes, and so all that a checkpoint holds."""
+
+    spec: CodeSpec
+    G: Generator
+    G_ema: Generator  # the average of G, which is shown and used
+    D: Discriminator
+    opt_G: torch.optim.Optimizer
+    opt_D: torch.optim.Optimizer
+    rng: torch.Generator  # the run's only source of chance; on the CPU, so a run can change devices
+    sums: Tensor  # metrics added up since the last logged step
+    epoch_seed: int = 0  # draws the order of this epoch's pictures, also after a restart
+    step: int = 0
+    minutes: float = 0.0  # of training, over all starts
+    order: Tensor | None = None  # drawn from epoch_seed, so never saved
+
+
+def metric_names(spec: CodeSpec) -> list[str]:
+    """The figures of a step, in train_step's order."""
+    return ["loss_D", "loss_G", "D_real", "D_fake", *spec.names]
+
+
+def spec_of(args: argparse.Namespace) -> CodeSpec:
+    """The codes that a run's flags ask for."""
+    return CodeSpec(args.n_cat, args.cat_dim, args.n_cont, args.z_dim)
+
+
+def new_state(args: argparse.Namespace, device: torch.device) -> State:
+    """Networks and optimisers at step 0; every random number comes from args.seed."""
+    spec, rng = spec_of(args), torch.Generator().manual_seed(args.seed)
+    shape = (spec, args.image_size, args.width, args.channels)
+    G, D = Generator(*shape), Discriminator(*shape)
+    for net in (G, D):
+        init_weights(net, rng)
+        net.to(device, memory_format=torch.channels_last)
+    heads = {"trunk": [D.trunk, D.d_head, D.q_head], "head": [D.trunk, D.d_head]}[args.info_to]
+    with_D = [p for part in heads for p in part.parameters()]
+    with_G = [*G.parameters(), *(D.q_head.parameters() if args.info_to == "head" else ())]
+    adam = {"betas": (0.5, 0.999), "fused": device.type in ("cpu", "cuda")}
+    opt_G = torch.optim.Adam(with_G, args.lr_g, **adam)
+    opt_D = torch.optim.Adam(with_D, args.lr_d, **adam)
+    G_ema = copy.deepcopy(G).eval().requires_grad_(False)
+    sums = torch.zeros(len(metric_names(spec)), device=device)
+    return State(spec, G, G_ema, D, opt_G, opt_D, rng, sums)
+
+
+def next_batch(state: State, n: int, batch_size: int) -> Tensor:
+    """Which of n pictures come next: each epoch in a new order, without the rest below a batch."""
+    place = state.step % (n // batch_size)
+    if place == 0:
+        state.epoch_seed = int(torch.randint(2**62, (), generator=state.rng))
+    if place == 0 or state.order is None:
+        state.order = torch.randperm(n, generator=torch.Generator().manual_seed(state.epoch_seed))
+    return state.order[place * batch_size : (place + 1) * batch_size]
+
+
+def train_step(state: State, args: argparse.Namespace, x: Tensor, codes: Codes) -> Tensor:
+    """One step of D, then of G, on n real pictures and n drawn codes; returns the metrics.
+
+    L_I always trains G. It trains Q together with D's trunk in D's step (args.info_to "trunk", as
+    the paper's own code does), or Q's head alone in G's step ("head", the notebook).
+    """
+    spec, G, D, to_trunk = state.spec, state.G, state.D, args.info_to == "trunk"
+    mixed = torch.autocast(x.device.type, torch.bfloat16, enabled=args.amp)
+
+    D.requires_grad_(True)
+    with mixed:
+        x_fake = G(spec.join(codes))  # drawn once, judged twice
+        d_real = D.judge(x)
+        d_fake, q = D(x_fake.detach())
+    loss_D = d_loss(d_real, d_fake)
+    L_I = mutual_information(spec, q, codes)
+    state.opt_D.zero_grad()
+    (loss_D - weigh(spec, L_I, args) if to_trunk else loss_D).backward()  # -V - lambda L_I
+    state.opt_D.step()
+
+    D.requires_grad_(False)  # G's step needs no gradient of D's weights
+    D.q_head.requires_grad_(not to_trunk)
+    with mixed:
+        d_fake_G, q = D(x_fake)
+    loss_G = g_loss(d_fake_G)
+    L_I = mutual_information(spec, q, codes)
+    state.opt_G.zero_grad()
+    (loss_G - weigh(spec, L_I, args)).backward()  # V - lambda L_I (Eq. 6)
+    state.opt_G.step()
+
+    update_ema(state.G_ema, G, 0.5 ** (len(x) / args.ema) if args.ema else 0.0)
+    state.step += 1
+    opinions = [d_real.sigmoid().mean(), d_fake.sigmoid().mean()]
+    return torch.cat([torch.stack([loss_D, loss_G, *opinions]), L_I]).detach()
+
+
+@torch.no_grad()
+def update_ema(G_ema: nn.Module, G: nn.Module, beta: float) -> None:
+    """G_ema = beta G_ema + (1 - beta) G, batch norm's statistics included."""
+    pairs = list(zip(G_ema.state_dict().values(), G.state_dict().values(), strict=True))
+    floats = [(e, g) for e, g in pairs if e.is_floating_point()]
+    torch._foreach_lerp_([e for e, _ in floats], [g for _, g in floats], 1 - beta)
+    for e, g in pairs:
+        if not e.is_floating_point():
+            e.copy_(g)
+
+
+# checkpoint ---------------------------------------------------------------------------------------
+
+FORMAT = 1
+NEW_RUN = "--restart moves the old run aside, another --out starts beside it"
+MAY_DIFFER = ("data", "out", "epochs", "max_steps", "max_minutes", "device", "amp", "restart")
+MAY_DIFFER += ("save_every", "sample_every")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file that appears whole under its name or not at all, whatever happens meanwhile."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        with open(part, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+    if os.name == "posix":  # the new name must reach the disk too
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+
+
+def save_checkpoint(path: Path, state: State, args: argparse.Namespace, pictures: Pictures) -> None:
+    """All a run needs to go on bit for bit, plain values only. Raises Diverged on NaN weights."""
+    kept = {name: getattr(state, name).state_dict() for name in ("G", "G_ema", "D")}
+    for name, weights in kept.items():
+        if not all(w.isfinite().all() for w in weights.values()):
+            raise Diverged(f"step {state.step}: {name} has weights that are not finite")
+    kept |= {name: getattr(state, name).state_dict() for name in ("opt_G", "opt_D")}
+    kept |= {name: getattr(state, name) for name in ("sums", "epoch_seed", "step", "minutes")}
+    kept |= {"format": FORMAT, "spec": asdict(state.spec), "args": vars(args)}
+    kept |= {"rng": state.rng.get_state(), "fingerprint": pictures.fingerprint}
+    with replacing(path) as file:
+        torch.save(kept, file)
+
+
+def load_checkpoint(path: str | Path) -> dict:
+    """A checkpoint's contents on the CPU: "args" (a dict of the flags), "spec", "step", "G_ema", …
+
+    Runs nothing that the file holds. Raises Problem for whatever is no checkpoint of ours.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise Problem(f"{path}: no such checkpoint; infogan.py leaves last.pt in a run's folder")
+    try:
+        with zipfile.ZipFile(path) as packed:  # torch never compresses; what does could be a bomb
+            entries = packed.infolist()
+        honest = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
+        ckpt = torch.load(path, map_location="cpu", weights_only=True) if honest else None
+    except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, *BROKEN) as error:
+        kind = type(error).__name__
+        raise Problem(f"{path}: broken, or no checkpoint of infogan.py ({kind})") from error
+    if not isinstance(ckpt, dict) or not isinstance(ckpt.get("args"), dict):
+        raise Problem(f"{path}: no checkpoint of infogan.py")
+    if (written := ckpt.get("format")) not in range(1, FORMAT + 1):
+        raise Problem(
+            f"{path}: format {written}, and this infogan.py knows 1 to {FORMAT}; update it"
+        )
+    try:
+        check_limits({name: ckpt["args"].get(name) for name in SHAPE})
+    except Problem as problem:
+        raise Problem(f"{path}: {problem}") from None
+    return ckpt
+
+
+BROKEN = (AttributeError, EOFError, KeyError, OSError, TypeError, ValueError)
+
+
+def load_net(path: str | Path, kind: type, key: str, device: str | torch.device) -> nn.Module:
+    """The weights under key in the architecture that the checkpoint names: float32, frozen."""
+    ckpt = load_checkpoint(path)
+    args, weights = argparse.Namespace(**ckpt["args"]), ckpt.get(key)
+    with torch.device("meta"):  # takes no memory before the shapes are known to fit
+        net = kind(spec_of(args), args.image_size, args.width, args.channels)
+    try:
+        weights = {k: w.float() if w.is_floating_point() else w for k, w in weights.items()}
+        net.load_state_dict(weights, assign=True)
+    except (RuntimeError, *BROKEN) as error:
+        raise Problem(f"{path}: its {key} does not fit the flags that it names") from error
+    if not all(w.isfinite().all() for w in weights.values()):
+        raise Problem(f"{path}: its {key} has weights that are not finite")
+    net.spec = spec_of(args)
+    return net.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
+
+
+def load_generator(
+    path: str | Path, device: torch.device | str = "cpu"
+) -> tuple[Generator, CodeSpec]:
+    """(G, spec), the averaged generator: `x = G(spec.join(spec.sample(n, rng)))`."""
+    G = load_net(path, Generator, "G_ema", device)
+    return G, G.spec
+
+
+def load_encoder(path: str | Path, device: str | torch.device = "cpu") -> tuple[Encoder, CodeSpec]:
+    """(Q, spec): reads codes from pictures in [-1, 1], see Encoder."""
+    D = load_net(path, Discriminator, "D", device)
+    return Encoder(D).eval(), D.spec
+
+
+def go_on(state: State, args: argparse.Namespace, ckpt: dict, pictures: Pictures) -> None:
+    """Puts a checkpoint's contents into state. Raises Problem where the run was another."""
+    for name, now in vars(args).items():
+        then = ckpt["args"].get(name)
+        if name not in MAY_DIFFER and then != now:
+            flag = "--" + name.replace("_", "-")
+            raise Problem(f"{args.out} was begun with {flag} {then}, not {now}; {NEW_RUN}")
+    if ckpt["fingerprint"] != pictures.fingerprint:
+        raise Problem(f"{args.out} was begun with other pictures than {args.data}; {NEW_RUN}")
+    for name in ("G", "G_ema", "D", "opt_G", "opt_D"):
+        getattr(state, name).load_state_dict(ckpt[name])
+    for name in ("epoch_seed", "step", "minutes"):
+        setattr(state, name, ckpt[name])
+    state.sums.copy_(ckpt["sums"])
+    state.rng.set_state(ckpt["rng"])
+
+
+# loop ---------------------------------------------------------------------------------------------
+
+LOG_EVERY = 20  # steps between two rows of log.csv, and between two waits for the device
+SAVE_MINUTES = 10.0
+SIGNALS = [getattr(signal, s) for s in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, s)]
+
+
+@contextmanager
+def listening() -> Iterator[list[int]]:
+    """Collects signals that ask a run to stop; a second one of the same kind stops it at once."""
+    heard, before = [], {}
+
+    def note(number: int, _frame: object) -> None:
+        heard.append(number)
+        signal.signal(number, before[number])
+
+    for number in SIGNALS:
+        before[number] = signal.signal(number, note)
+    try:
+        yield heard
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def save_picture(path: Path, image: Image.Image) -> None:
+    """A PNG, whole or not at all."""
+    with replacing(path) as file:
+        image.save(file, "png")
+
+
+def save_grid(path: Path, x: Tensor) -> None:
+    """Pictures in [-1, 1] as one PNG, eight in a row."""
+    grid = make_grid(x.cpu(), 8, normalize=True, value_range=(-1, 1))
+    save_picture(path, to_pil_image(grid))
+
+
+def save_animation(out: Path) -> None:
+    """training.gif: the run's grids one after the other, the epoch written on each."""
+    frames = []
+    for path in sorted(out.glob("samples/epoch_*.png")):
+        frame = Image.open(path).convert("RGB")
+        at = {"font": ImageFont.load_default(16), "stroke_width": 2, "stroke_fill": "black"}
+        ImageDraw.Draw(frame).text((6, 4), f"epoch {int(path.stem[6:])}", "white", **at)
+        frames.append(frame.quantize(128))
+    if len(frames) > 1:
+        with replacing(out / "training.gif") as file:
+            rest = {"append_images": frames[1:], "duration": 250, "loop": 0}
+            frames[0].save(file, "gif", save_all=True, **rest)
+
+
+class Log:
+    """log.csv, curves.png and TensorBoard's events of a run; rows past `step` are cut."""
+
+    def __init__(self, out: Path, spec: CodeSpec, step: int):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.path, self.spec = out / "log.csv", spec
+        self.head = ["step", "epoch", "minutes", *metric_names(spec)]
+        old = self.path.read_text().splitlines()[1:] if self.path.exists() else []
+        rows = [line.split(",") for line in old if line.count(",") == len(self.head) - 1]
+        self.rows = [[float(v) for v in row] for row in rows if int(row[0]) <= step]
+        with replacing(self.path) as file:
+            lines = [self.head, *rows[: len(self.rows)]]
+            file.write("".join(",".join(line) + "\n" for line in lines).encode())
+        self.board = SummaryWriter(str(out), purge_step=step + 1)
+
+    def add(self, step: int, epoch: float, minutes: float, values: list[float]) -> None:
+        figures = [f"{epoch:.4f}", f"{minutes:.3f}", *(f"{v:.5f}" for v in values)]
+        with open(self.path, "a") as file:
+            file.write(",".join([str(step), *figures]) + "\n")
+        self.rows.append([step, *map(float, figures)])
+        for name, value in zip(metric_names(self.spec), values, strict=True):
+            group = "L_I" if name in self.spec.names else "GAN"
+            self.board.add_scalar(f"{group}/{name}", value, step)
+
+    def draw(self) -> None:
+        """curves.png: losses, D's opinions, and each code's L_I below its ceiling, over epochs."""
+        if len(self.rows) < 2:
+            return
+        panels = {"losses of D (blue) and G (red)": (["loss_D", "loss_G"], 0.0)}
+        panels["D(x) (blue) and D(G(z, c)) (red)"] = (["D_real", "D_fake"], 1.0)
+        for kind in ("cat", "cont"):
+            most = dict(zip(self.spec.names, self.spec.ceilings, strict=True))
+            if names := [name for name in most if name.startswith(kind)]:
+                top = most[names[0]]
+                panels[f"L_I of {kind}, nats, at most {top:.2f}"] = (names, top)
+        page = Image.new("RGB", (640, 200 * len(panels)), "white")
+        for i, (title, (names, most)) in enumerate(panels.items()):
+            x = [row[1] for row in self.rows]
+            lines = [[row[self.head.index(name)] for row in self.rows] for name in names]
+            page.paste(draw_panel(title, x, lines, most), (0, 200 * i))
+        save_picture(self.path.with_name("curves.png"), page)
+
+
+def draw_panel(title: str, x: list[float], lines: list[list[float]], most: float) -> Image.Image:
+    """A chart of 640x200 that shows zero, `most` and all but the wildest 2% of the values."""
+    colours = ("#1f77b4", "#d62728", "#2ca02c", "#ff7f0e", "#9467bd", "#8c564b", "#e377c2")
+    values = sorted(v for line in lines for v in line)
+    low, high = min(0.0, values[len(values) // 50]), max(most, values[-1 - len(values) // 50])
+    panel, font = Image.new("RGB", (640, 200), "white"), ImageFont.load_default(13)
+    pen = ImageDraw.Draw(panel)
+
+    def at(u: float, v: float) -> tuple[float, float]:
+        share = (min(max(v, low), high) - low) / ((high - low) or 1)
+        return 50 + 570 * (u - x[0]) / (x[-1] - x[0]), 175 - 145 * share
+
+    for v in {low, 0.0, high}:
+        pen.line([at(x[0], v), at(x[-1], v)], "#dddddd")
+        pen.text((44, at(x[0], v)[1]), f"{v:.2f}", "black", font, anchor="rm")
+    for i, line in enumerate(lines):
+        pen.line([at(*point) for point in zip(x, line, strict=True)], colours[i % len(colours)], 2)
+    for place, text in ((50, 8), title), ((50, 180), f"epoch {x[0]:.1f} to {x[-1]:.1f}"):
+        pen.text(place, text, "black", font)
+    return panel
+
+
+def describe(spec: CodeSpec, values: list[float]) -> str:
+    """The progress line: losses, and the mean L_I of each kind of code beside its ceiling."""
+    told, L_I = f"D {values[0]:.2f}  G {values[1]:.2f}", values[len(values) - len(spec.names) :]
+    for name, part in ("  L_I cat", slice(spec.n_cat)), ("  L_I cont", slice(spec.n_cat, None)):
+        if some := L_I[part]:
+            told += f"{name} {sum(some) / len(some):.2f}/{spec.ceilings[part][0]:.2f}"
+    return told
+
+
+def open_run(args: argparse.Namespace) -> dict | None:
+    """The checkpoint that the run in args.out goes on from, or None where one begins.
+
+    A broken last.pt falls back on the newest checkpoint that can be read, and says so. Raises
+    Problem before anything that is not ours would be written over.
+    """
+    out = Path(args.out)
+    if args.restart and out.exists():
+        numbered = (out.with_name(f"{out.name}.old-{i}") for i in range(1, 10**6))
+        aside = next(path for path in numbered if not path.exists())
+        out.rename(aside)
+        print(f"the old run is now {aside}")
+    found = [p for p in [out / "last.pt", *sorted(out.glob("epoch_*.pt"))[::-1]] if p.exists()]
+    for path in found:
+        try:
+            ckpt = load_checkpoint(path)
+            print(f"going on from {path}, step {ckpt['step']:,}")
+            return ckpt
+        except Problem as problem:
+            print(problem, file=sys.stderr)
+    if found:
+        raise Problem(f"{out}: none of its checkpoints can be read; {NEW_RUN}")
+    ours = not out.exists() or (out / "args.json").exists()
+    if not ours and (not out.is_dir() or any(out.iterdir())):
+        raise Problem(f"--out {out}: is no run of infogan.py, and not empty; give another folder")
+    return None
+
+
+DEVICES = ("auto", "cpu", "cuda", "mps")
+
+
+def pick_device(name: str) -> torch.device:
+    """The fastest device for "auto". Raises Problem when the one asked for is missing."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        name = next((kind for kind in there if there[kind]), "cpu")
+    elif not there.get(name, True):
+        raise Problem(f"--device {name}: not available here; use --device auto")
+    return torch.device(name)
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether bfloat16 is faster there: CUDA since Ampere, x86 with AVX512-BF16."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+
+
+def plan(args: argparse.Namespace, n: int) -> tuple[int, int, int]:
+    """Pictures in a step, steps in an epoch, and steps in all, for n pictures."""
+    B = min(args.batch_size, n)
+    return B, n // B, min(args.epochs * (n // B), args.max_steps or sys.maxsize)
+
+
+def train(args: argparse.Namespace) -> int:
+    """Trains until --epochs, --max-steps, --max-minutes or a signal, from where args.out stopped.
+
+    Returns the exit code: 0, or 128 + the signal's number. Raises Problem and Diverged.
+    """
+    end = time.monotonic() + 60 * (args.max_minutes or math.inf)
+    device, out = pick_device(args.device), Path(args.out)
+    args.amp = has_bfloat16(device) if args.amp is None else args.amp
+    ckpt = open_run(args)
+    args.channels = args.channels or (ckpt["args"]["channels"] if ckpt else None)
+    pictures = load_pictures(args.data, args.image_size, args.channels)
+    args.channels, n = pictures.x.shape[1], len(pictures.x)
+    state = new_state(args, device)
+    if ckpt:
+        go_on(state, args, ckpt, pictures)
+    B, per_epoch, total = plan(args, n)
+    if args.batch_size > B:
+        print(f"--batch-size {args.batch_size}: there are only {n} pictures, so a batch is {B}")
+    if state.step >= total:
+        print(f"{out} is finished, {state.step:,} steps; more --epochs or --max-steps go on")
+        return 0
+
+    (out / "samples").mkdir(parents=True, exist_ok=True)
+    with replacing(out / "args.json") as file:
+        file.write(json.dumps(vars(args), indent=2).encode() + b"\n")
+    beside = torch.Generator().manual_seed(args.seed)  # the same pictures and latents at each start
+    some = pictures.x[torch.randperm(n, generator=beside)[:64]]
+    save_grid(out / "samples/real.png", make_batch(some, False, beside, device))
+    fixed = state.spec.join(state.spec.sample(64, beside)).to(device)
+    if state.step == 0:
+        save_grid(out / "samples/epoch_0000.png", state.G_ema(fixed))
+    try:
+        why = loop(state, args, pictures, fixed, end)
+    except Diverged as problem:
+        good = out / "last.pt"
+        good = f"{good} is the last good checkpoint" if good.exists() else "nothing was saved yet"
+        raise Diverged(f"{problem}; {good}. Lower --lr-g and --lr-d") from None
+    save_animation(out)
+    done = f"{state.step:,} steps, {state.step / per_epoch:.1f} epochs, {state.minutes:.1f} minutes"
+    print(f"{why}: {done} in all. {out / 'last.pt'} is saved; ", end="")
+    going = "the same command goes on"
+    print(f"see python generate.py --ckpt {out / 'last.pt'}" if state.step >= total else going)
+    return 128 + signal.Signals[why] if why in signal.Signals.__members__ else 0
+
+
+def loop(
+    state: State, args: argparse.Namespace, pictures: Pictures, fixed: Tensor, end: float
+) -> str:
+    """Steps, logs, saves until the last step, the time `end` or a signal; returns which it was."""
+    out, device, (B, per_epoch, total) = Path(args.out), fixed.device, plan(args, len(pictures.x))
+    log, told = Log(out, state.spec, state.step), ""
+    begun, saved = time.monotonic() - 60 * state.minutes, time.monotonic()
+    shape = {"bar_format": "epoch {desc}{rate_fmt}  eta {remaining}", "unit": "img"}
+    shape |= {"mininterval": 0.5 if sys.stderr.isatty() else 30.0, "unit_scale": True}
+    bar = tqdm(total=total * B, initial=state.step * B, **shape)
+    why = "finished"
+    with listening() as heard, bar:
+        while state.step < total:
+            x = pictures.x[next_batch(state, len(pictures.x), B)]
+            x = make_batch(x, args.flip, state.rng, device)
+            codes = state.spec.sample(B, state.rng)
+            codes = Codes(*(c.to(device, non_blocking=True) for c in codes))
+            state.sums += train_step(state, args, x, codes)
+            now = time.monotonic()
+            state.minutes, epoch = (now - begun) / 60, state.step / per_epoch
+
+            if state.step % LOG_EVERY == 0:
+                values = (state.sums / LOG_EVERY).tolist()
+                for name, value in zip(metric_names(state.spec), values, strict=True):
+                    if not math.isfinite(value):
+                        raise Diverged(f"step {state.step}: {name} is {value}")
+                log.add(state.step, epoch, state.minutes, values)
+                told = describe(state.spec, values)
+                state.sums.zero_()
+            bar.set_description_str(f"{epoch:.1f}/{args.epochs}  {told}  ", refresh=False)
+            bar.update(B)
+
+            if epoch == int(epoch):
+                if epoch % args.sample_every == 0:
+                    path = out / f"samples/epoch_{int(epoch):04d}.png"
+                    save_grid(path, state.G_ema(fixed))
+                    log.board.add_image("samples", pil_to_tensor(Image.open(path)), int(epoch))
+                    log.draw()
+                if epoch % args.save_every == 0:
+                    save_checkpoint(out / f"epoch_{int(epoch):04d}.pt", state, args, pictures)
+            if epoch == int(epoch) or now - saved > 60 * SAVE_MINUTES:
+                save_checkpoint(out / "last.pt", state, args, pictures)
+                saved = now
+            if heard:
+                why = signal.Signals(heard[0]).name
+                break
+            if now > end:
+                why = "time is up"
+                break
+        save_checkpoint(out / "last.pt", state, args, pictures)
+    save_grid(out / "samples/last.png", state.G_ema(fixed))
+    log.draw()
+    log.board.close()
+    return why
+
+
+# flags --------------------------------------------------------------------------------------------
+
+RECIPES = {
+    "default": {"lam_cat": 0.3, "lam_cont": 0.05, "info_to": "trunk", "ema": 9000.0, "flip": True},
+    "notebook": {"lam_cat": 1.0, "lam_cont": 0.1, "info_to": "head", "ema": 0.0, "flip": False},
+}
+
+EXAMPLES = """examples:
+  python infogan.py --data ~/faces
+      any folder of pictures; 1 categorical and 2 continuous codes
+  python infogan.py --n-cat 10 --n-cont 20 --epochs 360
+      the third version, on data/anime
+  python infogan.py --data ~/faces --image-size 32 --width 32 --max-minutes 20
+      a quick look on a laptop
+  python infogan.py --data mnist --n-cat 1 --n-cont 2
+      digits, by torchvision
+  python infogan.py --recipe notebook --out checkpoint/notebook
+      what the notebook did, to compare with
+The same command given again goes on where the run stopped.
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """Flags with limits; says what is wrong in one line, where argparse would print the usage."""
+
+    def __init__(self, program: str, limits: dict, description: str, epilog: str = ""):
+        shown = {"formatter_class": argparse.RawDescriptionHelpFormatter, "epilog": epilog}
+        super().__init__(program, description=description, allow_abbrev=False, **shown)
+        self.limits, self.group = limits, self
+
+    def add(self, flag: str, default: object, meaning: str, **more: object) -> None:
+        """A flag of the current group; its type is that of its limits, else text."""
+        kind = type(self.limits.get(flag[2:].replace("-", "_"), ("",))[0])
+        if not more.keys() & {"action", "choices"}:
+            more = {"type": kind, "metavar": "N" if kind is int else "X"} | more
+        meaning += "" if default is None or default is False else f" (default {default})"
+        self.group.add_argument(flag, default=default, help=meaning, **more)
+
+    def check(self, args: argparse.Namespace) -> argparse.Namespace:
+        """args, when every given number is within its limits."""
+        given = {name: value for name, value in vars(args).items() if value is not None}
+        check_limits(given, self.limits)
+        return args
+
+    def error(self, message: str) -> None:
+        raise Problem(f"{message}; see --help")
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The flags, every default resolved. Raises Problem in one line for what is out of range."""
+    about = "Train an InfoGAN: a GAN that learns without labels what its codes mean."
+    p = Parser("infogan.py", LIMITS, about, EXAMPLES)
+    on_off = argparse.BooleanOptionalAction
+    p.group = p.add_argument_group("pictures")
+    p.add("--data", "data/anime", f"a folder, or {', '.join(NAMED_SETS)}", metavar="FOLDER")
+    p.add("--image-size", None, "16, 32, 64, 128 or 256 pixels (default 64; the named sets 32)")
+    p.add("--channels", None, "1 grey, 3 colour (default: what the set has)")
+    p.add("--flip", None, "mirror half of them (default on; digits, clothes off)", action=on_off)
+    p.group = p.add_argument_group("codes")
+    p.add("--n-cat", 1, "categorical codes, 0 to 64")
+    p.add("--cat-dim", 10, "categories of each, 2 to 1000")
+    p.add("--n-cont", 2, "continuous codes in [-1, 1], 0 to 256")
+    p.add("--z-dim", 100, "noise, 0 to 10000")
+    p.group = p.add_argument_group("networks and objective")
+    p.add("--width", 64, "maps next to the picture; 32 is about three times as fast")
+    p.add("--recipe", "default", "notebook: its settings and defects, to compare", choices=RECIPES)
+    p.add("--lam-cat", None, "weight of a categorical's L_I in nats (default 0.3; notebook 1)")
+    p.add("--lam-cont", None, "of a continuous code's (default 0.05; notebook 0.1, 0 for 20 codes)")
+    p.add("--info-to", None, "L_I trains Q with D's trunk (default), or Q's head with G (notebook)",
+        choices=("trunk", "head"))  # fmt: skip
+    p.add("--ema", None, "half-life of G's average in pictures (default 9000; notebook 0: none)")
+    p.group = p.add_argument_group("training")
+    p.add("--epochs", 150, "passes over the pictures")
+    p.add("--batch-size", 128, "pictures in a step")
+    p.add("--lr-g", 2e-4, "G's learning rate")
+    p.add("--lr-d", 2e-4, "D's learning rate")
+    p.add("--seed", 0, "of all chance")
+    p.add("--device", "auto", "auto takes the fastest", choices=DEVICES)
+    p.add("--amp", None, "bfloat16 convolutions (default: where they are faster)", action=on_off)
+    p.add("--max-steps", None, "finish after N steps in all")
+    p.add("--max-minutes", None, "stop this start after X minutes; the same command goes on")
+    p.group = p.add_argument_group("output")
+    p.add("--out", None, "the run (default checkpoint/cat1-cont2, by its codes)", metavar="FOLDER")
+    p.add("--save-every", 25, "epochs between checkpoints that stay; last.pt follows each")
+    p.add("--sample-every", 5, "epochs between grids of samples")
+    p.add("--restart", False, "begin anew; the old run is moved aside", action="store_true")
+
+    args = p.parse_args(argv)
+    defaults = dict(RECIPES[args.recipe])
+    if args.recipe == "notebook" and args.n_cont == 20:
+        defaults["lam_cont"] = 0.0  # its defect: this loss was computed and never added
+    if args.data in ("mnist", "fashion-mnist", "svhn"):
+        defaults["flip"] = False  # a mirrored digit is no digit
+    defaults["image_size"] = 32 if args.data in NAMED_SETS else 64
+    defaults["out"] = f"checkpoint/cat{args.n_cat}-cont{args.n_cont}"
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    spec_of(p.check(args))
+    return args
+
+
+def run(program: str, job: Callable[[], int]) -> int:
+    """The job's exit code; what a user can mend becomes one line on stderr and exit code 2."""
+    try:
+        return job()
+    except Problem as problem:
+        print(f"{program}: {problem}", file=sys.stderr)
+        return problem.code
+    except OSError as error:
+        print(f"{program}: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{program}: stopped", file=sys.stderr)
+        return 130
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit codes: 0 done, 1 diverged, 2 something to mend, 128 + signal when stopped."""
+    return run("infogan.py", lambda: train(parse_args(argv)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
