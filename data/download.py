@@ -142,6 +142,7 @@ def unpack(zip_path: Path, out: Path) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.print_usage = lambda *_: None  # an error is one line
     parser.add_argument("--url", default=URL, help="the zip (default: %(default)s)")
     parser.add_argument("--out", default=Path("data/anime"), type=Path, help="(%(default)s)")
     parser.add_argument("--timeout", default=TIMEOUT, type=float, help="seconds (%(default)s)")

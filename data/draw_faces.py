@@ -317,6 +317,7 @@ def draw_folder(out: Path, n: int, seed: int, size: int, workers: int) -> bool:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Draw cartoon anime faces from known factors.")
+    parser.print_usage = lambda *_: None  # an error is one line
     parser.add_argument("out", metavar="OUT", type=Path, help="folder to fill, made if missing")
     parser.add_argument("--n", type=int, default=5000, help="faces, 1..10000000 (default 5000)")
     parser.add_argument("--size", type=int, default=64, help="pixels, 16..1024 (default 64)")

@@ -1,0 +1,1006 @@
+"""Proof that infogan.py and generate.py do what they say: on the CPU, with no network.
+
+python -m pytest -q test_infogan.py     the tests
+python test_infogan.py bench            speed on this machine, as ratios within one run
+"""
+
+from __future__ import annotations
+
+import csv
+import http.server
+import importlib.util
+import io
+import json
+import math
+import os
+import pickle
+import random
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import generate
+import infogan
+from infogan import Codes, CodeSpec, Discriminator, Generator, Problem, QOutput
+
+HERE = Path(__file__).resolve().parent
+CPU = torch.device("cpu")
+
+
+def script(name: str):
+    """A helper of data/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, HERE / "data" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+draw_faces, download = script("draw_faces"), script("download")
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture(scope="session")
+def faces(tmp_path_factory) -> Path:
+    """600 drawn faces of 32x32."""
+    folder = tmp_path_factory.mktemp("faces")
+    assert draw_faces.main([str(folder), "--n", "600", "--size", "32", "--workers", "1"]) == 0
+    return folder
+
+
+TINY = [
+    "--image-size",
+    "16",
+    "--width",
+    "4",
+    "--batch-size",
+    "32",
+    "--n-cat",
+    "2",
+    "--cat-dim",
+    "3",
+]
+
+
+def tiny(faces: Path, out: Path, *more: object) -> list[str]:
+    """A run of a few seconds: 18 steps an epoch."""
+    return [*TINY, "--data", str(faces), "--out", str(out), *map(str, more)]
+
+
+def tiny_state(*flags: str) -> tuple[infogan.State, Namespace, torch.Tensor, Codes]:
+    args = infogan.parse_args([*TINY, "--channels", "3", "--no-amp", *flags])
+    state = infogan.new_state(args, CPU)
+    x = torch.rand(8, 3, 16, 16, generator=seeded(1)) * 2 - 1
+    return state, args, x, state.spec.sample(8, seeded(2))
+
+
+def said_one_line(capsys, *words: str) -> str:
+    """What stderr holds: one line, no traceback, with these words."""
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "Traceback" not in err, err
+    assert all(word in err for word in words), err
+    return err
+
+
+# codes --------------------------------------------------------------------------------------------
+
+
+def test_codes_of_many_specs():
+    rng = random.Random(0)
+    for _ in range(100):
+        sizes = rng.choice([0, 1, 5]), rng.choice([2, 7, 30]), rng.choice([0, 1, 9])
+        spec = CodeSpec(*sizes, z_dim=rng.choice([1, 40]))
+        n = rng.randint(1, 9)
+        codes = spec.sample(n, seeded(rng.randrange(99)))
+        joined = spec.join(codes)
+        assert joined.shape == (n, spec.dim)
+        z, one_hot, cont = joined.split([spec.z_dim, spec.n_cat * spec.cat_dim, spec.n_cont], 1)
+        assert z.equal(codes.z) and cont.equal(codes.c_cont) and (cont.abs() <= 1).all()
+        if spec.n_cat:
+            one_hot = one_hot.unflatten(1, (spec.n_cat, spec.cat_dim))
+            assert one_hot.argmax(2).equal(codes.c_cat) and (one_hot.sum(2) == 1).all()
+        q = spec.split(torch.randn(n, spec.q_dim) * 50)
+        assert q.q_logits.shape == (n, spec.n_cat, spec.cat_dim)
+        assert q.q_mu.shape == q.q_logvar.shape == (n, spec.n_cont)
+        sigma = (q.q_logvar / 2).exp()
+        assert (sigma >= infogan.SIGMA_MIN * 0.999).all() and (sigma <= 1.001).all()
+        assert len(spec.names) == len(spec.ceilings) == spec.n_cat + spec.n_cont
+        assert infogan.mutual_information(spec, q, codes).shape == (len(spec.names),)
+
+
+def test_sampling_is_seeded_and_has_the_right_distribution():
+    spec = CodeSpec(2, 4, 3, 5)
+    a, b, other = (spec.sample(4000, seeded(s)) for s in (0, 0, 1))
+    assert all(x.equal(y) for x, y in zip(a, b, strict=True))
+    assert not a.z.equal(other.z) and not a.c_cat.equal(other.c_cat)
+    assert abs(a.z.mean()) < 0.03 and abs(a.z.std() - 1) < 0.03
+    assert (F.one_hot(a.c_cat, 4).float().mean(0) - 0.25).abs().max() < 0.03
+    assert a.c_cont.mean(0).abs().max() < 0.04 and (a.c_cont.var(0) - 1 / 3).abs().max() < 0.02
+
+
+@pytest.mark.parametrize(
+    "bad", [(65,), (1, 1), (1, 10, 257), (0, 10, 0, 0), (-1,), (1.0,), (True,)]
+)
+def test_specs_out_of_range(bad):
+    with pytest.raises(Problem):
+        CodeSpec(*bad)
+
+
+# networks -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [16, 32, 64, 128, 256])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_shapes(size, channels):
+    spec = CodeSpec(2, 5, 3)
+    G, D = Generator(spec, size, 4, channels), Discriminator(spec, size, 4, channels)
+    x = G(spec.join(spec.sample(2, seeded())))
+    assert x.shape == (2, channels, size, size) and x.abs().max() <= 1
+    d, q = D(x)
+    assert d.shape == (2,) and q.q_logits.shape == (2, 2, 5) and q.q_mu.shape == (2, 3)
+
+
+def test_the_notebooks_layers_at_64():
+    spec = CodeSpec(10, 10, 20)
+    G, D = Generator(spec), Discriminator(spec)
+    up = [m.weight.shape[:2] for m in G.modules() if isinstance(m, torch.nn.ConvTranspose2d)]
+    assert up == [(220, 512), (512, 256), (256, 128), (128, 64), (64, 3)]
+    down = [m.weight.shape[0] for m in D.trunk if isinstance(m, torch.nn.Conv2d)]
+    assert down == [64, 128, 256, 512]
+    assert D.d_head.weight.shape == (1, 512, 4, 4) and D.q_head[0].weight.shape == (256, 512, 4, 4)
+
+
+# objective ----------------------------------------------------------------------------------------
+
+
+def test_closed_forms():
+    spec = CodeSpec(2, 10, 1)
+    codes = spec.sample(5000, seeded())
+    perfect = F.one_hot(codes.c_cat, 10).float() * 100
+    sure = torch.full_like(codes.c_cont, 2 * math.log(infogan.SIGMA_MIN))
+    L_I = infogan.mutual_information(spec, QOutput(perfect, codes.c_cont, sure), codes)
+    assert L_I.tolist() == pytest.approx(spec.ceilings, abs=1e-4)
+    assert spec.ceilings[0] == pytest.approx(math.log(10))
+    blind = QOutput(
+        torch.zeros(5000, 2, 10), torch.zeros(5000, 1), torch.full((5000, 1), math.log(1 / 3))
+    )
+    L_I = infogan.mutual_information(spec, blind, codes)
+    assert L_I[:2].tolist() == pytest.approx([0, 0], abs=1e-5)
+    assert L_I[2] == pytest.approx(math.log(2) - 0.5 * math.log(2 * math.pi * math.e / 3), abs=0.02)
+    normal = torch.distributions.Normal(blind.q_mu, blind.q_logvar.exp().sqrt())
+    assert infogan.log_q(blind, codes)[:, 2:].allclose(normal.log_prob(codes.c_cont), atol=1e-5)
+    zero = torch.zeros(4)
+    assert infogan.d_loss(zero, zero) == pytest.approx(2 * math.log(2))
+    assert infogan.g_loss(torch.tensor([50.0])) == pytest.approx(0, abs=1e-6)
+    real, fake = torch.randn(9), torch.randn(9)
+    plain = -(real.sigmoid().log().mean() + (1 - fake.sigmoid()).log().mean())
+    assert infogan.d_loss(real, fake).item() == pytest.approx(plain.item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("recipe", ["default", "notebook"])
+def test_every_codes_loss_reaches_G(recipe):
+    """The notebook computed the continuous loss and never added it: no code may be left out."""
+    state, args, x, codes = tiny_state("--n-cont", "4", "--recipe", recipe)
+    spec, G = state.spec, state.G
+    for k, name in enumerate(spec.names):
+        L_I = infogan.mutual_information(spec, state.D(G(spec.join(codes)))[1], codes)
+        alone = torch.zeros_like(L_I)
+        alone[k] = 1
+        loss = infogan.weigh(spec, L_I * alone, args)
+        grads = torch.autograd.grad(loss, [*G.parameters()])
+        assert sum(g.abs().sum() for g in grads) > 0, name
+
+
+@pytest.mark.parametrize("recipe", ["default", "notebook"])
+def test_a_code_that_Q_misreads_changes_G_s_step(recipe):
+    """train_step itself: G ends elsewhere when Q's reading of any one code is turned round."""
+    ends = []
+    for k in [None, *range(2 * 3 + 2 * 4)]:
+        state, args, x, codes = tiny_state("--n-cont", "4", "--recipe", recipe)
+        if k is not None:
+            with torch.no_grad():
+                state.D.q_head[3].weight[k] *= -1
+        infogan.train_step(state, args, x, codes)
+        ends.append(torch.cat([p.detach().flatten() for p in state.G.parameters()]))
+    assert all(not end.equal(ends[0]) for end in ends[1:])
+
+
+@pytest.mark.parametrize("info_to", ["trunk", "head"])
+def test_a_step_moves_what_it_owns(info_to):
+    state, args, x, codes = tiny_state("--info-to", info_to)
+    owners = {p: "D" for g in state.opt_D.param_groups for p in g["params"]}
+    for p in (p for g in state.opt_G.param_groups for p in g["params"]):
+        assert p not in owners
+        owners[p] = "G"
+    assert set(owners) == {*state.G.parameters(), *state.D.parameters()}
+    assert {owners[p] for p in state.D.q_head.parameters()} == {"D" if info_to == "trunk" else "G"}
+    assert {owners[p] for p in state.D.trunk.parameters()} == {"D"}
+
+    before = [p.detach().clone() for p in owners]
+    moved = {}
+    for name, opt in (("D", state.opt_D), ("G", state.opt_G)):
+
+        def stepped(step=opt.step, name=name):
+            step()
+            moved[name] = [not p.equal(b) for p, b in zip(owners, before, strict=True)]
+
+        opt.step = stepped
+    infogan.train_step(state, args, x, codes)
+    assert moved["D"] == [owner == "D" for owner in owners.values()]
+    assert all(moved["G"])
+
+
+def test_L_I_trains_the_trunk_only_where_it_should():
+    """With D's own loss taken away, the trunk moves by L_I alone, or not at all."""
+    for info_to in ("trunk", "head"):
+        ends = []
+        for lam in ("0", "1"):
+            state, args, x, codes = tiny_state("--info-to", info_to, "--lam-cat", lam)
+            infogan.train_step(state, args, x, codes)
+            ends.append(torch.cat([p.detach().flatten() for p in state.D.trunk.parameters()]))
+        assert ends[0].equal(ends[1]) == (info_to == "head")
+
+
+def test_ema():
+    state, *_ = tiny_state()
+    with torch.no_grad():
+        for t in (*state.G.parameters(), *state.G.buffers()):
+            t.copy_(torch.full_like(t, 3))
+        before = {k: v.clone() for k, v in state.G_ema.state_dict().items()}
+    infogan.update_ema(state.G_ema, state.G, 0.9)
+    for name, now in state.G_ema.state_dict().items():
+        whole = name.endswith("num_batches_tracked")
+        assert now.allclose(torch.tensor(3) if whole else 0.9 * before[name] + 0.3), name
+    infogan.update_ema(state.G_ema, state.G, 0.0)
+    assert all((v == 3).all() for v in state.G_ema.state_dict().values())
+
+
+# pictures -----------------------------------------------------------------------------------------
+
+
+def test_pictures_of_every_kind(tmp_path, capsys):
+    red, deep = Image.new("RGB", (40, 30), (255, 0, 0)), tmp_path / "a" / "b c\u00e9"
+    deep.mkdir(parents=True)
+    red.save(tmp_path / "rgb.png")
+    red.save(deep / "upper.JPG", quality=95)
+    red.save(deep / "w.webp", lossless=True)
+    red.save(deep / "b.bmp")
+    red.convert("CMYK").save(deep / "cmyk.jpeg", quality=95)
+    red.quantize(4).save(deep / "palette.png")
+    blue = Image.new("RGB", (40, 30), (0, 0, 255))
+    red.save(deep / "two.gif", save_all=True, append_images=[blue])
+    clear = Image.new("RGBA", (16, 16), (0, 0, 0, 0))
+    clear.save(deep / "clear.png")
+    Image.new("LA", (16, 16), (0, 0)).save(deep / "la.png")
+    grey16 = Image.new("I;16", (16, 16), 128 * 257)
+    grey16.save(deep / "deep.png")
+    Image.new("L", (16, 16), 77).save(deep / "grey.png")
+    sides = Image.new("RGB", (64, 16), (0, 255, 0))
+    sides.paste((0, 0, 0), (24, 0, 40, 16))
+    sides.save(tmp_path / "wide.png")
+    turned = Image.new("RGB", (20, 20), (0, 0, 0))
+    turned.paste((255, 255, 255), (0, 0, 20, 10))  # white above
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    turned.save(tmp_path / "turned.jpg", exif=exif, quality=95)
+    shutil.copy(tmp_path / "rgb.png", tmp_path / "copy of rgb.png")
+    (tmp_path / "empty.png").touch()
+    (tmp_path / "page.jpg").write_text("<html>")
+    (tmp_path / "cut.jpg").write_bytes((deep / "upper.JPG").read_bytes()[:300])
+    (tmp_path / "notes.txt").write_text("no picture")
+    (tmp_path / "folder.png").mkdir()
+    paths = infogan.find_pictures(tmp_path)
+    pictures = infogan.load_pictures(str(tmp_path), 16)
+    told = capsys.readouterr().out
+    assert "13 pictures" in told and "1 exact copies" in told and "3 unreadable" in told
+    assert all(name in told for name in ("empty.png", "page.jpg", "cut.jpg")), told
+    assert pictures.x.shape == (13, 3, 16, 16) and pictures.x.dtype == torch.uint8
+    bad = {"empty.png", "page.jpg", "cut.jpg", "rgb.png"}  # rgb.png comes after its copy
+    x = dict(zip([p.name for p in paths if p.name not in bad], pictures.x.int(), strict=True))
+    for name in ("copy of rgb.png", "upper.JPG", "w.webp", "b.bmp", "cmyk.jpeg", "palette.png"):
+        assert (x[name] - torch.tensor([255, 0, 0])[:, None, None]).abs().max() < 6, name
+    assert (x["two.gif"][0] == 255).all() and (x["clear.png"] == 255).all()
+    assert (x["la.png"] == 255).all() and (x["deep.png"] - 128).abs().max() <= 1
+    assert (x["grey.png"] == 77).all() and (x["wide.png"] == 0).all()  # the centre
+    assert x["turned.jpg"][:, :6].max() < 20 and x["turned.jpg"][:, 10:].min() > 230
+
+
+def test_grey_sets_have_one_channel_and_flips_mirror(tmp_path):
+    for i in range(3):
+        Image.new("L", (8, 8), 50 * i).save(tmp_path / f"{i}.png")
+    assert infogan.load_pictures(str(tmp_path), 16).x.shape == (3, 1, 16, 16)
+    assert infogan.load_pictures(str(tmp_path), 16, 3).x.shape == (3, 3, 16, 16)
+    x = torch.arange(200 * 2, dtype=torch.uint8).remainder(7).view(200, 1, 1, 2).mul(30)
+    y = infogan.make_batch(x, True, seeded(), CPU)
+    plain = x.float() / 127.5 - 1
+    kept = (y == plain).flatten(1).all(1)
+    assert y[~kept].equal(plain[~kept].flip(3)) and 70 < kept.sum() < 130
+    assert infogan.make_batch(x, False, seeded(), CPU).equal(plain)
+
+
+def test_mnist_files_that_are_there_are_used(tmp_path, monkeypatch):
+    raw = tmp_path / "data/MNIST/raw"
+    raw.mkdir(parents=True)
+    digits = bytes(random.Random(0).randbytes(20 * 28 * 28))
+    head = b"".join(v.to_bytes(4, "big") for v in (2051, 20, 28, 28))
+    (raw / "train-images-idx3-ubyte").write_bytes(head + digits)
+    monkeypatch.chdir(tmp_path)
+    assert infogan.load_pictures("mnist", 32).x.shape == (20, 1, 32, 32)
+    args = infogan.parse_args(["--data", "mnist"])
+    assert args.image_size == 32 and args.flip is False
+    assert infogan.parse_args(["--data", "celeba"]).flip is True
+
+
+@pytest.mark.parametrize("name", ["fashion-mnist", "svhn", "celeba"])
+def test_named_sets_offline_get_a_clear_line(tmp_path, monkeypatch, capsys, name):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        "urllib.request.urlopen", lambda *a, **k: (_ for _ in ()).throw(OSError("offline"))
+    )
+    assert infogan.main(["--data", name, "--out", "run"]) == 2
+    assert f"--data {name}: torchvision could not get it" in capsys.readouterr().err
+
+
+# training -----------------------------------------------------------------------------------------
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    ckpt = infogan.load_checkpoint(path)
+    return {f"{net}.{k}": v for net in ("G", "G_ema", "D") for k, v in ckpt[net].items()}
+
+
+def same(a: Path, b: Path) -> bool:
+    a, b = weights(a), weights(b)
+    return a.keys() == b.keys() and all(a[k].equal(b[k]) for k in a)
+
+
+def test_same_seed_same_run_and_resume_is_exact(faces, tmp_path, capsys):
+    """25 steps at once are 7 + 14 + 4, over the end of an epoch, bit for bit, log.csv too."""
+    whole, parts, other = (tmp_path / name for name in ("whole", "parts", "other"))
+    assert infogan.main(tiny(faces, whole, "--max-steps", 25)) == 0
+    assert infogan.main(tiny(faces, other, "--max-steps", 25, "--seed", 1)) == 0
+    for steps in (7, 21, 25):
+        assert infogan.main(tiny(faces, parts, "--max-steps", steps)) == 0
+    assert same(whole / "last.pt", parts / "last.pt")
+    assert not same(whole / "last.pt", other / "last.pt")
+    logs = [
+        [row.split(",")[3:] for row in (out / "log.csv").read_text().splitlines()]
+        for out in (whole, parts)
+    ]
+    assert logs[0] == logs[1] and len(logs[0]) == 2
+    before = (parts / "last.pt").read_bytes()
+    capsys.readouterr()
+    assert infogan.main(tiny(faces, parts, "--max-steps", 25)) == 0
+    assert "finished" in capsys.readouterr().out and (parts / "last.pt").read_bytes() == before
+
+
+def test_a_run_leaves_what_it_says(faces, tmp_path):
+    out = tmp_path / "run"
+    flags = ("--epochs", 3, "--sample-every", 1, "--save-every", 2)
+    assert infogan.main(tiny(faces, out, *flags)) == 0
+    assert {p.name for p in out.iterdir() if "tfevents" not in p.name} == {
+        "args.json", "curves.png", "epoch_0002.pt", "last.pt", "log.csv",
+        "samples", "training.gif"}  # fmt: skip
+    assert {p.name for p in (out / "samples").iterdir()} == {
+        "real.png", "last.png", *(f"epoch_000{i}.png" for i in range(4))}  # fmt: skip
+    ckpt, saved = (
+        infogan.load_checkpoint(out / "last.pt"),
+        json.loads((out / "args.json").read_text()),
+    )
+    assert ckpt["args"] == saved and ckpt["step"] == 54 and saved["image_size"] == 16
+    with open(out / "log.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["step"] for row in rows] == ["20", "40"] and {
+        "loss_D",
+        "D_fake",
+        "cat1",
+        "cont1",
+    } <= rows[0].keys()
+    G, spec = infogan.load_generator(out / "last.pt")
+    assert (
+        spec == CodeSpec(2, 3, 2) and not G.training and G(torch.zeros(1, spec.dim)).shape[2] == 16
+    )
+
+
+def test_restart_moves_the_old_run_aside(faces, tmp_path):
+    out = tmp_path / "run"
+    for flags in ((), ("--restart", "--seed", 5), ("--restart", "--seed", 6)):
+        assert infogan.main(tiny(faces, out, "--max-steps", 2, *flags)) == 0
+    seeds = [
+        json.loads((tmp_path / name / "args.json").read_text())["seed"]
+        for name in ("run.old-1", "run.old-2", "run")
+    ]
+    assert seeds == [0, 5, 6]
+
+
+@pytest.mark.parametrize(
+    "flags", [("--n-cont", 3), ("--width", 8), ("--lam-cat", 0.2), ("--seed", 9)]
+)
+def test_going_on_with_other_flags_is_refused(faces, tmp_path, capsys, flags):
+    out = tmp_path / "run"
+    assert infogan.main(tiny(faces, out, "--max-steps", 1)) == 0
+    capsys.readouterr()
+    assert infogan.main(tiny(faces, out, "--max-steps", 2, *flags)) == 2
+    said_one_line(capsys, str(flags[0]), str(flags[1]), "--restart")
+    changed = tmp_path / "other"
+    draw_faces.main([str(changed), "--n", "40", "--size", "16", "--seed", "3"])
+    assert infogan.main(tiny(changed, out, "--max-steps", 2)) == 2
+    said_one_line(capsys, "other pictures", "--restart")
+
+
+def test_a_broken_last_pt_falls_back_on_the_newest_that_loads(faces, tmp_path, capsys):
+    out = tmp_path / "run"
+    flags = ("--save-every", 1, "--epochs", 2)
+    assert infogan.main(tiny(faces, out, *flags)) == 0
+    good = (out / "last.pt").read_bytes()
+    (out / "last.pt").write_bytes(good[: len(good) // 2])
+    (out / "epoch_0002.pt").write_bytes(b"")
+    assert infogan.main(tiny(faces, out, *flags)) == 0
+    said = capsys.readouterr()
+    assert "going on from" in said.out and "epoch_0001.pt, step 18" in said.out
+    assert said.err.count("broken, or no checkpoint") == 2 and same(
+        out / "last.pt", out / "epoch_0002.pt"
+    )
+    (out / "last.pt").write_bytes(b"")
+    for path in out.glob("epoch_*.pt"):
+        path.unlink()
+    assert infogan.main(tiny(faces, out, *flags)) == 2
+    assert "none of its checkpoints" in capsys.readouterr().err
+
+
+def test_max_minutes_and_small_sets(faces, tmp_path, capsys):
+    few = tmp_path / "few"
+    few.mkdir()
+    for i in range(5):
+        shutil.copy(faces / f"{i:06d}.png", few)
+    assert infogan.main(tiny(few, tmp_path / "run", "--max-minutes", 0.02, "--epochs", 10**6)) == 0
+    said = capsys.readouterr().out
+    assert "only 5 pictures, so a batch is 5" in said and "time is up" in said
+    assert infogan.load_checkpoint(tmp_path / "run/last.pt")["step"] > 1
+
+
+@pytest.mark.skipif(os.name != "posix", reason="POSIX signals")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_save_and_leave(faces, tmp_path, number):
+    out, command = tmp_path / "run", [sys.executable, str(HERE / "infogan.py")]
+    process = subprocess.Popen(
+        [*command, *tiny(faces, out, "--epochs", 10**6)], stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True)  # fmt: skip
+    while not (out / "log.csv").exists() or len((out / "log.csv").read_text().splitlines()) < 3:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    process.send_signal(number)
+    said, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + number and "Traceback" not in errors
+    assert number.name in said and "the same command goes on" in said
+    assert infogan.load_checkpoint(out / "last.pt")["step"] >= 40
+    assert not list(out.rglob("*.part"))
+
+
+def test_nan_stops_the_run_and_never_reaches_a_checkpoint(faces, tmp_path, capsys, monkeypatch):
+    out, real_step = tmp_path / "run", infogan.train_step
+    assert infogan.main(tiny(faces, out, "--max-steps", 18)) == 0
+    good = (out / "last.pt").read_bytes()
+
+    def poisoned(state, *rest):
+        metrics = real_step(state, *rest)
+        if state.step == 30:
+            with torch.no_grad():
+                next(state.D.parameters()).fill_(math.nan)
+        return metrics
+
+    monkeypatch.setattr(infogan, "train_step", poisoned)
+    capsys.readouterr()
+    assert infogan.main(tiny(faces, out)) == 1
+    line = [t for t in capsys.readouterr().err.splitlines() if t.startswith("infogan.py")]
+    assert len(line) == 1 and "step 3" in line[0] and "last.pt is the last good" in line[0]
+    assert (out / "last.pt").read_bytes() == good
+
+
+def test_a_plain_dcgan_and_one_channel(tmp_path):
+    for i in range(40):
+        noise = random.Random(i).randbytes(16 * 16)
+        Image.frombytes("L", (16, 16), noise).save(tmp_path / f"{i}.png")
+    out = tmp_path / "run"
+    flags = tiny(tmp_path, out, "--max-steps", 21, "--n-cat", 0, "--n-cont", 0)
+    assert infogan.main(flags) == 0
+    assert generate.main(["--ckpt", str(out / "last.pt"), "--samples", "3"]) == 0
+    assert Image.open(out / "generated/000002.png").mode == "L"
+    assert generate.main(["--ckpt", str(out / "last.pt")]) == 0
+
+
+def test_bfloat16_steps_follow_float32():
+    ends = []
+    for amp in ("--no-amp", "--amp"):
+        state, _, x, codes = tiny_state()
+        args = infogan.parse_args([*TINY, "--channels", "3", amp])
+        ends.append(infogan.train_step(state, args, x, codes))
+    assert ends[0].allclose(ends[1], atol=0.05) and not ends[0].equal(ends[1])
+
+
+def test_codes_are_learned(faces, tmp_path):
+    """On drawn faces Q reads new codes from new pictures, and nothing once they are shuffled."""
+    out = tmp_path / "run"
+    flags = ["--n-cat", "1", "--cat-dim", "4", "--n-cont", "1", "--width", "16", "--ema", "500"]
+    flags += ["--lr-g", "0.001", "--lr-d", "0.001", "--lam-cat", "1", "--lam-cont", "0.5"]
+    assert infogan.main([*tiny(faces, out, "--max-steps", 300), *flags]) == 0
+    (G, spec), (Q, _) = (
+        infogan.load_generator(out / "last.pt"),
+        infogan.load_encoder(out / "last.pt"),
+    )
+    codes = spec.sample(1000, seeded(1))
+    with torch.no_grad():
+        q = Q.D(G(spec.join(codes)))[1]
+    known = infogan.mutual_information(spec, q, codes)
+    shuffled = Codes(*(c.roll(1, 0) for c in codes))
+    control = infogan.mutual_information(spec, q, shuffled)
+    print("L_I", known.tolist(), "shuffled", control.tolist())
+    assert known[0] > 0.7 and known[1] > 0.5 and (control <= 0).all()
+
+
+# checkpoints from strangers -----------------------------------------------------------------------
+
+
+class Attack:
+    def __reduce__(self):
+        return os.system, ("touch pwned",)
+
+
+@pytest.fixture(scope="session")
+def ckpt(faces, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("trained")
+    assert infogan.main(tiny(faces, out, "--max-steps", 3, "--n-cont", 3)) == 0
+    return out / "last.pt"
+
+
+def rewritten(ckpt: Path, where: Path, change) -> Path:
+    """A copy of a checkpoint after change(contents)."""
+    contents = torch.load(ckpt, weights_only=True)
+    change(contents)
+    torch.save(contents, where)
+    return where
+
+
+HOSTILE = {
+    "codes": lambda c: c["args"].update(n_cat=10**9),
+    "text": lambda c: c["args"].update(width="64"),
+    "shape": lambda c: c["args"].update(width=1024, n_cat=64, cat_dim=1000),
+    "missing": lambda c: c["G_ema"].popitem(),
+    "none": lambda c: c.pop("G_ema"),
+    "nan": lambda c: c["G_ema"]["layers.0.weight"].fill_(math.nan),
+    "newer": lambda c: c.update(format=99),
+    "flags": lambda c: c.pop("args"),
+    "object": lambda c: c["G_ema"].update(x=3),
+}
+
+
+@pytest.mark.parametrize(
+    "kind", [*HOSTILE, "pickle", "torch", "cut", "text file", "folder", "bomb"]
+)
+def test_hostile_checkpoints(ckpt, tmp_path, capsys, monkeypatch, kind):
+    monkeypatch.chdir(tmp_path)
+    bad = tmp_path / "bad.pt"
+    if kind in HOSTILE:
+        rewritten(ckpt, bad, HOSTILE[kind])
+    elif kind == "pickle":
+        bad.write_bytes(pickle.dumps(Attack()))
+    elif kind == "torch":
+        torch.save({"format": 1, "args": Attack()}, bad)
+    elif kind == "cut":
+        bad.write_bytes(ckpt.read_bytes()[:20_000])
+    elif kind == "text file":
+        bad.write_text("hello")
+    elif kind == "folder":
+        bad.mkdir()
+    else:
+        with zipfile.ZipFile(bad, "w", zipfile.ZIP_DEFLATED) as file:
+            file.writestr("archive/data.pkl", bytes(10**7))
+    assert generate.main(["--ckpt", str(bad)]) == 2
+    said_one_line(capsys, "bad.pt")
+    assert not (tmp_path / "pwned").exists()
+
+
+# generate.py --------------------------------------------------------------------------------------
+
+
+def test_generate_writes_what_it_says(ckpt, tmp_path, capsys):
+    for out in (tmp_path / "a", tmp_path / "b"):
+        command = ["--ckpt", str(ckpt), "--out", str(out), "--rows", "3", "--steps", "5", "--gif"]
+        assert generate.main(command) == 0
+    names = ["cat0", "cat1", "cont0", "cont1", "cont2"]
+    expected = {f"{n}.{kind}" for n in names for kind in ("png", "gif")} | {
+        "all-categoricals.png", "cat-by-cont.png", "overview.png", "table.csv"}  # fmt: skip
+    assert {p.name for p in (tmp_path / "a").iterdir()} == expected
+    for name in expected:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    with open(tmp_path / "a/table.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [r["code"] for r in rows[:3]] == ["z", "cat", "cont"]
+    assert sorted(r["code"] for r in rows[3:]) == names
+    strengths = [float(r["effect"]) for r in rows[3:]]
+    assert strengths == sorted(strengths, reverse=True)
+    sheet = Image.open(tmp_path / "a/cont0.png")
+    assert sheet.width >= 5 * 64 and sheet.height >= 3 * 64
+    assert "cont0" in capsys.readouterr().out
+
+
+def test_loops_run_forth_and_back(tmp_path):
+    x = torch.rand(2 * 5, 3, 16, 16) * 2 - 1
+    for back, frames in ((True, 8), (False, 5)):
+        generate.save_gif(tmp_path / "loop.gif", x, 5, back)
+        assert Image.open(tmp_path / "loop.gif").n_frames == frames
+
+
+def test_traversals_move_one_code_and_nothing_else():
+    spec = CodeSpec(2, 3, 2, 4)
+    base = spec.sample(2, seeded())
+    for name, values in (("cat1", [0, 1, 2]), ("cont0", [-1.0, 0.0, 1.0]), ("cat", [0, 1, 2])):
+        moved, (where, columns) = generate.traverse(base, name, values), generate.locate(name)
+        for field in Codes._fields:
+            rows = getattr(moved, field).unflatten(0, (2, 3))
+            fixed = getattr(base, field)[:, None].expand_as(rows).clone()
+            if field == where:
+                assert (rows[:, :, columns] == torch.tensor(values)[None, :, None]).all()
+                fixed[:, :, columns] = rows[:, :, columns]
+            assert rows.equal(fixed)
+
+
+def test_effect_has_its_closed_form():
+    """A picture that is the sum of independent parts: a part's effect is its share of variance."""
+    a, b, b2 = (torch.randn(20_000, 1, 1, 1, generator=seeded(s)) for s in (1, 2, 3))
+    assert generate.effect(3 * a + b, 3 * a + b2) == pytest.approx(0.1, abs=0.01)
+    assert generate.effect(a, a) == 0
+    x = torch.rand(4, 3, 8, 8)
+    assert generate.edge_map(x).shape == (4, 1, 6, 6)
+    assert generate.edge_map(torch.ones(1, 3, 8, 8)).max() < 1e-3
+
+
+def test_samples_for_fid_tools(ckpt, tmp_path, capsys):
+    out = tmp_path / "s"
+    command = ["--ckpt", str(ckpt), "--samples", "7", "--out", str(out), "--batch-size", "3"]
+    assert generate.main(command) == 0
+    assert len(list(out.glob("*.png"))) == 7
+    with open(out / "codes.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 7 and list(rows[0]) == ["file", "cat0", "cat1", "cont0", "cont1", "cont2"]
+    capsys.readouterr()
+    assert generate.main([*command[:2], "--samples", "3", "--out", str(out)]) == 2
+    said_one_line(capsys, "4 other pictures")
+
+
+def test_encoder(ckpt):
+    Q, spec = infogan.load_encoder(ckpt)
+    p, mu, sigma = Q(torch.zeros(4, 3, 16, 16))
+    assert p.shape == (4, 2, 3) and p.sum(2).allclose(torch.ones(4, 2))
+    assert mu.shape == sigma.shape == (4, 3) and (sigma >= infogan.SIGMA_MIN * 0.999).all()
+
+
+# flags, README, Makefile --------------------------------------------------------------------------
+
+
+def test_defaults():
+    args = infogan.parse_args(["--n-cat", "10", "--n-cont", "20", "--epochs", "360"])
+    shown = {"data": "data/anime", "out": "checkpoint/cat10-cont20", "epochs": 360, "seed": 0,
+             "cat_dim": 10, "z_dim": 100, "batch_size": 128, "image_size": 64, "width": 64,
+             "save_every": 25, "sample_every": 5, "lam_cat": 0.3, "lam_cont": 0.05, "ema": 9000.0,
+             "info_to": "trunk", "flip": True}  # fmt: skip
+    assert {name: getattr(args, name) for name in shown} == shown
+    for n_cont, lam in (("20", 0.0), ("2", 0.1)):
+        args = infogan.parse_args(["--recipe", "notebook", "--n-cont", n_cont])
+        assert (args.lam_cat, args.lam_cont, args.info_to, args.ema, args.flip) == (
+            1,
+            lam,
+            "head",
+            0,
+            False,
+        )
+    assert infogan.parse_args(["--recipe", "notebook", "--ema", "5"]).ema == 5
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--n-cat", "65"], ("--n-cat 65", "0 to 64")),
+    (["--n-cat", "two"], ("--n-cat", "two")),
+    (["--image-size", "48"], ("--image-size 48", "64")),
+    (["--channels", "2"], ("--channels 2",)),
+    (["--lr-g", "nan"], ("--lr-g nan",)),
+    (["--epochs", "0"], ("--epochs 0",)),
+    (["--n-cat", "0", "--n-cont", "0", "--z-dim", "0"], ("--z-dim",)),
+    (["--bogus"], ("--bogus", "--help")),
+    (["--data", "no such folder"], ("no such folder", "make demo")),
+    (["--data", "."], ("at least 2",)),
+    (["--device", "cuda"], ("cuda",)),
+    (["--out", "full", "--data", "."], ("full", "another folder")),
+])  # fmt: skip
+def test_bad_flags_get_one_line(tmp_path, monkeypatch, capsys, flags, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/mine.txt").write_text("precious")
+    if "cuda" in flags and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert infogan.main(flags) == 2
+    said_one_line(capsys, *words)
+    assert [p.name for p in tmp_path.rglob("*")] == ["full", "mine.txt"]
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--ckpt", "none.pt"], ("none.pt", "no such checkpoint")),
+    ([], ("--ckpt",)),
+    (["--ckpt", "CKPT", "--codes", "cat7"], ("cat7", "cat0, cat1, cont0")),
+    (["--ckpt", "CKPT", "--rows", "0"], ("--rows 0",)),
+    (["--ckpt", "CKPT", "--range", "nan", "1"], ("--range",)),
+])  # fmt: skip
+def test_bad_flags_of_generate(ckpt, capsys, flags, words):
+    assert generate.main([str(ckpt) if f == "CKPT" else f for f in flags]) == 2
+    said_one_line(capsys, *words)
+
+
+def check_command(line: str) -> bool:
+    """Whether a line runs one of our scripts; if so, its flags must parse."""
+    words = shlex.split(line, comments=True)
+    names = [Path(word).name for word in words]
+    for name, parse in (("infogan.py", infogan.parse_args), ("generate.py", generate.parse_args)):
+        if name in names and "python" in names[0]:
+            parse(words[names.index(name) + 1 :])
+            return True
+    return False
+
+
+def test_every_command_in_the_readme_and_the_makefile_parses():
+    text = (HERE / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```(?:sh|bash)\n(.*?)```", text, re.S)
+    lines = [line.strip() for block in blocks for line in block.splitlines() if line.strip()]
+    assert sum(check_command(line) for line in lines) >= 8
+    targets = {m[1] for m in re.finditer(r"^([a-z0-9-]+):", (HERE / "Makefile").read_text(), re.M)}
+    named = {word for line in lines if line.startswith("make ") for word in shlex.split(line)[1:2]}
+    assert {"demo", "test", "train-v1", "train-v2", "train-v3"} <= named <= targets
+    if shutil.which("make") is None:
+        pytest.skip("no make here")
+    ours = 0
+    for line in [*(f"make {t}" for t in targets), *(t for t in lines if t.startswith("make "))]:
+        words = [w for w in shlex.split(line, comments=True)]
+        dry = subprocess.run([*words, "-n"], cwd=HERE, capture_output=True, text=True)
+        assert dry.returncode == 0, (line, dry.stderr)
+        ours += sum(check_command(t) for t in dry.stdout.splitlines())
+    assert ours >= 5
+
+
+def test_every_script_explains_itself():
+    for name in ("infogan.py", "generate.py", "data/draw_faces.py", "data/download.py"):
+        said = subprocess.run(
+            [sys.executable, str(HERE / name), "--help"], capture_output=True, text=True
+        )
+        assert said.returncode == 0 and "--out" in said.stdout + "--out OUT"
+
+
+# drawn faces --------------------------------------------------------------------------------------
+
+
+def test_drawn_faces(tmp_path, capsys):
+    a, b = tmp_path / "a", tmp_path / "b"
+    for folder, n in ((a, 30), (b, 12)):
+        assert draw_faces.main([str(folder), "--n", str(n), "--size", "32"]) == 0
+    with open(a / "factors.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 30 and rows[3]["file"] == "000003.png"
+    assert (a / "000011.png").read_bytes() == (b / "000011.png").read_bytes()
+    assert draw_faces.FACTORS["hair_colour"] == draw_faces.FACTORS["eye_colour"] == 10
+    assert draw_faces.FACTORS["hair_style"] >= 5
+    assert sum(v is None for v in draw_faces.FACTORS.values()) >= 5
+    base = draw_faces.sample_factors(random.Random(0))
+    low = [
+        draw_faces.draw_face({**base, name: 0 if n else -1.0})
+        for name, n in draw_faces.FACTORS.items()
+    ]
+    high = [
+        draw_faces.draw_face({**base, name: 1 if n else 1.0})
+        for name, n in draw_faces.FACTORS.items()
+    ]
+    for x, y, name in zip(low, high, draw_faces.FACTORS, strict=True):
+        changed = sum(p != q for p, q in zip(x.tobytes(), y.tobytes(), strict=True))
+        assert changed > 60, name
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/photo.png").write_text("precious")
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        draw_faces.main([str(tmp_path / "mine"), "--n", "3"])
+    assert stop.value.code == 2 and (tmp_path / "mine/photo.png").read_text() == "precious"
+    said_one_line(capsys, "mine")
+
+
+# the download -----------------------------------------------------------------------------------
+
+NOISE = random.Random(0).randbytes(200_000)
+NOBODY = "http://127.0.0.1:1/"  # nothing listens there
+
+
+def make_zip(*names):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name in names:
+            archive.writestr(name, NOISE)
+    return buffer.getvalue()
+
+
+GOOD = make_zip("data/1.png", "data/data/1.png", "data/nul.JPG", "data/._1.png", "note.txt")
+
+
+@pytest.fixture
+def serve(monkeypatch):
+    """Serve a body: only its first `cut` bytes, never if `hang`, from the start if not `ranges`."""
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    servers, release = [], threading.Event()
+
+    def start(body=b"", code=200, cut=None, hang=False, ranges=True):
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                first = int(self.headers.get("Range", "bytes=0-")[6:-1]) if ranges else 0
+                if hang:
+                    release.wait(5)
+                self.send_response(416 if first >= len(body) > 0 else 206 if first else code)
+                self.send_header("Content-Range", f"bytes {first}-{len(body) - 1}/{len(body)}")
+                self.send_header("Content-Length", str(max(0, len(body) - first)))
+                self.end_headers()
+                self.wfile.write(body[first:cut])
+
+            def log_message(self, *args):
+                pass
+
+        servers.append(http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler))
+        threading.Thread(target=servers[-1].serve_forever, args=(0.01,), daemon=True).start()
+        return f"http://127.0.0.1:{servers[-1].server_port}/"
+
+    yield start
+    release.set()
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def get(url, out, capsys):
+    code = download.main(["--url", url, "--out", str(out), "--timeout", "0.5"])
+    said = capsys.readouterr()
+    if code:
+        assert said.err.count("\n") == 1 and download.PAGE in said.err and "make demo" in said.err
+    return code, said.out + said.err
+
+
+def left(folder):
+    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+
+
+@pytest.mark.parametrize("cut, ranges", [(250_000, True), (250_000, False), (None, True)])
+def test_download(tmp_path, capsys, serve, cut, ranges):
+    out, part = tmp_path / "anime", tmp_path / "anime.zip.part"
+    for folder in (out, tmp_path / "anime.unpacking"):  # the second as a killed run leaves it
+        folder.mkdir()
+        (folder / ".gitkeep").touch()
+    if cut:
+        code, said = get(serve(GOOD, cut=cut), out, capsys)
+        assert code == 2 and "stopped at 0.2/1.0 MB" in said
+    else:
+        part.write_bytes(GOOD)  # whole: the server answers 416
+    assert part.read_bytes() == GOOD[:cut] and left(out) == [".gitkeep"]
+    kept = len(GOOD[:cut]) if ranges else 0
+    zeros = bytes(kept) + GOOD[kept:]  # a good zip only for who does not ask for `kept` again
+    code, said = get(serve(zeros, ranges=ranges), out, capsys)
+    assert code == 0 and said.startswith("2 pictures in ") and (out / "1.png").read_bytes() == NOISE
+    assert left(tmp_path) == ["anime/.gitkeep", "anime/1.png", "anime/2-nul.JPG"]
+    code, said = get(NOBODY, out, capsys)
+    assert code == 0 and said.startswith("2 pictures are already in ")
+
+
+BAD = [(make_zip("ok.png", name), "unsafe") for name in ("../a.png", "..\\a.png", "/a.png", "C:a")]
+BAD += [(b"<!doctype html>", "not a zip"), (make_zip("a.txt"), "no pictures")]
+BAD += [(make_zip("a.png").replace(NOISE, NOISE[::-1]), "CRC"), (make_zip(*"abcd"), "4 entries")]
+
+
+@pytest.mark.parametrize("answer, word", [
+    *((dict(body=body), word) for body, word in BAD),
+    (dict(code=404), "404"), (dict(hang=True), "timed out"),
+])  # fmt: skip
+def test_download_failures(tmp_path, capsys, serve, monkeypatch, answer, word):
+    monkeypatch.setattr(download, "MAX_ENTRIES", 3)
+    code, said = get(serve(**answer), tmp_path / "anime", capsys)
+    assert code == 2 and word in said and list(tmp_path.iterdir()) == []
+
+
+# speed --------------------------------------------------------------------------------------------
+
+
+def plain_step(G, D, opt_G, opt_D, x, codes, spec):
+    """The notebook's loop: nothing decoded ahead, nothing frozen, no layouts, probabilities."""
+    bce, n = F.binary_cross_entropy, len(x)
+    x_fake = G(spec.join(codes))
+    opt_D.zero_grad()
+    bce(D.judge(x).sigmoid(), torch.ones(n)).backward()
+    bce(D.judge(x_fake.detach()).sigmoid(), torch.zeros(n)).backward()
+    opt_D.step()
+    opt_G.zero_grad()
+    d, q = D(x_fake)
+    loss = bce(d.sigmoid(), torch.ones(n)) - infogan.log_q(q, codes).sum(1).mean()
+    loss.backward()
+    opt_G.step()
+    return loss.item()
+
+
+def rate(job, n: int, seconds: float = 2.0) -> float:
+    """Pictures a second of job, which handles n, after one call to warm up."""
+    job()
+    calls, start = 0, time.perf_counter()
+    while time.perf_counter() - start < seconds or not calls:
+        job()
+        calls += 1
+    return n * calls / (time.perf_counter() - start)
+
+
+def bench() -> None:
+    """Prints ratios within one run: machines differ and are shared, seconds alone say little."""
+    import tempfile
+
+    from torch.utils.data import DataLoader
+    from torchvision import datasets, transforms
+
+    print(
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads, 64x64, width 64, batch 128"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        draw_faces.main([f"{folder}/all", "--n", "2000", "--workers", "2"])
+        to_tensor = transforms.Compose(
+            [transforms.Resize(64), transforms.ToTensor(), transforms.Normalize(0.5, 0.5)]
+        )
+        pictures = infogan.load_pictures(folder, 64).x
+        index, rng = torch.arange(128), seeded()
+        ours = rate(lambda: infogan.make_batch(pictures[index], False, rng, CPU), 128)
+        print(f"input path      {ours:10,.0f} pictures/s")
+        for workers in (0, 2):
+            loader = DataLoader(
+                datasets.ImageFolder(folder, to_tensor), 128, True, num_workers=workers
+            )
+            theirs = rate(lambda loader=loader: list(loader), len(loader.dataset), 1)
+            times = f"{theirs:8,.0f} pictures/s, ours {ours / theirs:.0f} times that"
+            print(f"  ImageFolder, {workers} workers {times}")
+
+    codes = ["--n-cat", "10", "--n-cont", "20", "--channels", "3"]
+    spec, x = CodeSpec(10, 10, 20), torch.rand(128, 3, 64, 64) * 2 - 1
+    batch = spec.sample(128, rng)
+    G, D = Generator(spec), Discriminator(spec)
+    opt = [torch.optim.Adam(net.parameters(), 2e-4, betas=(0.5, 0.999)) for net in (G, D)]
+    steps = {"the notebook's loop": lambda: plain_step(G, D, *opt, x, batch, spec)}
+    x_last = x.contiguous(memory_format=torch.channels_last)
+    for name, flags in {
+        "--recipe notebook": ["--recipe", "notebook", "--no-amp"],
+        "the default": ["--no-amp"],
+        "the default, bfloat16": ["--amp"],
+    }.items():
+        args = infogan.parse_args([*codes, *flags])
+        state = infogan.new_state(args, CPU)
+        steps[name] = lambda s=state, a=args: infogan.train_step(s, a, x_last, batch)
+    base = None
+    for name, job in steps.items():
+        speed = rate(job, 128, 8)
+        base = base or speed
+        print(
+            f"step, {name:24} {speed:8.1f} pictures/s, {speed / base:.2f} times the notebook's loop"
+        )
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] != ["bench"]:
+        sys.exit("python -m pytest -q test_infogan.py, or python test_infogan.py bench")
+    bench()
