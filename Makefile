@@ -44,16 +44,16 @@ faces: $(READY)
 	@if [ "$(DATA)" = data/anime ]; then $(PY) data/download.py --url $(URL) --out data/anime; fi
 
 train-v1: faces  ## 1 categorical and 2 continuous codes, 150 epochs, into checkpoint/v1
-	$(PY) infogan.py --data $(DATA) --out checkpoint/v1 --n-cat 1 --n-cont 2 --epochs 150 $(ARGS)
+	$(PY) infogan.py --data "$(DATA)" --out checkpoint/v1 --n-cat 1 --n-cont 2 --epochs 150 $(ARGS)
 
 train-v2: faces  ## 10 categorical and 2 continuous codes, 230 epochs, into checkpoint/v2
-	$(PY) infogan.py --data $(DATA) --out checkpoint/v2 --n-cat 10 --n-cont 2 --epochs 230 $(ARGS)
+	$(PY) infogan.py --data "$(DATA)" --out checkpoint/v2 --n-cat 10 --n-cont 2 --epochs 230 $(ARGS)
 
 train-v3: faces  ## 10 categorical and 20 continuous codes, 360 epochs, into checkpoint/v3
-	$(PY) infogan.py --data $(DATA) --out checkpoint/v3 --n-cat 10 --n-cont 20 --epochs 360 $(ARGS)
+	$(PY) infogan.py --data "$(DATA)" --out checkpoint/v3 --n-cat 10 --n-cont 20 --epochs 360 $(ARGS)
 
 generate: $(READY)  ## sheets and table of a trained run: make generate CKPT=checkpoint/v1/last.pt
-	$(PY) generate.py --ckpt $(CKPT) $(ARGS)
+	$(PY) generate.py --ckpt "$(CKPT)" $(ARGS)
 
 test: $(READY)  ## the tests: no network, no GPU, under four minutes
 	$(PY) -m pytest -q test_infogan.py $(ARGS)

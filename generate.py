@@ -289,7 +289,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def show(args: argparse.Namespace) -> int:
     """Writes what was asked for and says where it lies."""
-    device, path = pick_device(args.device), Path(args.ckpt)
+    device, path = str(pick_device(args.device)), Path(args.ckpt)
     G, spec = load_generator(path, device)
     wanted = args.codes.split(",") if args.codes else spec.names
     if unknown := [name for name in wanted if name not in spec.names]:

@@ -226,6 +226,11 @@ def open_named_set(name: str) -> list[Path] | Iterable[Image.Image]:
         return map(Image.fromarray, datasets.mnist.read_image_file(str(here)).numpy())
     except (RuntimeError, OSError, ImportError, zipfile.BadZipFile) as error:
         why = " ".join(str(error).split()) or type(error).__name__
+        wants = {
+            "svhn": "; it wants `pip install scipy`",
+            "celeba": "; it wants `pip install gdown`",
+        }
+        why += wants.get(name, "")
         raise Problem(f"--data {name}: torchvision could not get it into {DATA}/: {why}") from error
 
 
@@ -558,9 +563,7 @@ def load_checkpoint(path: str | Path) -> dict:
     if not isinstance(ckpt, dict) or not isinstance(ckpt.get("args"), dict):
         raise Problem(f"{path}: no checkpoint of infogan.py")
     if (written := ckpt.get("format")) not in range(1, FORMAT + 1):
-        raise Problem(
-            f"{path}: format {written}, and this infogan.py knows 1 to {FORMAT}; update it"
-        )
+        raise Problem(f"{path}: format {written}, but this infogan.py knows 1 to {FORMAT} only")
     try:
         check_limits({name: ckpt["args"].get(name) for name in SHAPE})
     except Problem as problem:
@@ -571,7 +574,7 @@ def load_checkpoint(path: str | Path) -> dict:
 BROKEN = (AttributeError, EOFError, KeyError, OSError, TypeError, ValueError)
 
 
-def load_net(path: str | Path, kind: type, key: str, device: str | torch.device) -> nn.Module:
+def load_net(path: str | Path, kind: type, key: str, device: str) -> nn.Module:
     """The weights under key in the architecture that the checkpoint names: float32, frozen."""
     ckpt = load_checkpoint(path)
     args, weights = argparse.Namespace(**ckpt["args"]), ckpt.get(key)
@@ -588,15 +591,13 @@ def load_net(path: str | Path, kind: type, key: str, device: str | torch.device)
     return net.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
 
 
-def load_generator(
-    path: str | Path, device: torch.device | str = "cpu"
-) -> tuple[Generator, CodeSpec]:
+def load_generator(path: str | Path, device: str = "cpu") -> tuple[Generator, CodeSpec]:
     """(G, spec), the averaged generator: `x = G(spec.join(spec.sample(n, rng)))`."""
     G = load_net(path, Generator, "G_ema", device)
     return G, G.spec
 
 
-def load_encoder(path: str | Path, device: str | torch.device = "cpu") -> tuple[Encoder, CodeSpec]:
+def load_encoder(path: str | Path, device: str = "cpu") -> tuple[Encoder, CodeSpec]:
     """(Q, spec): reads codes from pictures in [-1, 1], see Encoder."""
     D = load_net(path, Discriminator, "D", device)
     return Encoder(D).eval(), D.spec
@@ -609,14 +610,17 @@ def go_on(state: State, args: argparse.Namespace, ckpt: dict, pictures: Pictures
         if name not in MAY_DIFFER and then != now:
             flag = "--" + name.replace("_", "-")
             raise Problem(f"{args.out} was begun with {flag} {then}, not {now}; {NEW_RUN}")
-    if ckpt["fingerprint"] != pictures.fingerprint:
+    if ckpt.get("fingerprint") != pictures.fingerprint:
         raise Problem(f"{args.out} was begun with other pictures than {args.data}; {NEW_RUN}")
-    for name in ("G", "G_ema", "D", "opt_G", "opt_D"):
-        getattr(state, name).load_state_dict(ckpt[name])
-    for name in ("epoch_seed", "step", "minutes"):
-        setattr(state, name, ckpt[name])
-    state.sums.copy_(ckpt["sums"])
-    state.rng.set_state(ckpt["rng"])
+    try:
+        for name in ("G", "G_ema", "D", "opt_G", "opt_D"):
+            getattr(state, name).load_state_dict(ckpt[name])
+        for name in ("epoch_seed", "step", "minutes"):
+            setattr(state, name, ckpt[name])
+        state.sums.copy_(ckpt["sums"])
+        state.rng.set_state(ckpt["rng"])
+    except (RuntimeError, *BROKEN) as error:
+        raise Problem(f"{args.out}: its checkpoint cannot be gone on from; {NEW_RUN}") from error
 
 
 # loop ---------------------------------------------------------------------------------------------
@@ -745,18 +749,12 @@ def describe(spec: CodeSpec, values: list[float]) -> str:
     return told
 
 
-def open_run(args: argparse.Namespace) -> dict | None:
-    """The checkpoint that the run in args.out goes on from, or None where one begins.
+def find_run(out: Path) -> dict | None:
+    """The checkpoint that the run in a folder goes on from, or None where one begins.
 
     A broken last.pt falls back on the newest checkpoint that can be read, and says so. Raises
     Problem before anything that is not ours would be written over.
     """
-    out = Path(args.out)
-    if args.restart and out.exists():
-        numbered = (out.with_name(f"{out.name}.old-{i}") for i in range(1, 10**6))
-        aside = next(path for path in numbered if not path.exists())
-        out.rename(aside)
-        print(f"the old run is now {aside}")
     found = [p for p in [out / "last.pt", *sorted(out.glob("epoch_*.pt"))[::-1]] if p.exists()]
     for path in found:
         try:
@@ -771,6 +769,14 @@ def open_run(args: argparse.Namespace) -> dict | None:
     if not ours and (not out.is_dir() or any(out.iterdir())):
         raise Problem(f"--out {out}: is no run of infogan.py, and not empty; give another folder")
     return None
+
+
+def move_aside(out: Path) -> None:
+    """Gives a folder the first free name of out.old-1, out.old-2, …"""
+    numbered = (out.with_name(f"{out.name}.old-{i}") for i in range(1, 10**6))
+    aside = next(path for path in numbered if not path.exists())
+    out.rename(aside)
+    print(f"the old run is now {aside}")
 
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
@@ -806,11 +812,15 @@ def train(args: argparse.Namespace) -> int:
     """
     end = time.monotonic() + 60 * (args.max_minutes or math.inf)
     device, out = pick_device(args.device), Path(args.out)
+    if args.recipe == "notebook":
+        print("--recipe notebook: the notebook's settings, its defects included, to compare with")
     args.amp = has_bfloat16(device) if args.amp is None else args.amp
-    ckpt = open_run(args)
+    ckpt = None if args.restart else find_run(out)
     args.channels = args.channels or (ckpt["args"]["channels"] if ckpt else None)
     pictures = load_pictures(args.data, args.image_size, args.channels)
     args.channels, n = pictures.x.shape[1], len(pictures.x)
+    if args.restart and out.exists():
+        move_aside(out)
     state = new_state(args, device)
     if ckpt:
         go_on(state, args, ckpt, pictures)
@@ -863,28 +873,29 @@ def loop(
             codes = Codes(*(c.to(device, non_blocking=True) for c in codes))
             state.sums += train_step(state, args, x, codes)
             now = time.monotonic()
-            state.minutes, epoch = (now - begun) / 60, state.step / per_epoch
+            state.minutes = (now - begun) / 60
+            epoch, place = divmod(state.step, per_epoch)
 
             if state.step % LOG_EVERY == 0:
                 values = (state.sums / LOG_EVERY).tolist()
                 for name, value in zip(metric_names(state.spec), values, strict=True):
                     if not math.isfinite(value):
                         raise Diverged(f"step {state.step}: {name} is {value}")
-                log.add(state.step, epoch, state.minutes, values)
+                log.add(state.step, state.step / per_epoch, state.minutes, values)
                 told = describe(state.spec, values)
                 state.sums.zero_()
-            bar.set_description_str(f"{epoch:.1f}/{args.epochs}  {told}  ", refresh=False)
+            at = f"{state.step / per_epoch:.1f}/{args.epochs}  {told}  "
+            bar.set_description_str(at, refresh=False)
             bar.update(B)
 
-            if epoch == int(epoch):
-                if epoch % args.sample_every == 0:
-                    path = out / f"samples/epoch_{int(epoch):04d}.png"
-                    save_grid(path, state.G_ema(fixed))
-                    log.board.add_image("samples", pil_to_tensor(Image.open(path)), int(epoch))
-                    log.draw()
-                if epoch % args.save_every == 0:
-                    save_checkpoint(out / f"epoch_{int(epoch):04d}.pt", state, args, pictures)
-            if epoch == int(epoch) or now - saved > 60 * SAVE_MINUTES:
+            if place == 0 and epoch % args.sample_every == 0:
+                path = out / f"samples/epoch_{epoch:04d}.png"
+                save_grid(path, state.G_ema(fixed))
+                log.board.add_image("samples", pil_to_tensor(Image.open(path)), epoch)
+                log.draw()
+            if place == 0 and epoch % args.save_every == 0:
+                save_checkpoint(out / f"epoch_{epoch:04d}.pt", state, args, pictures)
+            if place == 0 or now - saved > 60 * SAVE_MINUTES:
                 save_checkpoint(out / "last.pt", state, args, pictures)
                 saved = now
             if heard:
