@@ -31,7 +31,8 @@ $(READY): requirements.txt
 # v1 on drawn faces: small and quick enough for a laptop's CPU
 demo: $(READY)  ## draw faces, train v1 on them for five minutes, show what its codes do
 	$(PY) data/draw_faces.py data/drawn --n 6000 --size 64 --seed 0
-	$(PY) infogan.py --data data/drawn --out checkpoint/demo --width 32 --max-minutes 5 $(ARGS)
+	$(PY) infogan.py --data data/drawn --out checkpoint/demo \
+		--image-size 32 --width 32 --batch-size 64 --max-minutes 5 $(ARGS)
 	$(PY) generate.py --ckpt checkpoint/demo/last.pt
 	@echo "look at checkpoint/demo/traversals/cat0.png and overview.png"
 

@@ -52,6 +52,7 @@ LIMITS = {  # of every number that a flag or a checkpoint may ask for
     "channels": (1, 3),
     "lam_cat": (0.0, 1000.0),
     "lam_cont": (0.0, 1000.0),
+    "q_noise": (0.0, 100.0),
     "ema": (0.0, 1e9),
     "epochs": (1, 10**9),
     "batch_size": (2, 65_536),
@@ -334,14 +335,17 @@ class Discriminator(nn.Module):
         )
 
     def forward(self, x: Tensor) -> tuple[Tensor, QOutput]:
-        """D's logits (n,) and Q(c|x) of pictures in [-1, 1]."""
+        """D's logits (n,) and Q(c|x) of pictures in [-1, 1], in one pass of the trunk."""
         h = self.trunk(x)  # (n, 8 width, 4, 4)
-        q = self.q_head(h)[:, : self.spec.q_dim, 0, 0]
-        return self.d_head(h).flatten().float(), self.spec.split(q.float())
+        return self.judge(h), self.read(h)
 
-    def judge(self, x: Tensor) -> Tensor:
-        """D's logits alone, for real pictures: Q's batch norm sees generated ones only."""
-        return self.d_head(self.trunk(x)).flatten().float()
+    def judge(self, h: Tensor) -> Tensor:
+        """D's logits, from the trunk's output."""
+        return self.d_head(h).flatten().float()
+
+    def read(self, h: Tensor) -> QOutput:
+        """Q(c|x), from the trunk's output."""
+        return self.spec.split(self.q_head(h)[:, : self.spec.q_dim, 0, 0].float())
 
 
 class Encoder(nn.Module):
@@ -457,6 +461,18 @@ def next_batch(state: State, n: int, batch_size: int) -> Tensor:
     return state.order[place * batch_size : (place + 1) * batch_size]
 
 
+def judge_and_read(
+    D: Discriminator, x: Tensor, sigma: float, rng: torch.Generator
+) -> tuple[Tensor, QOutput]:
+    """D's logits of x, and Q(c|x + noise): what survives the noise is large enough to be seen."""
+    if not sigma:
+        return D(x)
+    seed = int(torch.randint(2**62, (), generator=rng))  # drawn here, so noise can be made there
+    there = torch.Generator(x.device).manual_seed(seed)
+    noise = torch.randn(x.shape, generator=there, device=x.device)
+    return D.judge(D.trunk(x)), D.read(D.trunk(x + sigma * noise))
+
+
 def train_step(state: State, args: argparse.Namespace, x: Tensor, codes: Codes) -> Tensor:
     """One step of D, then of G, on n real pictures and n drawn codes; returns the metrics.
 
@@ -469,8 +485,8 @@ def train_step(state: State, args: argparse.Namespace, x: Tensor, codes: Codes) 
     D.requires_grad_(True)
     with mixed:
         x_fake = G(spec.join(codes))  # drawn once, judged twice
-        d_real = D.judge(x)
-        d_fake, q = D(x_fake.detach())
+        d_real = D.judge(D.trunk(x))  # Q's batch norm sees generated pictures only
+        d_fake, q = judge_and_read(D, x_fake.detach(), args.q_noise, state.rng)
     loss_D = d_loss(d_real, d_fake)
     L_I = mutual_information(spec, q, codes)
     state.opt_D.zero_grad()
@@ -480,7 +496,7 @@ def train_step(state: State, args: argparse.Namespace, x: Tensor, codes: Codes) 
     D.requires_grad_(False)  # G's step needs no gradient of D's weights
     D.q_head.requires_grad_(not to_trunk)
     with mixed:
-        d_fake_G, q = D(x_fake)
+        d_fake_G, q = judge_and_read(D, x_fake, args.q_noise, state.rng)
     loss_G = g_loss(d_fake_G)
     L_I = mutual_information(spec, q, codes)
     state.opt_G.zero_grad()
@@ -913,10 +929,21 @@ def loop(
 
 # flags --------------------------------------------------------------------------------------------
 
-RECIPES = {
-    "default": {"lam_cat": 0.3, "lam_cont": 0.05, "info_to": "trunk", "ema": 9000.0, "flip": True},
-    "notebook": {"lam_cat": 1.0, "lam_cont": 0.1, "info_to": "head", "ema": 0.0, "flip": False},
-}
+RECIPES = ("default", "notebook")
+
+
+def recipe_of(args: argparse.Namespace) -> dict:
+    """What the recipe sets where no flag does."""
+    if args.recipe == "notebook":  # its defect: with 20 continuous codes their loss was never added
+        lam_cont = 0.0 if args.n_cont == 20 else 0.1
+        lambdas = {"lam_cat": 1.0, "lam_cont": lam_cont, "q_noise": 0.0}
+        return {**lambdas, "info_to": "head", "ema": 0.0, "flip": False}
+    many, some = max(args.n_cat, 1), max(args.n_cont, 1)
+    # each kind has a share of G's attention that its codes divide; few need no more than this
+    lambdas = {"lam_cat": min(1.0, 6 / many), "lam_cont": min(0.3, 2 / some)}
+    few = args.n_cat + args.n_cont <= 5
+    return {**lambdas, "q_noise": 0.6 if few else 0.0, "info_to": "trunk", "ema": 9e3, "flip": True}
+
 
 EXAMPLES = """examples:
   python infogan.py --data ~/faces
@@ -977,10 +1004,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.group = p.add_argument_group("networks and objective")
     p.add("--width", 64, "maps next to the picture; 32 is about three times as fast")
     p.add("--recipe", "default", "notebook: its settings and defects, to compare", choices=RECIPES)
-    p.add("--lam-cat", None, "weight of a categorical's L_I in nats (default 0.3; notebook 1)")
-    p.add("--lam-cont", None, "of a continuous code's (default 0.05; notebook 0.1, 0 for 20 codes)")
+    p.add("--lam-cat", None, "weight of a categorical's L_I (default 6 / n_cat, at most 1)")
+    p.add("--lam-cont", None, "of a continuous code's L_I (default 2 / n_cont, at most 0.3)")
     p.add("--info-to", None, "L_I trains Q with D's trunk (default), or Q's head with G (notebook)",
         choices=("trunk", "head"))  # fmt: skip
+    p.add("--q-noise", None, "sigma of noise before Q's eyes (default 0.6; 0 for over 5 codes)")
     p.add("--ema", None, "half-life of G's average in pictures (default 9000; notebook 0: none)")
     p.group = p.add_argument_group("training")
     p.add("--epochs", 150, "passes over the pictures")
@@ -999,9 +1027,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add("--restart", False, "begin anew; the old run is moved aside", action="store_true")
 
     args = p.parse_args(argv)
-    defaults = dict(RECIPES[args.recipe])
-    if args.recipe == "notebook" and args.n_cont == 20:
-        defaults["lam_cont"] = 0.0  # its defect: this loss was computed and never added
+    defaults = recipe_of(args)
     if args.data in ("mnist", "fashion-mnist", "svhn"):
         defaults["flip"] = False  # a mirrored digit is no digit
     defaults["image_size"] = 32 if args.data in NAMED_SETS else 64

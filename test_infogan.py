@@ -257,6 +257,18 @@ def test_L_I_trains_the_trunk_only_where_it_should():
         assert ends[0].equal(ends[1]) == (info_to == "head")
 
 
+def test_Q_sees_pictures_behind_noise_and_D_does_not():
+    state, args, x, _ = tiny_state("--q-noise", "0.5")
+    D = state.D.eval()
+    clean_d, clean_q = infogan.judge_and_read(D, x, 0.0, seeded())
+    d, q = infogan.judge_and_read(D, x, 0.5, seeded())
+    again = infogan.judge_and_read(D, x, 0.5, seeded())[1]
+    assert d.equal(clean_d) and q.q_mu.equal(again.q_mu) and not q.q_mu.equal(clean_q.q_mu)
+    expected = clean_q.q_mu
+    mean = sum(infogan.judge_and_read(D, x, 1e-3, seeded(s))[1].q_mu for s in range(20)) / 20
+    assert mean.allclose(expected, atol=1e-3)
+
+
 def test_ema():
     state, *_ = tiny_state()
     with torch.no_grad():
@@ -702,18 +714,16 @@ def test_defaults():
     args = infogan.parse_args(["--n-cat", "10", "--n-cont", "20", "--epochs", "360"])
     shown = {"data": "data/anime", "out": "checkpoint/cat10-cont20", "epochs": 360, "seed": 0,
              "cat_dim": 10, "z_dim": 100, "batch_size": 128, "image_size": 64, "width": 64,
-             "save_every": 25, "sample_every": 5, "lam_cat": 0.3, "lam_cont": 0.05, "ema": 9000.0,
-             "info_to": "trunk", "flip": True}  # fmt: skip
+             "save_every": 25, "sample_every": 5, "lam_cat": 0.6, "lam_cont": 0.1, "ema": 9000.0,
+             "q_noise": 0.0, "info_to": "trunk", "flip": True}  # fmt: skip
     assert {name: getattr(args, name) for name in shown} == shown
+    args = infogan.parse_args([])
+    assert (args.n_cat, args.n_cont, args.epochs, args.out) == (1, 2, 150, "checkpoint/cat1-cont2")
+    assert (args.lam_cat, args.lam_cont, args.q_noise) == (1.0, 0.3, 0.6)
     for n_cont, lam in (("20", 0.0), ("2", 0.1)):
         args = infogan.parse_args(["--recipe", "notebook", "--n-cont", n_cont])
-        assert (args.lam_cat, args.lam_cont, args.info_to, args.ema, args.flip) == (
-            1,
-            lam,
-            "head",
-            0,
-            False,
-        )
+        assert (args.lam_cat, args.lam_cont, args.q_noise) == (1.0, lam, 0.0)
+        assert (args.info_to, args.ema, args.flip) == ("head", 0.0, False)
     assert infogan.parse_args(["--recipe", "notebook", "--ema", "5"]).ema == 5
 
 
@@ -933,8 +943,8 @@ def plain_step(G, D, opt_G, opt_D, x, codes, spec):
     bce, n = F.binary_cross_entropy, len(x)
     x_fake = G(spec.join(codes))
     opt_D.zero_grad()
-    bce(D.judge(x).sigmoid(), torch.ones(n)).backward()
-    bce(D.judge(x_fake.detach()).sigmoid(), torch.zeros(n)).backward()
+    bce(D(x)[0].sigmoid(), torch.ones(n)).backward()
+    bce(D(x_fake.detach())[0].sigmoid(), torch.zeros(n)).backward()
     opt_D.step()
     opt_G.zero_grad()
     d, q = D(x_fake)
