@@ -10,8 +10,6 @@ The architecture comes from the checkpoint. Along a row of a sheet one code move
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import math
 import sys
 from collections.abc import Sequence
@@ -40,6 +38,7 @@ from infogan import (
     replacing,
     run,
     save_picture,
+    save_table,
 )
 
 N_MEASURED = 1000  # samples behind every figure of the table
@@ -161,9 +160,8 @@ def sheet(title: str, x: Tensor, above: Sequence[str], left: Sequence[str] = ())
     for i, text in enumerate(above):
         pen.text((margin + i * step + step // 2, 46), text, "#333333", small, anchor="ms")
     for i, text in enumerate(left):
-        pen.multiline_text(
-            (4, 50 + i * step + step // 2), text, "#333333", small, anchor="lm", spacing=3
-        )
+        middle = 50 + i * step + step // 2
+        pen.multiline_text((4, middle), text, "#333333", small, anchor="lm", spacing=3)
     for i, picture in enumerate(tiles):
         page.paste(picture, (margin + i % columns * step, 50 + i // columns * step))
     return page
@@ -236,21 +234,17 @@ def write_samples(G: Generator, spec: CodeSpec, args: argparse.Namespace, out: P
     names = [f"{i:06d}.png" for i in range(args.samples)]
     if others := {p.name for p in out.glob("*.png")} - set(names):
         raise Problem(f"--out {out}: holds {len(others):,} other pictures; give an empty folder")
-    rng = torch.Generator().manual_seed(args.seed)
-    with replacing(out / "codes.csv") as file, ThreadPoolExecutor() as pool:
-        text = io.TextIOWrapper(file, newline="", write_through=True)
-        table = csv.writer(text)
-        table.writerow(["file", *spec.names])
+    rng, table = torch.Generator().manual_seed(args.seed), [["file", *spec.names]]
+    with ThreadPoolExecutor() as pool:  # Pillow compresses without the interpreter's lock
         for start in range(0, args.samples, args.batch_size):
             part = names[start : start + args.batch_size]
             codes = spec.sample(len(part), rng)
             x = draw(G, spec, codes, args.batch_size).add_(1).mul_(127.5).round_().byte()
             list(pool.map(lambda p, name: to_pil_image(p).save(out / name), x, part))
-            for name, cat, cont in zip(
-                part, codes.c_cat.tolist(), codes.c_cont.tolist(), strict=True
-            ):
-                table.writerow([name, *cat, *(f"{v:.4f}" for v in cont)])
-        text.detach()
+            cont = ([f"{v:.4f}" for v in row] for row in codes.c_cont.tolist())
+            known = zip(part, codes.c_cat.tolist(), cont, strict=True)
+            table += [[name, *c_cat, *c_cont] for name, c_cat, c_cont in known]
+    save_table(out / "codes.csv", table)
 
 
 # flags --------------------------------------------------------------------------------------------
@@ -293,9 +287,8 @@ def show(args: argparse.Namespace) -> int:
     G, spec = load_generator(path, device)
     wanted = args.codes.split(",") if args.codes else spec.names
     if unknown := [name for name in wanted if name not in spec.names]:
-        raise Problem(
-            f"--codes {unknown[0]}: this checkpoint has {', '.join(spec.names) or 'no codes'}"
-        )
+        known = ", ".join(spec.names) or "no codes"
+        raise Problem(f"--codes {unknown[0]}: this checkpoint has {known}")
     args.codes = wanted
     folder = "generated" if args.samples else "traversals"
     folder = folder if path.name == "last.pt" else f"{path.stem}-{folder}"
@@ -308,10 +301,8 @@ def show(args: argparse.Namespace) -> int:
     Q, _ = load_encoder(path, device)
     rows = measure(G, Q, spec, args)
     print_table(rows)
-    with replacing(out / "table.csv") as file:
-        lines = [[r.code, *("" if v is None else f"{v:.5f}" for v in r[1:])] for r in rows]
-        text = "".join(",".join(line) + "\n" for line in [Row._fields, *lines])
-        file.write(text.encode())
+    figures = [[r.code, *("" if v is None else f"{v:.5f}" for v in r[1:])] for r in rows]
+    save_table(out / "table.csv", [Row._fields, *figures])
     write_sheets(G, spec, args, rows, out)
     print(f"sheets and table.csv are in {out}")
     return 0

@@ -670,6 +670,12 @@ def save_picture(path: Path, image: Image.Image) -> None:
         image.save(file, "png")
 
 
+def save_table(path: Path, lines: Iterable[Iterable[object]]) -> None:
+    """A CSV, whole or not at all; no cell of ours needs quotes."""
+    with replacing(path) as file:
+        file.write("".join(",".join(map(str, line)) + "\n" for line in lines).encode())
+
+
 def save_grid(path: Path, x: Tensor) -> None:
     """Pictures in [-1, 1] as one PNG, eight in a row."""
     grid = make_grid(x.cpu(), 8, normalize=True, value_range=(-1, 1))
@@ -701,9 +707,7 @@ class Log:
         old = self.path.read_text().splitlines()[1:] if self.path.exists() else []
         rows = [line.split(",") for line in old if line.count(",") == len(self.head) - 1]
         self.rows = [[float(v) for v in row] for row in rows if int(row[0]) <= step]
-        with replacing(self.path) as file:
-            lines = [self.head, *rows[: len(self.rows)]]
-            file.write("".join(",".join(line) + "\n" for line in lines).encode())
+        save_table(self.path, [self.head, *rows[: len(self.rows)]])
         self.board = SummaryWriter(str(out), purge_step=step + 1)
 
     def add(self, step: int, epoch: float, minutes: float, values: list[float]) -> None:

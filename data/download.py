@@ -171,7 +171,7 @@ def main(argv: list[str] | None = None) -> int:
         what = " ".join(str(error).split()) or type(error).__name__
         by_hand = f"download the zip from {PAGE} in a browser, unpack it into {args.out}"
         by_hand += ", or try `make demo`, which needs no download"
-        print(f"{what}. By hand: {by_hand}", file=sys.stderr)
+        print(f"download.py: {what}. By hand: {by_hand}", file=sys.stderr)
         return 2
 
 
