@@ -204,7 +204,7 @@ def write_sheets(
         told.append(f"{row.code}\nL_I {row.L_I:.2f}\neffect {row.effect:.3f}")
     if strips:
         heads = [f"{k} / {v}" if k in every else v for k, v in enumerate(each)]
-        title = "every code, strongest first (category / value); all else stays"
+        title = "strongest code first (category / value); along a row all else stays"
         heads = heads if spec.n_cat else each
         save_picture(out / "overview.png", sheet(title, torch.cat(strips), heads, told))
     if spec.n_cat:

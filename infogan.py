@@ -53,6 +53,7 @@ LIMITS = {  # of every number that a flag or a checkpoint may ask for
     "lam_cat": (0.0, 1000.0),
     "lam_cont": (0.0, 1000.0),
     "q_noise": (0.0, 100.0),
+    "r1": (0.0, 1000.0),
     "ema": (0.0, 1e9),
     "epochs": (1, 10**9),
     "batch_size": (2, 65_536),
@@ -384,6 +385,12 @@ def g_loss(d_fake: Tensor) -> Tensor:
     return F.softplus(-d_fake).mean()
 
 
+def r1_penalty(d_real: Tensor, x: Tensor) -> Tensor:
+    """R1 = E[|dD(x)/dx|^2] / 2 on real pictures: keeps D from winning (1801.04406, Eq. 9)."""
+    (slope,) = torch.autograd.grad(d_real.sum(), x, create_graph=True)
+    return slope.square().sum((1, 2, 3)).mean() / 2
+
+
 def log_q(q: QOutput, codes: Codes) -> Tensor:
     """log Q(c|x) of each code in nats, (n, n_cat + n_cont)."""
     cat = q.q_logits.log_softmax(2).gather(2, codes.c_cat[:, :, None])[:, :, 0]
@@ -473,6 +480,9 @@ def judge_and_read(
     return D.judge(D.trunk(x)), D.read(D.trunk(x + sigma * noise))
 
 
+R1_EVERY = 16  # steps; a lazy R1 costs a sixteenth and does the same (1912.04958, appendix B)
+
+
 def train_step(state: State, args: argparse.Namespace, x: Tensor, codes: Codes) -> Tensor:
     """One step of D, then of G, on n real pictures and n drawn codes; returns the metrics.
 
@@ -481,16 +491,21 @@ def train_step(state: State, args: argparse.Namespace, x: Tensor, codes: Codes) 
     """
     spec, G, D, to_trunk = state.spec, state.G, state.D, args.info_to == "trunk"
     mixed = torch.autocast(x.device.type, torch.bfloat16, enabled=args.amp)
+    lazily = args.r1 > 0 and state.step % R1_EVERY == 0
+    x = x.detach().requires_grad_(lazily)
 
     D.requires_grad_(True)
     with mixed:
         x_fake = G(spec.join(codes))  # drawn once, judged twice
         d_real = D.judge(D.trunk(x))  # Q's batch norm sees generated pictures only
         d_fake, q = judge_and_read(D, x_fake.detach(), args.q_noise, state.rng)
-    loss_D = d_loss(d_real, d_fake)
-    L_I = mutual_information(spec, q, codes)
+    loss_D = loss = d_loss(d_real, d_fake)
+    if to_trunk:
+        loss = loss - weigh(spec, mutual_information(spec, q, codes), args)  # -V - lambda L_I
+    if lazily:
+        loss = loss + R1_EVERY * args.r1 * r1_penalty(d_real, x)
     state.opt_D.zero_grad()
-    (loss_D - weigh(spec, L_I, args) if to_trunk else loss_D).backward()  # -V - lambda L_I
+    loss.backward()
     state.opt_D.step()
 
     D.requires_grad_(False)  # G's step needs no gradient of D's weights
@@ -940,13 +955,14 @@ def recipe_of(args: argparse.Namespace) -> dict:
     """What the recipe sets where no flag does."""
     if args.recipe == "notebook":  # its defect: with 20 continuous codes their loss was never added
         lam_cont = 0.0 if args.n_cont == 20 else 0.1
-        lambdas = {"lam_cat": 1.0, "lam_cont": lam_cont, "q_noise": 0.0}
+        lambdas = {"lam_cat": 1.0, "lam_cont": lam_cont, "q_noise": 0.0, "r1": 0.0}
         return {**lambdas, "info_to": "head", "ema": 0.0, "flip": False}
     many, some = max(args.n_cat, 1), max(args.n_cont, 1)
     # each kind has a share of G's attention that its codes divide; few need no more than this
     lambdas = {"lam_cat": min(1.0, 6 / many), "lam_cont": min(0.3, 2 / some)}
-    few = args.n_cat + args.n_cont <= 5
-    return {**lambdas, "q_noise": 0.6 if few else 0.0, "info_to": "trunk", "ema": 9e3, "flip": True}
+    lambdas["q_noise"] = 0.6 if args.n_cat + args.n_cont <= 5 else 0.0
+    lambdas["r1"] = 0.1 if args.image_size >= 64 else 0.0  # where D would win without it
+    return {**lambdas, "info_to": "trunk", "ema": 9000.0, "flip": True}
 
 
 EXAMPLES = """examples:
@@ -1013,6 +1029,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add("--info-to", None, "L_I trains Q with D's trunk (default), or Q's head with G (notebook)",
         choices=("trunk", "head"))  # fmt: skip
     p.add("--q-noise", None, "sigma of noise before Q's eyes (default 0.6; 0 for over 5 codes)")
+    p.add("--r1", None, "weight of D's gradient penalty (default 0.1; 0 below 64 pixels)")
     p.add("--ema", None, "half-life of G's average in pictures (default 9000; notebook 0: none)")
     p.group = p.add_argument_group("training")
     p.add("--epochs", 150, "passes over the pictures")
@@ -1031,10 +1048,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add("--restart", False, "begin anew; the old run is moved aside", action="store_true")
 
     args = p.parse_args(argv)
+    args.image_size = args.image_size or (32 if args.data in NAMED_SETS else 64)
     defaults = recipe_of(args)
     if args.data in ("mnist", "fashion-mnist", "svhn"):
         defaults["flip"] = False  # a mirrored digit is no digit
-    defaults["image_size"] = 32 if args.data in NAMED_SETS else 64
     defaults["out"] = f"checkpoint/cat{args.n_cat}-cont{args.n_cont}"
     for name, value in defaults.items():
         if getattr(args, name) is None:

@@ -269,6 +269,21 @@ def test_Q_sees_pictures_behind_noise_and_D_does_not():
     assert mean.allclose(expected, atol=1e-3)
 
 
+def test_r1_is_the_squared_slope_and_comes_lazily():
+    x = torch.randn(5, 3, 4, 4, generator=seeded()).requires_grad_()
+    w = torch.randn(3, 4, 4, generator=seeded(1))
+    assert infogan.r1_penalty((x * w).sum((1, 2, 3)), x).allclose(w.square().sum() / 2)
+    ends = {}
+    for step in (0, 1, infogan.R1_EVERY):
+        for r1 in ("0", "5"):
+            state, args, x, codes = tiny_state("--r1", r1)
+            state.step = step
+            infogan.train_step(state, args, x, codes)
+            ends[step, r1] = torch.cat([p.detach().flatten() for p in state.D.parameters()])
+    assert not ends[0, "0"].equal(ends[0, "5"]) and ends[1, "0"].equal(ends[1, "5"])
+    assert not ends[infogan.R1_EVERY, "0"].equal(ends[infogan.R1_EVERY, "5"])
+
+
 def test_ema():
     state, *_ = tiny_state()
     with torch.no_grad():
@@ -715,14 +730,14 @@ def test_defaults():
     shown = {"data": "data/anime", "out": "checkpoint/cat10-cont20", "epochs": 360, "seed": 0,
              "cat_dim": 10, "z_dim": 100, "batch_size": 128, "image_size": 64, "width": 64,
              "save_every": 25, "sample_every": 5, "lam_cat": 0.6, "lam_cont": 0.1, "ema": 9000.0,
-             "q_noise": 0.0, "info_to": "trunk", "flip": True}  # fmt: skip
+             "q_noise": 0.0, "r1": 0.1, "info_to": "trunk", "flip": True}  # fmt: skip
     assert {name: getattr(args, name) for name in shown} == shown
     args = infogan.parse_args([])
     assert (args.n_cat, args.n_cont, args.epochs, args.out) == (1, 2, 150, "checkpoint/cat1-cont2")
     assert (args.lam_cat, args.lam_cont, args.q_noise) == (1.0, 0.3, 0.6)
     for n_cont, lam in (("20", 0.0), ("2", 0.1)):
         args = infogan.parse_args(["--recipe", "notebook", "--n-cont", n_cont])
-        assert (args.lam_cat, args.lam_cont, args.q_noise) == (1.0, lam, 0.0)
+        assert (args.lam_cat, args.lam_cont, args.q_noise, args.r1) == (1.0, lam, 0.0, 0.0)
         assert (args.info_to, args.ema, args.flip) == ("head", 0.0, False)
     assert infogan.parse_args(["--recipe", "notebook", "--ema", "5"]).ema == 5
 
@@ -790,7 +805,7 @@ def test_every_command_in_the_readme_and_the_makefile_parses():
         words = [w for w in shlex.split(line, comments=True)]
         dry = subprocess.run([*words, "-n"], cwd=HERE, capture_output=True, text=True)
         assert dry.returncode == 0, (line, dry.stderr)
-        ours += sum(check_command(t) for t in dry.stdout.splitlines())
+        ours += sum(check_command(t) for t in dry.stdout.replace("\\\n", " ").splitlines())
     assert ours >= 5
 
 
