@@ -961,7 +961,7 @@ def recipe_of(args: argparse.Namespace) -> dict:
     # each kind has a share of G's attention that its codes divide; few need no more than this
     lambdas = {"lam_cat": min(1.0, 6 / many), "lam_cont": min(0.3, 2 / some)}
     lambdas["q_noise"] = 0.6 if args.n_cat + args.n_cont <= 5 else 0.0
-    lambdas["r1"] = 0.1 if args.image_size >= 64 else 0.0  # where D would win without it
+    lambdas["r1"] = 1.0 if args.image_size >= 64 else 0.0  # where D would win without it
     return {**lambdas, "info_to": "trunk", "ema": 9000.0, "flip": True}
 
 
@@ -1029,7 +1029,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add("--info-to", None, "L_I trains Q with D's trunk (default), or Q's head with G (notebook)",
         choices=("trunk", "head"))  # fmt: skip
     p.add("--q-noise", None, "sigma of noise before Q's eyes (default 0.6; 0 for over 5 codes)")
-    p.add("--r1", None, "weight of D's gradient penalty (default 0.1; 0 below 64 pixels)")
+    p.add("--r1", None, "weight of D's gradient penalty (default 1; 0 below 64 pixels)")
     p.add("--ema", None, "half-life of G's average in pictures (default 9000; notebook 0: none)")
     p.group = p.add_argument_group("training")
     p.add("--epochs", 150, "passes over the pictures")

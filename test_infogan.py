@@ -730,7 +730,7 @@ def test_defaults():
     shown = {"data": "data/anime", "out": "checkpoint/cat10-cont20", "epochs": 360, "seed": 0,
              "cat_dim": 10, "z_dim": 100, "batch_size": 128, "image_size": 64, "width": 64,
              "save_every": 25, "sample_every": 5, "lam_cat": 0.6, "lam_cont": 0.1, "ema": 9000.0,
-             "q_noise": 0.0, "r1": 0.1, "info_to": "trunk", "flip": True}  # fmt: skip
+             "q_noise": 0.0, "r1": 1.0, "info_to": "trunk", "flip": True}  # fmt: skip
     assert {name: getattr(args, name) for name in shown} == shown
     args = infogan.parse_args([])
     assert (args.n_cat, args.n_cont, args.epochs, args.out) == (1, 2, 150, "checkpoint/cat1-cont2")
