@@ -385,6 +385,9 @@ def g_loss(d_fake: Tensor) -> Tensor:
     return F.softplus(-d_fake).mean()
 
 
+R1_EVERY = 16  # steps; a lazy R1 costs a sixteenth and does the same (1912.04958, appendix B)
+
+
 def r1_penalty(d_real: Tensor, x: Tensor) -> Tensor:
     """R1 = E[|dD(x)/dx|^2] / 2 on real pictures: keeps D from winning (1801.04406, Eq. 9)."""
     (slope,) = torch.autograd.grad(d_real.sum(), x, create_graph=True)
@@ -480,9 +483,6 @@ def judge_and_read(
     return D.judge(D.trunk(x)), D.read(D.trunk(x + sigma * noise))
 
 
-R1_EVERY = 16  # steps; a lazy R1 costs a sixteenth and does the same (1912.04958, appendix B)
-
-
 def train_step(state: State, args: argparse.Namespace, x: Tensor, codes: Codes) -> Tensor:
     """One step of D, then of G, on n real pictures and n drawn codes; returns the metrics.
 
@@ -538,6 +538,7 @@ def update_ema(G_ema: nn.Module, G: nn.Module, beta: float) -> None:
 # checkpoint ---------------------------------------------------------------------------------------
 
 FORMAT = 1
+BROKEN = (AttributeError, EOFError, KeyError, OSError, TypeError, ValueError)  # by a damaged file
 NEW_RUN = "--restart moves the old run aside, another --out starts beside it"
 MAY_DIFFER = ("data", "out", "epochs", "max_steps", "max_minutes", "device", "amp", "restart")
 MAY_DIFFER += ("save_every", "sample_every")
@@ -600,9 +601,6 @@ def load_checkpoint(path: str | Path) -> dict:
     except Problem as problem:
         raise Problem(f"{path}: {problem}") from None
     return ckpt
-
-
-BROKEN = (AttributeError, EOFError, KeyError, OSError, TypeError, ValueError)
 
 
 def load_net(path: str | Path, kind: type, key: str, device: str) -> nn.Module:
