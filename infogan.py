@@ -763,7 +763,7 @@ def draw_panel(title: str, x: list[float], lines: list[list[float]], most: float
         share = (min(max(v, low), high) - low) / ((high - low) or 1)
         return 50 + 570 * (u - x[0]) / (x[-1] - x[0]), 175 - 145 * share
 
-    for v in {low, 0.0, high}:
+    for v in {0.0, high, low if low < -0.08 * high else 0.0}:  # labels that do not overlap
         pen.line([at(x[0], v), at(x[-1], v)], "#dddddd")
         pen.text((44, at(x[0], v)[1]), f"{v:.2f}", "black", font, anchor="rm")
     for i, line in enumerate(lines):
