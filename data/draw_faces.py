@@ -14,6 +14,8 @@ varies, and face i depends only on the seed and i:
     gaze          -1..1   looking to the left .. right of the picture
     mouth         -1..1   frown .. neutral (0) .. open smile
     skin          -1..1   slightly lighter .. slightly darker
+
+With --only tilt,mouth those alone vary and the others stay 0: as many factors as a model has codes.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ import random
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from itertools import zip_longest
 from pathlib import Path
@@ -249,36 +251,37 @@ def draw_face(factors: dict[str, int | float], size: int = 64) -> Image.Image:
     return image.reduce(scale)
 
 
-def face(i: int, seed: int) -> tuple[str, dict[str, int | float]]:
-    """File name and factors of face i."""
-    return f"{i:06d}.png", sample_factors(random.Random(f"{seed} {i}"))
+def face(i: int, seed: int, only: Sequence[str]) -> tuple[str, dict[str, int | float]]:
+    """File name and factors of face i; those not in `only` are 0."""
+    factors = sample_factors(random.Random(f"{seed} {i}"))
+    return f"{i:06d}.png", {k: v if k in only else 0 for k, v in factors.items()}
 
 
-def table_lines(n: int, seed: int) -> Iterator[str]:
+def table_lines(n: int, seed: int, only: Sequence[str] = tuple(FACTORS)) -> Iterator[str]:
     """The lines of factors.csv, header first."""
     yield ",".join(["file", *FACTORS]) + "\n"
     for i in range(n):
-        name, factors = face(i, seed)
+        name, factors = face(i, seed, only)
         cells = [f"{v:.4f}" if isinstance(v, float) else str(v) for v in factors.values()]
         yield ",".join([name, *cells]) + "\n"
 
 
-def picture(i: int, seed: int, size: int) -> tuple[str, bytes]:
+def picture(i: int, seed: int, size: int, only: Sequence[str]) -> tuple[str, bytes]:
     """File name and contents of face i."""
-    name, factors = face(i, seed)
+    name, factors = face(i, seed, only)
     data = io.BytesIO()
     draw_face(factors, size).save(data, "PNG")
     return name, data.getvalue()
 
 
-def draw_chunk(start: int, out: Path, n: int, seed: int, size: int) -> None:
+def draw_chunk(start: int, out: Path, n: int, seed: int, size: int, only: Sequence[str]) -> None:
     """Write faces start .. start + CHUNK - 1, as far as they are below n."""
     for i in range(start, min(start + CHUNK, n)):
-        name, data = picture(i, seed, size)
+        name, data = picture(i, seed, size, only)
         (out / name).write_bytes(data)
 
 
-def draw_folder(out: Path, n: int, seed: int, size: int, workers: int) -> bool:
+def draw_folder(out: Path, n: int, seed: int, size: int, only: Sequence[str], workers: int) -> bool:
     """Fill the folder; False if it holds this very drawing already. OSError if it cannot be."""
     out.mkdir(parents=True, exist_ok=True)
     table, draft = out / "factors.csv", out / "factors.csv.part"
@@ -289,8 +292,8 @@ def draw_folder(out: Path, n: int, seed: int, size: int, workers: int) -> bool:
             if old.readline() != next(table_lines(n, seed)):
                 raise FileExistsError("its factors.csv was not written by this script")
             old.seek(0)
-            same = all(a == b for a, b in zip_longest(old, table_lines(n, seed)))
-        last, data = picture(n - 1, seed, size)
+            same = all(a == b for a, b in zip_longest(old, table_lines(n, seed, only)))
+        last, data = picture(n - 1, seed, size, only)
         same = same and len(old_pictures) == n and last in old_pictures
         if same and (out / last).read_bytes() == data:
             return False
@@ -299,11 +302,11 @@ def draw_folder(out: Path, n: int, seed: int, size: int, workers: int) -> bool:
     # The draft marks the folder as ours, should the drawing be interrupted; factors.csv, gone until
     # the last picture is there, marks it as complete.
     with draft.open("w", encoding="utf-8", newline="") as new:
-        new.writelines(table_lines(n, seed))
+        new.writelines(table_lines(n, seed, only))
     table.unlink(missing_ok=True)
     for name in old_pictures:
         (out / name).unlink()
-    draw = functools.partial(draw_chunk, out=out, n=n, seed=seed, size=size)
+    draw = functools.partial(draw_chunk, out=out, n=n, seed=seed, size=size, only=only)
     starts = range(0, n, CHUNK)
     workers = min(workers, len(starts), 61)  # 61: the most that Windows can wait for
     if workers == 1:
@@ -323,7 +326,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--size", type=int, default=64, help="pixels, 16..1024 (default 64)")
     parser.add_argument("--seed", type=int, default=0, help="any whole number (default 0)")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes, 1..")
+    parser.add_argument("--only", metavar="NAMES", help="factors that vary (default: all)")
     args = parser.parse_args(argv)
+    args.only = args.only.split(",") if args.only else list(FACTORS)
+    if unknown := set(args.only) - set(FACTORS):
+        parser.error(f"--only: no factor is named {min(unknown)}; there are {', '.join(FACTORS)}")
     for name, low, high in (("n", 1, 10_000_000), ("size", 16, 1024), ("workers", 1, math.inf)):
         if not low <= getattr(args, name) <= high:
             parser.error(f"--{name} must be in {low}..{high}, not {getattr(args, name)}")
