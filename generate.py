@@ -3,6 +3,7 @@
     python generate.py --ckpt checkpoint/v3/last.pt                   sheets and table of all codes
     python generate.py --ckpt checkpoint/v3/last.pt --codes cat0,cont3 --gif
     python generate.py --ckpt checkpoint/v3/last.pt --samples 10000   pictures, for FID tools
+    python generate.py --ckpt A/last.pt --versus B/last.pt --data ~/faces   two runs side by side
 
 The architecture comes from the checkpoint. Along a row of a sheet one code moves, all else stays.
 """
@@ -33,6 +34,8 @@ from infogan import (
     Problem,
     load_encoder,
     load_generator,
+    load_pictures,
+    make_batch,
     mutual_information,
     pick_device,
     replacing,
@@ -135,6 +138,38 @@ def print_table(rows: list[Row]) -> None:
         name = f"all {r.code}" if r.code in ("cat", "cont") else r.code
         known = "" if r.L_I is None else f"{r.L_I:.2f} / {r.ceiling:.2f}"
         print(f"{name:8} {known:>12}  {r.effect:.4f}  {r.edges:.4f}")
+
+
+N_DIRECTIONS, N_PATCHES = 512, 32  # of the Wasserstein distance; patches of each picture
+
+
+def patches(x: Tensor, rng: torch.Generator) -> list[Tensor]:
+    """Normalised 7x7 patches (m, channels * 49) of each level of a Laplacian pyramid, 16 up."""
+    levels = []
+    while x.shape[2] >= 16:
+        small = F.avg_pool2d(x, 2)
+        coarsest = small.shape[2] < 16
+        level = x if coarsest else x - F.interpolate(small, scale_factor=2, mode="bilinear")
+        places = level.unfold(2, 7, 1).unfold(3, 7, 1)  # (n, channels, rows, columns, 7, 7)
+        i, j = torch.randint(places.shape[2], (2, len(x), N_PATCHES), generator=rng)
+        y = places[torch.arange(len(x))[:, None], :, i, j].flatten(0, 1)
+        std, mean = torch.std_mean(y, (0, 2, 3), keepdim=True)
+        levels.append(((y - mean) / std.clamp(min=1e-8)).flatten(1))
+        x = small
+    return levels
+
+
+def sliced_wasserstein(x: Tensor, y: Tensor, rng: torch.Generator) -> list[float]:
+    """Distance of the patches of two equal numbers of pictures, for each level, finest first.
+
+    0 for equal distributions (1710.10196, section 5): the mean over random directions of the
+    distance between sorted projections.
+    """
+    distances = []
+    for a, b in zip(patches(x, rng), patches(y, rng), strict=True):
+        to = F.normalize(torch.randn(a.shape[1], N_DIRECTIONS, generator=rng), dim=0)
+        distances.append(((a @ to).sort(0)[0] - (b @ to).sort(0)[0]).abs().mean().item())
+    return distances
 
 
 # sheets -------------------------------------------------------------------------------------------
@@ -247,6 +282,67 @@ def write_samples(G: Generator, spec: CodeSpec, args: argparse.Namespace, out: P
     save_table(out / "codes.csv", table)
 
 
+# two runs -----------------------------------------------------------------------------------------
+
+
+def summarise(rows: list[Row]) -> dict[str, str]:
+    """The table's rows of groups, and for each kind of code its mean L_I and weakest effect."""
+    told = {f"effect of {r.code}, pixels / edges": r for r in rows if r.L_I is None}
+    told = {name: f"{r.effect:.3f} / {r.edges:.3f}" for name, r in told.items()}
+    for kind in ("cat", "cont"):
+        if each := [r for r in rows if r.L_I is not None and r.code.rstrip("0123456789") == kind]:
+            mean = sum(r.L_I for r in each) / len(each)
+            told[f"L_I of each {kind}, mean"] = f"{mean:.2f} of {each[0].ceiling:.2f}"
+            told[f"effect of the weakest {kind}"] = f"{each[-1].effect:.4f}"
+    return told
+
+
+def strongest(
+    G: Generator, spec: CodeSpec, args: argparse.Namespace, rows: list[Row], title: str
+) -> Image.Image:
+    """A page with all categoricals moved together and, below, the strongest continuous code."""
+    base = spec.sample(-(-args.rows // 2), torch.Generator().manual_seed(args.seed))
+    columns = min(spec.cat_dim, MOST_SHOWN) if spec.n_cat else args.steps
+    x, left, above = [], [], [str(k) for k in range(columns)]
+    values = {"cat": range(columns), "cont": torch.linspace(*args.range, columns).tolist()}
+    conts = [r.code for r in rows if r.code.startswith("cont") and r.L_I is not None]
+    for code in ["cat"] * (spec.n_cat > 0) + conts[:1]:
+        moved = traverse(base, code, list(values[code.rstrip("0123456789")]))
+        x.append(draw(G, spec, moved, args.batch_size))
+        left += [code.replace("cat", "all cat")] * len(base.z)
+    return sheet(title, torch.cat(x), above, left)
+
+
+def compare(args: argparse.Namespace, device: str, out: Path) -> None:
+    """Two runs in one table and, drawn from the same z and codes, in comparison.png.
+
+    With --data the table has their distance to real pictures. Raises Problem when the runs have
+    other codes or pictures of another size.
+    """
+    told, pages, real, first = {}, [], None, None
+    for path in (args.ckpt, args.versus):
+        G, spec = load_generator(path, device)
+        rng = torch.Generator().manual_seed(args.seed)
+        x = draw(G, spec, spec.sample(N_MEASURED, rng), args.batch_size)
+        if first not in (None, (spec, x.shape)):
+            raise Problem(f"--versus {path}: has other codes or pictures than {args.ckpt}")
+        if args.data and real is None:
+            some = load_pictures(args.data, x.shape[2], x.shape[1]).x
+            some = some[torch.randperm(len(some), generator=rng)[:N_MEASURED]]
+            real = make_batch(some, False, rng, torch.device("cpu"))
+        first, rows = (spec, x.shape), measure(G, load_encoder(path, device)[0], spec, args)
+        told[path] = summarise(rows)
+        if real is not None:
+            swd = sliced_wasserstein(real, x[: len(real)], rng.manual_seed(args.seed))
+            told[path]["SWD x 1000, fine to coarse"] = " / ".join(f"{1000 * d:.0f}" for d in swd)
+        pages.append(strongest(G, spec, args, rows, path))
+    width = max(16, *map(len, told))
+    for name in ("", *told[args.ckpt]):
+        cells = [column.get(name, run) for run, column in told.items()]
+        print(f"{name:33}" + "".join(f"  {cell:>{width}}" for cell in cells))
+    save_picture(out / "comparison.png", beside(pages))
+
+
 # flags --------------------------------------------------------------------------------------------
 
 
@@ -270,6 +366,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add("--steps", 11, "values of a continuous code")
     low_high = {"type": float, "nargs": 2, "metavar": ("LOW", "HIGH")}
     p.add("--range", (-1.0, 1.0), "of these values; training draws from -1 to 1", **low_high)
+    p.add("--versus", None, "compare with this checkpoint instead of sheets", metavar="FILE")
+    p.add("--data", None, "real pictures to measure both against", metavar="FOLDER")
     p.add("--gif", False, "also an animated loop per code", action="store_true")
     p.add("--samples", None, "write N single PNGs and codes.csv instead, for FID tools")
     p.add("--seed", 0, "of z and codes")
@@ -297,6 +395,10 @@ def show(args: argparse.Namespace) -> int:
     if args.samples:
         write_samples(G, spec, args, out)
         print(f"{args.samples:,} pictures and codes.csv are in {out}")
+        return 0
+    if args.versus:
+        compare(args, device, out)
+        print(f"comparison.png is in {out}")
         return 0
     Q, _ = load_encoder(path, device)
     rows = measure(G, Q, spec, args)
