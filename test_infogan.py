@@ -257,16 +257,32 @@ def test_L_I_trains_the_trunk_only_where_it_should():
         assert ends[0].equal(ends[1]) == (info_to == "head")
 
 
-def test_Q_sees_pictures_behind_noise_and_D_does_not():
-    state, args, x, _ = tiny_state("--q-noise", "0.5")
+def test_Q_reads_categoricals_from_views_and_D_and_continuous_codes_do_not():
+    state, _, x, _ = tiny_state()
     D = state.D.eval()
     clean_d, clean_q = infogan.judge_and_read(D, x, 0.0, seeded())
-    d, q = infogan.judge_and_read(D, x, 0.5, seeded())
-    again = infogan.judge_and_read(D, x, 0.5, seeded())[1]
-    assert d.equal(clean_d) and q.q_mu.equal(again.q_mu) and not q.q_mu.equal(clean_q.q_mu)
-    expected = clean_q.q_mu
-    mean = sum(infogan.judge_and_read(D, x, 1e-3, seeded(s))[1].q_mu for s in range(20)) / 20
-    assert mean.allclose(expected, atol=1e-3)
+    d, q = infogan.judge_and_read(D, x, 1.0, seeded())
+    again = infogan.judge_and_read(D, x, 1.0, seeded())[1]
+    assert d.equal(clean_d) and q.q_mu.equal(clean_q.q_mu) and q.q_logvar.equal(clean_q.q_logvar)
+    assert q.q_logits.equal(again.q_logits) and not q.q_logits.equal(clean_q.q_logits)
+
+
+def test_views_move_and_light_each_picture_its_own_way():
+    x = torch.full((64, 1, 32, 32), -1.0)
+    x[:, :, 12:20, 12:20] = 0.5
+    weak, strong = infogan.view(x, 1e-4, seeded()), infogan.view(x, 1.0, seeded())
+    assert weak.allclose(F.avg_pool2d(F.pad(x, [1] * 4, mode="replicate"), 3, 1), atol=0.02)
+    assert strong.shape == x.shape and strong.abs().max() <= 1
+    light = strong.amax((1, 2, 3))
+    assert light.std() > 0.1
+    bright = strong > (light / 2 - 0.5)[:, None, None, None]
+    columns = torch.arange(32.0).expand(32, 32)
+    middle = (bright * columns).sum((1, 2, 3)) / bright.sum((1, 2, 3))
+    assert middle.std() > 1 and (middle.mean() - 15.5).abs() < 1
+    assert bright.sum((1, 2, 3)).float().std() > 10
+    x.requires_grad_()
+    infogan.view(x, 1.0, seeded()).sum().backward()
+    assert (x.grad != 0).any(0).any(), "L_I must reach G through the view"
 
 
 def test_r1_is_the_squared_slope_and_comes_lazily():
@@ -568,7 +584,7 @@ def test_bfloat16_steps_follow_float32():
 def test_codes_are_learned(faces, tmp_path):
     """On drawn faces Q reads new codes from new pictures, and nothing once they are shuffled."""
     out = tmp_path / "run"
-    flags = ["--n-cat", "1", "--cat-dim", "4", "--n-cont", "1", "--width", "16", "--ema", "500"]
+    flags = ["--n-cat", "1", "--cat-dim", "4", "--n-cont", "1", "--width", "16", "--ema", "0.1"]
     flags += ["--lr-g", "0.001", "--lr-d", "0.001", "--lam-cat", "1", "--lam-cont", "0.5"]
     assert infogan.main([*tiny(faces, out, "--max-steps", 300), *flags]) == 0
     (G, spec), (Q, _) = (
@@ -702,6 +718,33 @@ def test_effect_has_its_closed_form():
     assert generate.edge_map(torch.ones(1, 3, 8, 8)).max() < 1e-3
 
 
+def test_sliced_wasserstein_tells_equal_sets_from_others():
+    x, y = (torch.rand(200, 3, 32, 32, generator=seeded(s)) for s in (0, 1))
+    blocks = F.interpolate(torch.rand(200, 3, 4, 4, generator=seeded(2)), scale_factor=8)
+    same = generate.sliced_wasserstein(x, y, seeded())
+    other = generate.sliced_wasserstein(x, blocks, seeded())
+    assert len(same) == 2 and all(2 * a < b for a, b in zip(same, other, strict=True))
+    assert len(generate.sliced_wasserstein(x[:, :, :16, :16], y[:, :, :16, :16], seeded())) == 1
+
+
+def test_two_runs_side_by_side(faces, tmp_path, capsys):
+    runs = {"a": [], "b": ["--recipe", "notebook"], "c": ["--n-cat", 1]}
+    for name, flags in runs.items():
+        assert infogan.main(tiny(faces, tmp_path / name, "--max-steps", 2, *flags)) == 0
+    a, b, c = (str(tmp_path / name / "last.pt") for name in runs)
+    capsys.readouterr()
+    assert generate.main(["--ckpt", a, "--versus", b, "--data", str(faces)]) == 0
+    told = capsys.readouterr().out
+    assert all(
+        word in told
+        for word in (a, b, "effect of z", "effect of cat", "L_I of each cont", "weakest", "SWD")
+    )
+    assert Image.open(tmp_path / "a/traversals/comparison.png").width > 800
+    assert not (tmp_path / "a/traversals/table.csv").exists()
+    assert generate.main(["--ckpt", a, "--versus", c]) == 2
+    said_one_line(capsys, "--versus", "other codes")
+
+
 def test_samples_for_fid_tools(ckpt, tmp_path, capsys):
     out = tmp_path / "s"
     command = ["--ckpt", str(ckpt), "--samples", "7", "--out", str(out), "--batch-size", "3"]
@@ -729,17 +772,21 @@ def test_defaults():
     args = infogan.parse_args(["--n-cat", "10", "--n-cont", "20", "--epochs", "360"])
     shown = {"data": "data/anime", "out": "checkpoint/cat10-cont20", "epochs": 360, "seed": 0,
              "cat_dim": 10, "z_dim": 100, "batch_size": 128, "image_size": 64, "width": 64,
-             "save_every": 25, "sample_every": 5, "lam_cat": 0.6, "lam_cont": 0.1, "ema": 9000.0,
-             "q_noise": 0.0, "r1": 1.0, "info_to": "trunk", "flip": True}  # fmt: skip
+             "save_every": 25, "sample_every": 5, "lam_cat": 0.6, "lam_cont": 0.1, "ema": 0.03,
+             "q_view": 0.0, "r1": 1.0, "info_to": "trunk", "flip": True}  # fmt: skip
     assert {name: getattr(args, name) for name in shown} == shown
     args = infogan.parse_args([])
     assert (args.n_cat, args.n_cont, args.epochs, args.out) == (1, 2, 150, "checkpoint/cat1-cont2")
-    assert (args.lam_cat, args.lam_cont, args.q_noise) == (1.0, 0.3, 0.6)
+    assert (args.lam_cat, args.lam_cont, args.q_view) == (1.0, 0.3, 0.0)
+    args = infogan.parse_args(["--data", "mnist", "--lr-g", "0.01"])
+    assert (args.lr_g, args.lr_d, args.q_view, args.width) == (0.01, 2e-4, 1.0, 32)
+    args = infogan.parse_args(["--data", "mnist", "--recipe", "notebook"])
+    assert (args.lr_g, args.q_view, args.flip, args.width) == (2e-4, 0.0, False, 64)
     for n_cont, lam in (("20", 0.0), ("2", 0.1)):
         args = infogan.parse_args(["--recipe", "notebook", "--n-cont", n_cont])
-        assert (args.lam_cat, args.lam_cont, args.q_noise, args.r1) == (1.0, lam, 0.0, 0.0)
+        assert (args.lam_cat, args.lam_cont, args.q_view, args.r1) == (1.0, lam, 0.0, 0.0)
         assert (args.info_to, args.ema, args.flip) == ("head", 0.0, False)
-    assert infogan.parse_args(["--recipe", "notebook", "--ema", "5"]).ema == 5
+    assert infogan.parse_args(["--recipe", "notebook", "--ema", "0.5"]).ema == 0.5
 
 
 @pytest.mark.parametrize("flags, words", [
@@ -843,6 +890,14 @@ def test_drawn_faces(tmp_path, capsys):
     for x, y, name in zip(low, high, draw_faces.FACTORS, strict=True):
         changed = sum(p != q for p, q in zip(x.tobytes(), y.tobytes(), strict=True))
         assert changed > 60, name
+    assert draw_faces.main([str(a), "--n", "5", "--only", "tilt,hair_style"]) == 0
+    with open(a / "factors.csv", newline="") as file:
+        varied = list(csv.DictReader(file))
+    assert [row["tilt"] for row in varied] == [row["tilt"] for row in rows[:5]]
+    assert {row["mouth"] for row in varied} == {"0"} and len(list(a.glob("*.png"))) == 5
+    with pytest.raises(SystemExit):
+        draw_faces.main([str(a), "--only", "nose"])
+    assert "nose" in capsys.readouterr().err
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/photo.png").write_text("precious")
     capsys.readouterr()
