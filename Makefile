@@ -16,7 +16,8 @@ endif
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo data faces train-v1 train-v2 train-v3 generate test bench lint clean
+.PHONY: help setup drawn demo data faces train-v1 train-v2 train-v3 generate compare test bench \
+	lint clean
 
 help:  ## this list
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -28,9 +29,11 @@ $(READY): requirements.txt
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $(READY)
 
-# v1 on drawn faces: small and quick enough for a laptop's CPU
-demo: $(READY)  ## draw faces, train v1 on them for five minutes, show what its codes do
+drawn: $(READY)  ## draw 6,000 faces into data/drawn
 	$(PY) data/draw_faces.py data/drawn --n 6000 --size 64 --seed 0
+
+# v1 on drawn faces: small and quick enough for a laptop's CPU
+demo: drawn  ## draw faces, train v1 on them for five minutes, show what its codes do
 	$(PY) infogan.py --data data/drawn --out checkpoint/demo \
 		--image-size 32 --width 32 --batch-size 64 --max-minutes 5 $(ARGS)
 	$(PY) generate.py --ckpt checkpoint/demo/last.pt
@@ -55,6 +58,17 @@ train-v3: faces  ## 10 categorical and 20 continuous codes, 360 epochs, into che
 
 generate: $(READY)  ## sheets and table of a trained run: make generate CKPT=checkpoint/v1/last.pt
 	$(PY) generate.py --ckpt "$(CKPT)" $(ARGS)
+
+# what each recipe makes of v3's 30 codes after the same 256,000 pictures; drawn ones unless DATA is given
+COMPARED := $(if $(filter data/anime,$(DATA)),data/drawn,$(DATA))
+SHORT := --data "$(COMPARED)" --n-cat 10 --n-cont 20 --image-size 32 --width 32 --batch-size 64 \
+	--epochs 1000 --max-steps 4000 $(ARGS)
+
+compare: drawn  ## the notebook's recipe beside ours, short: table and picture of both
+	$(PY) infogan.py --recipe notebook --out checkpoint/compare/notebook $(SHORT)
+	$(PY) infogan.py --out checkpoint/compare/ours $(SHORT)
+	$(PY) generate.py --ckpt checkpoint/compare/ours/last.pt \
+		--versus checkpoint/compare/notebook/last.pt --data "$(COMPARED)"
 
 test: $(READY)  ## the tests: no network, no GPU, under four minutes
 	$(PY) -m pytest -q test_infogan.py $(ARGS)

@@ -968,7 +968,7 @@ RECIPES = ("default", "notebook")
 
 
 # digits are quick: the paper's lr_g, narrow nets, and categories that no style of writing can take
-DIGITS = {"width": 32, "batch_size": 64, "lr_g": 1e-3, "q_view": 1.0}
+DIGITS = {"width": 32, "batch_size": 64, "lr_g": 1e-3, "lr_d": 2e-4, "q_view": 1.0}
 
 
 def recipe_of(args: argparse.Namespace) -> dict:
@@ -978,9 +978,9 @@ def recipe_of(args: argparse.Namespace) -> dict:
     if args.recipe == "notebook":  # its defect: with 20 continuous codes their loss was never added
         lambdas = {"lam_cat": 1.0, "lam_cont": 0.0 if args.n_cont == 20 else 0.1}
         return plain | lambdas | {"info_to": "head", "ema": 0.0, "flip": False}
-    many, some = max(args.n_cat, 1), max(args.n_cont, 1)
-    # each kind has a share of G's attention that its codes divide; few need no more than this
-    ours = {"lam_cat": min(1.0, 6 / many), "lam_cont": min(0.3, 2 / some)}
+    # continuous codes divide a share of G's attention; a category saturates and needs no such care
+    ours = {"lam_cat": 1.0, "lam_cont": min(0.3, 3 / max(args.n_cont, 1))}
+    ours |= {"lr_g": 4e-4, "lr_d": 4e-4}
     if args.image_size >= 64:
         ours["r1"] = 1.0  # where D would win without it
     if args.data == "mnist":
@@ -1047,8 +1047,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.group = p.add_argument_group("networks and objective")
     p.add("--width", None, "maps next to the picture (default 64; mnist 32, three times as fast)")
     p.add("--recipe", "default", "notebook: its settings and defects, to compare", choices=RECIPES)
-    p.add("--lam-cat", None, "weight of a categorical's L_I (default 6 / n_cat, at most 1)")
-    p.add("--lam-cont", None, "of a continuous code's L_I (default 2 / n_cont, at most 0.3)")
+    p.add("--lam-cat", None, "weight of a categorical's L_I (default 1)")
+    p.add("--lam-cont", None, "of a continuous code's L_I (default 3 / n_cont, at most 0.3)")
     p.add("--info-to", None, "L_I trains Q with D's trunk (default), or Q's head with G (notebook)",
         choices=("trunk", "head"))  # fmt: skip
     p.add(
@@ -1066,8 +1066,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.group = p.add_argument_group("training")
     p.add("--epochs", 150, "passes over the pictures")
     p.add("--batch-size", None, "pictures in a step (default 128; mnist 64)")
-    p.add("--lr-g", None, "G's learning rate (default 0.0002; mnist 0.001)")
-    p.add("--lr-d", None, "D's learning rate (default 0.0002)")
+    p.add("--lr-g", None, "G's learning rate (default 0.0004; mnist 0.001)")
+    p.add("--lr-d", None, "D's learning rate (default 0.0004; mnist 0.0002)")
     p.add("--seed", 0, "of all chance")
     p.add("--device", "auto", "auto takes the fastest", choices=DEVICES)
     p.add("--amp", None, "bfloat16 convolutions (default: where they are faster)", action=on_off)

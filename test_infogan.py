@@ -314,6 +314,16 @@ def test_ema():
     assert all((v == 3).all() for v in state.G_ema.state_dict().values())
 
 
+def test_the_average_lasts_a_share_of_the_run():
+    state, args, x, codes = tiny_state("--ema", "0.5")
+    old = {k: v.clone() for k, v in state.G_ema.named_parameters()}
+    state.step = 9  # after the tenth step the half-life is five steps
+    infogan.train_step(state, args, x, codes)
+    now, G = dict(state.G_ema.named_parameters()), dict(state.G.named_parameters())
+    assert all(now[k].allclose(0.5**0.2 * old[k] + (1 - 0.5**0.2) * G[k]) for k in old)
+    assert any(not G[k].allclose(old[k]) for k in old)
+
+
 # pictures -----------------------------------------------------------------------------------------
 
 
@@ -772,12 +782,12 @@ def test_defaults():
     args = infogan.parse_args(["--n-cat", "10", "--n-cont", "20", "--epochs", "360"])
     shown = {"data": "data/anime", "out": "checkpoint/cat10-cont20", "epochs": 360, "seed": 0,
              "cat_dim": 10, "z_dim": 100, "batch_size": 128, "image_size": 64, "width": 64,
-             "save_every": 25, "sample_every": 5, "lam_cat": 0.6, "lam_cont": 0.1, "ema": 0.03,
+             "save_every": 25, "sample_every": 5, "lam_cat": 1.0, "lam_cont": 0.15, "ema": 0.03,
              "q_view": 0.0, "r1": 1.0, "info_to": "trunk", "flip": True}  # fmt: skip
     assert {name: getattr(args, name) for name in shown} == shown
     args = infogan.parse_args([])
     assert (args.n_cat, args.n_cont, args.epochs, args.out) == (1, 2, 150, "checkpoint/cat1-cont2")
-    assert (args.lam_cat, args.lam_cont, args.q_view) == (1.0, 0.3, 0.0)
+    assert (args.lam_cat, args.lam_cont, args.q_view, args.lr_g) == (1.0, 0.3, 0.0, 4e-4)
     args = infogan.parse_args(["--data", "mnist", "--lr-g", "0.01"])
     assert (args.lr_g, args.lr_d, args.q_view, args.width) == (0.01, 2e-4, 1.0, 32)
     args = infogan.parse_args(["--data", "mnist", "--recipe", "notebook"])
