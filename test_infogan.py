@@ -265,6 +265,12 @@ def test_Q_reads_categoricals_from_views_and_D_and_continuous_codes_do_not():
     again = infogan.judge_and_read(D, x, 1.0, seeded())[1]
     assert d.equal(clean_d) and q.q_mu.equal(clean_q.q_mu) and q.q_logvar.equal(clean_q.q_logvar)
     assert q.q_logits.equal(again.q_logits) and not q.q_logits.equal(clean_q.q_logits)
+    kept = []
+    for strength in (0.0, 1.0):  # whoever reads codes later reads pictures as they are
+        state, _, x, _ = tiny_state()
+        infogan.judge_and_read(state.D, x, strength, seeded())
+        kept.append(torch.cat([b for n, b in state.D.named_buffers() if "running" in n]))
+    assert kept[0].equal(kept[1])
 
 
 def test_views_move_and_light_each_picture_its_own_way():
@@ -787,7 +793,7 @@ def test_defaults():
     assert {name: getattr(args, name) for name in shown} == shown
     args = infogan.parse_args([])
     assert (args.n_cat, args.n_cont, args.epochs, args.out) == (1, 2, 150, "checkpoint/cat1-cont2")
-    assert (args.lam_cat, args.lam_cont, args.q_view, args.lr_g) == (1.0, 0.3, 0.0, 4e-4)
+    assert (args.lam_cat, args.lam_cont, args.q_view, args.lr_g) == (1.0, 0.3, 0.0, 2e-4)
     args = infogan.parse_args(["--data", "mnist", "--lr-g", "0.01"])
     assert (args.lr_g, args.lr_d, args.q_view, args.width) == (0.01, 2e-4, 1.0, 32)
     args = infogan.parse_args(["--data", "mnist", "--recipe", "notebook"])
