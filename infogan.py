@@ -982,7 +982,7 @@ RECIPES = ("default", "notebook")
 
 # digits: the paper's lr_g, narrow nets, a z too small to choose the digit, and categories that no
 # style of writing can take
-DIGITS = {"width": 32, "batch_size": 64, "lr_g": 1e-3, "z_dim": 16, "r1": 0.1, "q_view": 1.0}
+DIGITS = {"width": 32, "batch_size": 64, "lr_g": 1e-3, "z_dim": 16, "r1": 0.1}
 
 
 def recipe_of(args: argparse.Namespace) -> dict:
@@ -995,6 +995,8 @@ def recipe_of(args: argparse.Namespace) -> dict:
         return plain | lambdas | {"info_to": "head", "ema": 0.0, "flip": False}
     # continuous codes divide a share of G's attention; a category saturates and needs no such care
     ours = {"lam_cat": 1.0, "lam_cont": min(0.3, 3 / max(args.n_cont, 1))}
+    if args.n_cat + args.n_cont <= 5:
+        ours["q_view"] = 1.0  # few codes have room to be large; thirty would wait too long
     if args.image_size >= 64:
         ours["r1"] = 1.0  # where D would win without it
     if args.data == "mnist":
@@ -1069,7 +1071,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--q-view",
         None,
         "how far pictures move, turn and change light before Q reads a category "
-        "(default 0; mnist 1)",
+        "(default 1; 0 for over 5 codes)",
     )
     p.add("--r1", None, "weight of D's gradient penalty (default 1; 0 below 64 pixels; mnist 0.1)")
     p.add(

@@ -602,6 +602,7 @@ def test_codes_are_learned(faces, tmp_path):
     out = tmp_path / "run"
     flags = ["--n-cat", "1", "--cat-dim", "4", "--n-cont", "1", "--width", "16", "--ema", "0.1"]
     flags += ["--lr-g", "0.001", "--lr-d", "0.001", "--lam-cat", "1", "--lam-cont", "0.5"]
+    flags += ["--q-view", "0.5"]
     assert infogan.main([*tiny(faces, out, "--max-steps", 300), *flags]) == 0
     (G, spec), (Q, _) = (
         infogan.load_generator(out / "last.pt"),
@@ -793,7 +794,7 @@ def test_defaults():
     assert {name: getattr(args, name) for name in shown} == shown
     args = infogan.parse_args([])
     assert (args.n_cat, args.n_cont, args.epochs, args.out) == (1, 2, 150, "checkpoint/cat1-cont2")
-    assert (args.lam_cat, args.lam_cont, args.q_view, args.lr_g) == (1.0, 0.3, 0.0, 2e-4)
+    assert (args.lam_cat, args.lam_cont, args.q_view, args.lr_g) == (1.0, 0.3, 1.0, 2e-4)
     args = infogan.parse_args(["--data", "mnist", "--lr-g", "0.01"])
     assert (args.lr_g, args.lr_d, args.q_view, args.width) == (0.01, 2e-4, 1.0, 32)
     args = infogan.parse_args(["--data", "mnist", "--recipe", "notebook"])
