@@ -507,7 +507,7 @@ def judge_and_read(
     What a category is must then survive the view, so it is neither pose nor thickness nor light.
     """
     d, q = D(x)
-    if strength:
+    if strength and D.spec.n_cat:
         with unrecorded(D):  # whoever reads codes later reads pictures as they are
             q = q._replace(q_logits=D.read(D.trunk(view(x, strength, rng))).q_logits)
     return d, q
@@ -978,10 +978,7 @@ def loop(
 # flags --------------------------------------------------------------------------------------------
 
 RECIPES = ("default", "notebook")
-
-
-# digits: the paper's lr_g, narrow nets, a z too small to choose the digit, and categories that no
-# style of writing can take
+# the paper's lr_g, narrow nets, and a z too small to choose the digit in c's place
 DIGITS = {"width": 32, "batch_size": 64, "lr_g": 1e-3, "z_dim": 16, "r1": 0.1}
 
 
@@ -1070,8 +1067,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add(
         "--q-view",
         None,
-        "how far pictures move, turn and change light before Q reads a category "
-        "(default 1; 0 for over 5 codes)",
+        "how far pictures move before Q reads a category (default 1; 0 for over 5 codes)",
     )
     p.add("--r1", None, "weight of D's gradient penalty (default 1; 0 below 64 pixels; mnist 0.1)")
     p.add(
