@@ -376,6 +376,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = p.check(p.parse_args(argv))
     if not all(math.isfinite(v) and abs(v) <= 1000 for v in args.range):
         raise Problem("--range: must be two numbers from -1000 to 1000")
+    if args.data and not args.versus:
+        raise Problem("--data: measures two runs, so give --versus too")
     return args
 
 

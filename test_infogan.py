@@ -760,6 +760,8 @@ def test_two_runs_side_by_side(faces, tmp_path, capsys):
     assert not (tmp_path / "a/traversals/table.csv").exists()
     assert generate.main(["--ckpt", a, "--versus", c]) == 2
     said_one_line(capsys, "--versus", "other codes")
+    assert generate.main(["--ckpt", a, "--data", str(faces)]) == 2
+    said_one_line(capsys, "--data", "--versus")
 
 
 def test_samples_for_fid_tools(ckpt, tmp_path, capsys):
