@@ -26,6 +26,7 @@ import pickle
 import signal
 import sys
 import time
+import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -178,6 +179,8 @@ class CodeSpec:
 # pictures -----------------------------------------------------------------------------------------
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif"}
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")  # Pillow knows some that start a program
+MOST_PIXELS, MOST_BYTES = 2**25, 2**28  # of one file: what decoding may take is bounded
 DATA = Path("data")  # where torchvision keeps the named sets
 HOW = "give a folder of pictures, or `make data` gets faces, or `make demo` draws some"
 NAMED_SETS = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "svhn": "SVHN", "celeba": "CelebA"}
@@ -188,6 +191,14 @@ class Pictures(NamedTuple):
 
     x: Tensor  # uint8 (N, channels, size, size)
     fingerprint: str  # of its contents: a run goes on only with the pictures it began with
+
+
+def open_picture(raw: bytes) -> Image.Image:
+    """The picture in a file's bytes, not yet decoded. Raises Pillow's errors."""
+    image = Image.open(io.BytesIO(raw), formats=FORMATS)
+    if image.width * image.height > MOST_PIXELS:
+        raise Image.DecompressionBombError
+    return image
 
 
 def to_square(image: Image.Image, size: int, channels: int) -> Tensor:
@@ -203,9 +214,24 @@ def to_square(image: Image.Image, size: int, channels: int) -> Tensor:
 
 
 def find_pictures(folder: Path) -> list[Path]:
-    """All picture files below a folder, in an order that only their names decide."""
-    found = (Path(at, name) for at, _, names in os.walk(folder) for name in names)
-    return sorted(p for p in found if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
+    """All picture files below a folder, in an order that only their names decide.
+
+    A folder that cannot be looked into is among them, so that it is told like an unreadable file.
+    """
+    closed: list[Path] = []
+    walk = os.walk(folder, onerror=lambda error: closed.append(Path(error.filename)))
+    found = [Path(at, name) for at, _, names in walk for name in names]
+    found = [p for p in found if p.suffix.lower() in SUFFIXES and not p.name.startswith(".")]
+    return sorted(found + closed)
+
+
+def read_file(path: Path) -> bytes:
+    """What a file of bounded size holds. Raises OSError; a pipe could be read for ever."""
+    if not path.is_file():
+        raise FileNotFoundError
+    if path.stat().st_size > MOST_BYTES:
+        raise Image.DecompressionBombError
+    return path.read_bytes()
 
 
 def open_named_set(name: str) -> list[Path] | Iterable[Image.Image]:
@@ -249,15 +275,17 @@ def load_pictures(data: str, size: int, channels: int | None = None) -> Pictures
 
     def read(item: Path | Image.Image) -> tuple[str, Tensor | None]:
         try:
-            raw = item.read_bytes() if isinstance(item, Path) else item.tobytes()
-            image = Image.open(io.BytesIO(raw)) if isinstance(item, Path) else item
+            raw = read_file(item) if isinstance(item, Path) else item.tobytes()
+            image = open_picture(raw) if isinstance(item, Path) else item
             return hashlib.sha256(raw).hexdigest(), to_square(image, size, channels or 3)
         except Exception as error:  # decoders raise whatever they like; it is told below
             return f"{item} ({type(error).__name__})", None
 
     kept, skipped = {}, []
-    with ThreadPoolExecutor() as pool:  # Pillow decodes without the interpreter's lock
-        decoded = pool.map(read, items)
+    Image.init()  # loads Pillow's formats, for which threads would race
+    with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
+        warnings.simplefilter("ignore")  # of Pillow's about files that it reads all the same
+        decoded = pool.map(read, items)  # without the interpreter's lock
         for key, x in tqdm(decoded, "pictures", len(items), leave=False, disable=None):
             if x is None:
                 skipped.append(key)
@@ -267,7 +295,7 @@ def load_pictures(data: str, size: int, channels: int | None = None) -> Pictures
     if copies := len(items) - len(skipped) - len(kept):
         told += f", {copies:,} exact copies dropped"
     if skipped:
-        named = ", ".join(skipped[:3]) + (", …" if len(skipped) > 3 else "")
+        named = ", ".join(skipped[:10]) + (", …" if len(skipped) > 10 else "")
         told += f", {len(skipped):,} unreadable files skipped: {ascii(named)}"
     if len(kept) < 2:
         raise Problem(f"--data {data}: {told}, at least 2 are needed; {HOW}")

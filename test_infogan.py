@@ -24,6 +24,7 @@ import sys
 import threading
 import time
 import zipfile
+import zlib
 from argparse import Namespace
 from pathlib import Path
 
@@ -378,6 +379,64 @@ def test_pictures_of_every_kind(tmp_path, capsys):
     assert (x["la.png"] == 255).all() and (x["deep.png"] - 128).abs().max() <= 1
     assert (x["grey.png"] == 77).all() and (x["wide.png"] == 0).all()  # the centre
     assert x["turned.jpg"][:, :6].max() < 20 and x["turned.jpg"][:, 10:].min() > 230
+
+
+def put_rubbish(folder: Path) -> int:
+    """Files that are no usable pictures, one of each kind; returns how many."""
+    noise = Image.frombytes("RGB", (64, 64), random.Random(0).randbytes(3 * 64 * 64))
+    whole = {}
+    for kind in ("jpg", "png", "gif", "webp", "bmp"):
+        buffer = io.BytesIO()
+        noise.save(buffer, {"jpg": "jpeg"}.get(kind, kind))
+        whole[kind] = buffer.getvalue()
+        (folder / f"cut.{kind}").write_bytes(whole[kind][: len(whole[kind]) // 2])
+    (folder / "zero.png").touch()
+    (folder / "page.jpg").write_text("<!doctype html><title>404</title>")
+    (folder / "script.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
+    (folder / "zip.webp").write_bytes(make_zip("a.png"))
+    (folder / "new\nline.png").write_bytes(whole["png"][:99])
+    head = b"IHDR" + (50_000).to_bytes(4, "big") * 2 + bytes([8, 2, 0, 0, 0])
+    sure = zlib.crc32(head).to_bytes(4, "big")
+    (folder / "bomb.png").write_bytes(
+        b"\x89PNG\r\n\x1a\n\0\0\0\r" + head + sure + whole["png"][33:]
+    )
+    Image.new("L", (8192, 8192)).save(folder / "wide bomb.png")  # decodes, and is too large
+    with open(folder / "vast.bmp", "wb") as file:
+        file.truncate(2**29)
+    if os.name == "posix":
+        (folder / os.fsdecode(b"sur\xffrogate.jpg")).write_bytes(b"no")
+        (folder / "broken.png").symlink_to("nowhere.png")
+        (folder / "loop.png").symlink_to("loop.png")
+        (folder / "round").symlink_to(".", target_is_directory=True)
+        (folder / "device.jpg").symlink_to("/dev/zero")
+        os.mkfifo(folder / "pipe.png")
+    return sum(p.suffix != "" for p in folder.iterdir())
+
+
+def test_rubbish_among_pictures_is_told_and_the_rest_trains(faces, tmp_path, capsys, monkeypatch):
+    folder = tmp_path / "data \u00e9"
+    folder.mkdir()
+    bad = put_rubbish(folder)
+    odd = {"a b.png": (1, 1), "tall.png": (1, 20_000), "long.png": (20_000, 1), "c\nd.png": (9, 9)}
+    for i, (name, size) in enumerate(odd.items()):
+        Image.new("RGB", size, (60 * i, 0, 0)).save(folder / name)
+    gone, real = folder / "gone.png", infogan.find_pictures
+    gone.touch()
+    monkeypatch.setattr(
+        infogan, "find_pictures", lambda f: (real(f), gone.unlink(missing_ok=True))[0]
+    )
+    for path in sorted(faces.glob("*.png"))[:36]:
+        shutil.copy(path, folder)
+    assert infogan.main(tiny(folder, tmp_path / "run", "--max-steps", 2)) == 0
+    told = capsys.readouterr().out
+    assert f"40 pictures in {folder}" in told and f"{bad + 1} unreadable files skipped" in told
+    assert "bomb.png (DecompressionBombError)" in told and "broken.png (FileNotFoundError)" in told
+    for path in folder.glob("0*.png"):
+        path.unlink()
+    for name in odd:
+        (folder / name).unlink()
+    assert infogan.main(tiny(folder, tmp_path / "none")) == 2
+    said_one_line(capsys, "0 pictures", f"{bad} unreadable", "at least 2")
 
 
 def test_grey_sets_have_one_channel_and_flips_mirror(tmp_path):
