@@ -28,9 +28,10 @@ import sys
 import time
 import warnings
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -189,7 +190,7 @@ NAMED_SETS = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "svhn": "SVHN",
 class Pictures(NamedTuple):
     """A training set, decoded once."""
 
-    x: Tensor  # uint8 (N, channels, size, size)
+    x: Tensor  # uint8 (N, channels, size, size), channels_last, in a file that is read as needed
     fingerprint: str  # of its contents: a run goes on only with the pictures it began with
 
 
@@ -234,24 +235,11 @@ def read_file(path: Path) -> bytes:
     return path.read_bytes()
 
 
-def open_named_set(name: str) -> list[Path] | Iterable[Image.Image]:
-    """A set by torchvision, below data/; what is not there yet is downloaded.
-
-    Raises Problem offline, or when torchvision wants a package for it that is missing.
-    """
-    from torchvision import datasets
-
-    here = DATA / {"celeba": "celeba/img_align_celeba", "svhn": "train_32x32.mat"}.get(
-        name, f"{NAMED_SETS[name]}/raw/train-images-idx3-ubyte"
-    )
+@contextmanager
+def by_torchvision(name: str) -> Iterator[None]:
+    """Raises Problem offline, or when torchvision wants a package for the set that is missing."""
     try:
-        if name == "svhn" or not here.exists():
-            there = getattr(datasets, NAMED_SETS[name])(DATA, download=True)
-        if name == "celeba":
-            return find_pictures(here)
-        if name == "svhn":
-            return map(Image.fromarray, there.data.transpose(0, 2, 3, 1))
-        return map(Image.fromarray, datasets.mnist.read_image_file(str(here)).numpy())
+        yield
     except (RuntimeError, OSError, ImportError, zipfile.BadZipFile) as error:
         why = " ".join(str(error).split()) or type(error).__name__
         wants = {
@@ -262,35 +250,66 @@ def open_named_set(name: str) -> list[Path] | Iterable[Image.Image]:
         raise Problem(f"--data {name}: torchvision could not get it into {DATA}/: {why}") from error
 
 
-def load_pictures(data: str, size: int, channels: int | None = None) -> Pictures:
-    """Decodes a folder or a named set; exact copies and unreadable files are left out, and told.
+def get_named_set(name: str) -> Path:
+    """The file or folder of a set below data/, which torchvision downloads where it is not yet."""
+    from torchvision import datasets
 
-    channels None takes what the set has: 1 when every picture is grey, else 3. Raises Problem when
-    fewer than two pictures can be used.
+    here = DATA / {"celeba": "celeba/img_align_celeba", "svhn": "train_32x32.mat"}.get(
+        name, f"{NAMED_SETS[name]}/raw/train-images-idx3-ubyte"
+    )
+    with by_torchvision(name):
+        if not here.exists():
+            getattr(datasets, NAMED_SETS[name])(DATA, download=True)
+    return here
+
+
+def open_named_set(name: str, file: Path) -> list[Image.Image]:
+    """The pictures of a set that is one file."""
+    from torchvision import datasets
+
+    with by_torchvision(name):
+        if name == "svhn":
+            return [*map(Image.fromarray, datasets.SVHN(DATA).data.transpose(0, 2, 3, 1))]
+        return [*map(Image.fromarray, datasets.mnist.read_image_file(str(file)).numpy())]
+
+
+DECODED_AT_ONCE = 512  # so memory stays flat however large a set is
+DECODER = 1  # counts up whenever to_square makes something else of a picture
+
+
+def decode(
+    data: str, items: list[Path] | list[Image.Image], size: int, channels: int, file: BinaryIO
+) -> dict[str, object]:
+    """Writes pictures to file, (size, size, channels) bytes each; returns what is known of them.
+
+    Exact copies and unreadable files are left out. Raises Problem when fewer than two remain.
     """
-    folder = Path(data).expanduser()
-    if data not in NAMED_SETS and not folder.is_dir():
-        raise Problem(f"--data {data}: no such folder; {HOW}")
-    items = list(open_named_set(data) if data in NAMED_SETS else find_pictures(folder))
 
     def read(item: Path | Image.Image) -> tuple[str, Tensor | None]:
         try:
             raw = read_file(item) if isinstance(item, Path) else item.tobytes()
             image = open_picture(raw) if isinstance(item, Path) else item
-            return hashlib.sha256(raw).hexdigest(), to_square(image, size, channels or 3)
+            return hashlib.sha256(raw).hexdigest(), to_square(image, size, channels)
         except Exception as error:  # decoders raise whatever they like; it is told below
             return f"{item} ({type(error).__name__})", None
 
-    kept, skipped = {}, []
+    kept, skipped, checksum, grey = {}, [], 0, True
     Image.init()  # loads Pillow's formats, for which threads would race
-    with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
+    bar = tqdm(desc="pictures", total=len(items), leave=False, disable=None)
+    with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool, bar:
         warnings.simplefilter("ignore")  # of Pillow's about files that it reads all the same
-        decoded = pool.map(read, items)  # without the interpreter's lock
-        for key, x in tqdm(decoded, "pictures", len(items), leave=False, disable=None):
-            if x is None:
-                skipped.append(key)
-            else:
-                kept.setdefault(key, x)
+        for start in range(0, len(items), DECODED_AT_ONCE):
+            part = items[start : start + DECODED_AT_ONCE]
+            # without the interpreter's lock
+            for i, (key, x) in enumerate(pool.map(read, part), start):
+                bar.update()
+                if x is None:
+                    skipped.append(key)
+                elif key not in kept:
+                    kept[key] = str(items[i]) if isinstance(items[i], Path) else str(i)
+                    raw = x.permute(1, 2, 0).numpy().tobytes()
+                    file.write(raw)
+                    checksum, grey = zlib.crc32(raw, checksum), grey and bool((x == x[:1]).all())
     told = f"{len(kept):,} pictures in {data}"
     if copies := len(items) - len(skipped) - len(kept):
         told += f", {copies:,} exact copies dropped"
@@ -299,20 +318,110 @@ def load_pictures(data: str, size: int, channels: int | None = None) -> Pictures
         told += f", {len(skipped):,} unreadable files skipped: {ascii(named)}"
     if len(kept) < 2:
         raise Problem(f"--data {data}: {told}, at least 2 are needed; {HOW}")
-    print(told)
-    x = torch.stack(list(kept.values()))
-    if channels is None and all((part == part[:, :1]).all() for part in x.split(1000)):
-        x = x[:, :1].contiguous()
-    return Pictures(x, hashlib.sha256("".join(kept).encode()).hexdigest()[:16])
+    fingerprint = hashlib.sha256("".join(kept).encode()).hexdigest()[:16]
+    known = {"n": len(kept), "told": told, "fingerprint": fingerprint, "checksum": checksum}
+    return known | {"grey": grey, "names": "\0".join(kept.values())}
+
+
+class Cache(NamedTuple):
+    """Where a decoded set is kept: its bytes, then what is known of it as JSON, then its length."""
+
+    path: Path
+    key: str  # changes with every name, size and time of the files, and with the decoder
+    shape: tuple[int, int, int]  # of a picture: size, size, channels
+
+    def read(self) -> tuple[Tensor, dict] | None:
+        """(N, *shape), mapped into memory, and what is known; None where it is not as written."""
+        try:
+            with open(self.path, "rb") as file:
+                file.seek(-8, os.SEEK_END)
+                length = int.from_bytes(file.read(), "little")
+                size = file.seek(-8 - length, os.SEEK_END)
+                known = json.loads(file.read(length))
+            if known["key"] != self.key or size != known["n"] * math.prod(self.shape):
+                return None
+            x = torch.from_file(str(self.path), shared=False, size=size, dtype=torch.uint8)
+            whole = zlib.crc32(x.numpy()) == known["checksum"]
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError):
+            return None
+        return (x.view(-1, *self.shape), known) if whole else None
+
+    def write(self, data: str, items: list[Path] | list[Image.Image]) -> tuple[Tensor, dict]:
+        """Decodes items. Where the cache cannot be written they stay in memory, which is told."""
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(self.path) as file:
+                known = decode(data, items, *self.shape[1:], file)
+                tail = json.dumps(known | {"key": self.key}).encode()
+                file.write(tail + len(tail).to_bytes(8, "little"))
+            if written := self.read():
+                return written
+            why = "damaged as soon as it was written"
+        except OSError as error:
+            why = error.strerror or str(error)
+        print(f"{self.path}: {why}; pictures are not cached, each start decodes them")
+        memory = io.BytesIO()
+        known = decode(data, items, *self.shape[1:], memory)
+        return torch.frombuffer(memory.getbuffer(), dtype=torch.uint8).view(-1, *self.shape), known
+
+
+def cache_folder() -> Path:
+    """The user's own: a folder of pictures may be read-only, or shared, or walked by others."""
+    return Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")) / "infogan"
+
+
+def cache_of(sources: list[Path], folder: Path, size: int, channels: int) -> Cache:
+    """One file for each folder and way to decode it, so what a changed set leaves is replaced."""
+    key = hashlib.sha256(str(DECODER).encode())
+    for path in sources:
+        key.update(os.fsencode(path))
+        with suppress(OSError):  # an unreadable one counts by its name
+            now = path.stat()
+            key.update(f" {now.st_size} {now.st_mtime_ns}\0".encode())
+    where = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:16]
+    name = f"{where}-{size}x{size}x{channels}"
+    return Cache(cache_folder() / name, key.hexdigest(), (size, size, channels))
+
+
+def load_pictures(data: str, size: int, channels: int | None = None) -> Pictures:
+    """A folder or a named set, decoded once: later starts map the cache's file into memory.
+
+    channels None takes what the set has: 1 when every picture is grey, else 3. Exact copies and
+    unreadable files are left out, and told. Raises Problem when fewer than two pictures remain.
+    """
+    folder = get_named_set(data) if data in NAMED_SETS else Path(data).expanduser()
+    if data not in NAMED_SETS and not folder.is_dir():
+        raise Problem(f"--data {data}: no such folder; {HOW}")
+    sources = find_pictures(folder) if folder.is_dir() else [folder]
+    cache = cache_of(sources, folder, size, 3)
+    found = cache.read()
+    if channels == 1 and not (found and found[1]["grey"]):
+        cache = cache_of(sources, folder, size, 1)
+        found = cache.read()
+    if not found:
+        items = sources if folder.is_dir() else open_named_set(data, folder)
+        found = cache.write(data, items)
+    x, known = found
+    print(known["told"])
+    x = x.permute(0, 3, 1, 2)
+    return Pictures(x[:, :1] if known["grey"] and channels != 3 else x, known["fingerprint"])
+
+
+def pick(x: Tensor, which: Tensor) -> Tensor:
+    """Some of many pictures, in their own layout: rows are copied whole, where [] goes by bytes."""
+    return x.permute(0, 2, 3, 1).index_select(0, which.to(x.device)).permute(0, 3, 1, 2)
 
 
 def make_batch(x: Tensor, flip: bool, rng: torch.Generator, device: torch.device) -> Tensor:
     """uint8 pictures as floats in [-1, 1] on the device; flip mirrors half of them."""
-    x = x.to(device, non_blocking=True).float().div_(127.5).sub_(1)
+    if device.type == "cuda" and x.device.type == "cpu":
+        x = x.pin_memory()  # so that copying does not wait for what the device still computes
+    x = x.to(device, non_blocking=True)
     if flip:
         mirrored = torch.rand(len(x), 1, 1, 1, generator=rng) < 0.5
         x = torch.where(mirrored.to(device, non_blocking=True), x.flip(3), x)
-    return x.contiguous(memory_format=torch.channels_last)
+    x = x.contiguous(memory_format=torch.channels_last)  # while it has a byte where a float has four
+    return x.float().div_(127.5).sub_(1)
 
 
 # networks -----------------------------------------------------------------------------------------
@@ -626,7 +735,7 @@ MAY_DIFFER += ("save_every", "sample_every")
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A file that appears whole under its name or not at all, whatever happens meanwhile."""
-    part = path.with_name(f".{path.name}.part")
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")  # two may write at once
     try:
         with open(part, "wb") as file:
             yield file
@@ -947,7 +1056,7 @@ def train(args: argparse.Namespace) -> int:
     with replacing(out / "args.json") as file:
         file.write(json.dumps(vars(args), indent=2).encode() + b"\n")
     beside = torch.Generator().manual_seed(args.seed)  # the same pictures and latents at each start
-    some = pictures.x[torch.randperm(n, generator=beside)[:64]]
+    some = pick(pictures.x, torch.randperm(n, generator=beside)[:64])
     save_grid(out / "samples/real.png", make_batch(some, False, beside, device))
     fixed = state.spec.join(state.spec.sample(64, beside)).to(device)
     if state.step == 0:
@@ -979,7 +1088,7 @@ def loop(
     why = "finished"
     with listening() as heard, bar:
         while state.step < total:
-            x = pictures.x[next_batch(state, len(pictures.x), B)]
+            x = pick(pictures.x, next_batch(state, len(pictures.x), B))
             x = make_batch(x, args.flip, state.rng, device)
             codes = state.spec.sample(B, state.rng)
             codes = Codes(*(c.to(device, non_blocking=True) for c in codes))

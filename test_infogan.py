@@ -57,6 +57,13 @@ def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory) -> Path:
+    """Decoded pictures go here, also by the processes that tests start, not into the user's."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+    return infogan.cache_folder()
+
+
 @pytest.fixture(scope="session")
 def faces(tmp_path_factory) -> Path:
     """600 drawn faces of 32x32."""
@@ -475,6 +482,143 @@ def test_named_sets_offline_get_a_clear_line(tmp_path, monkeypatch, capsys, name
     said = capsys.readouterr().err
     assert f"--data {name}: torchvision could not get it" in said
     assert {"svhn": "scipy", "celeba": "gdown"}.get(name, "offline") in said
+
+
+# the cache ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def decoded(monkeypatch) -> list[int]:
+    """Grows by one with every picture that is decoded."""
+    calls, real = [], infogan.to_square
+    monkeypatch.setattr(infogan, "to_square", lambda *a: (calls.append(1), real(*a))[1])
+    return calls
+
+
+def few_pictures(folder: Path, n: int = 5, mode: str = "RGB") -> Path:
+    """n pictures of 16x16, one copy of the first, and a file that is none."""
+    folder.mkdir(parents=True)
+    for i in range(n):
+        noise = random.Random(i).randbytes(16 * 16 * len(mode))
+        Image.frombytes(mode, (16, 16), noise).save(folder / f"{i}.png")
+    shutil.copy(folder / "0.png", folder / "copy.png")
+    (folder / "page.jpg").write_text("<html>")
+    return folder
+
+
+def test_a_second_start_decodes_nothing_and_tells_the_same(tmp_path, capsys, decoded):
+    folder = few_pictures(tmp_path / "faces")
+    first = infogan.load_pictures(str(folder), 16)
+    told = capsys.readouterr().out
+    assert len(decoded) == 6 and "1 exact copies" in told and "page.jpg" in told
+    for channels in (None, 3):
+        again = infogan.load_pictures(str(folder), 16, channels)
+        assert again.x.equal(first.x) and again.fingerprint == first.fingerprint
+        assert capsys.readouterr().out == told
+    assert len(decoded) == 6
+    assert infogan.load_pictures(str(folder), 32).x.shape == (5, 3, 32, 32)
+    assert infogan.load_pictures(str(folder), 16, 1).x.shape == (5, 1, 16, 16)
+    grey = few_pictures(tmp_path / "grey", mode="L")
+    first, n = infogan.load_pictures(str(grey), 16), len(decoded)
+    assert infogan.load_pictures(str(grey), 16, 1).x.equal(first.x)  # as a run goes on
+    assert first.x.shape == (5, 1, 16, 16) and len(decoded) == n
+
+
+def test_a_changed_folder_is_decoded_again_in_the_same_place(tmp_path, cache):
+    folder, files = few_pictures(tmp_path / "faces"), set(cache.iterdir())
+    seen = [infogan.load_pictures(str(folder), 16)]
+    (folder / "1.png").rename(folder / "9.png")
+    seen.append(infogan.load_pictures(str(folder), 16))
+    few_pictures(tmp_path / "more", 7)
+    shutil.copy(tmp_path / "more/6.png", folder)
+    seen.append(infogan.load_pictures(str(folder), 16))
+    shutil.copy(tmp_path / "more/5.png", folder / "6.png")  # as many bytes, later
+    os.utime(folder / "6.png", (10**9, 10**9))
+    seen.append(infogan.load_pictures(str(folder), 16))
+    (folder / "6.png").unlink()
+    seen.append(infogan.load_pictures(str(folder), 16))
+    assert [len(p.x) for p in seen] == [5, 5, 6, 6, 5]
+    assert len({p.fingerprint for p in seen}) == 4  # the last is the second again
+    assert seen[1].x.equal(seen[4].x) and len(set(cache.iterdir()) - files) == 1
+
+
+DAMAGE = {
+    "empty": lambda raw: b"",
+    "cut": lambda raw: raw[: len(raw) // 2],
+    "longer": lambda raw: raw + b"\0",
+    "a bit": lambda raw: bytes([raw[0] ^ 1]) + raw[1:],
+    "zeros": lambda raw: bytes(len(raw)),
+    "text": lambda raw: b"hello world, this is no cache",
+    "list": lambda raw: raw[:-8] + b"[1]" + (3).to_bytes(8, "little"),
+    "names": lambda raw: raw.replace(b'"n": 5', b'"n": 6'),
+}
+
+
+@pytest.mark.parametrize("kind", [*DAMAGE, "folder"])
+def test_a_damaged_cache_is_made_anew(tmp_path, cache, monkeypatch, decoded, kind):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = few_pictures(tmp_path / "faces")
+    first = infogan.load_pictures(str(folder), 16)
+    whole = first.x.clone()
+    (file,) = infogan.cache_folder().iterdir()
+    raw = file.read_bytes()
+    file.unlink()  # not written to in place: `first` is a view of it
+    file.mkdir() if kind == "folder" else file.write_bytes(DAMAGE[kind](raw))
+    assert infogan.load_pictures(str(folder), 16).x.equal(whole) and len(decoded) > 6
+    if kind != "folder":
+        assert file.read_bytes() == raw and first.x.equal(whole)
+
+
+def test_training_needs_no_cache(tmp_path, monkeypatch, capsys):
+    folder, blocked = few_pictures(tmp_path / "faces"), tmp_path / "file"
+    blocked.touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(blocked))
+    pictures = infogan.load_pictures(str(folder), 16)
+    told = capsys.readouterr().out.splitlines()
+    assert len(told) == 2 and "not cached" in told[0] and "5 pictures" in told[1]
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert infogan.load_pictures(str(folder), 16).x.equal(pictures.x)
+
+
+def test_two_starts_at_once_share_a_cache(faces, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    command = [sys.executable, str(HERE / "infogan.py")]
+    runs = [
+        subprocess.Popen([*command, *tiny(faces, tmp_path / name, "--max-steps", 1)])
+        for name in ("a", "b")
+    ]
+    assert [run.wait(120) for run in runs] == [0, 0]
+    assert same(tmp_path / "a/last.pt", tmp_path / "b/last.pt")
+    assert len([*infogan.cache_folder().iterdir()]) == 1
+
+
+PRIVATE = """
+import sys, infogan
+def private():
+    with open("/proc/self/status") as file:
+        return int(next(line for line in file if line.startswith("RssAnon")).split()[1]) / 1024
+before = private()
+x = infogan.load_pictures(sys.argv[1], int(sys.argv[2]), 3).x
+print(sum(int(infogan.pick(x, i).sum()) for i in infogan.torch.arange(len(x)).split(100)))
+print(x.nbytes / 2**20, private() - before)
+"""
+
+
+def private_memory(folder: Path, size: int) -> tuple[float, float]:
+    """MB of the decoded set, and of private memory that loading and reading all of it takes."""
+    script = [sys.executable, "-c", PRIVATE, str(folder), str(size)]
+    said = subprocess.run(script, cwd=HERE, capture_output=True, text=True, check=True).stdout
+    return tuple(map(float, said.split()[-2:]))
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells private memory")
+def test_private_memory_does_not_grow_with_the_set(tmp_path):
+    folder = tmp_path / "faces"
+    folder.mkdir()
+    for i in range(2000):
+        Image.new("RGB", (1, 1), (i % 256, i // 256, 0)).save(folder / f"{i}.bmp")
+    cold, warm = (private_memory(folder, 128) for _ in range(2))
+    assert cold[0] == warm[0] > 90 and cold[1] < 60 and warm[1] < 15, (cold, warm)
 
 
 # training -----------------------------------------------------------------------------------------
