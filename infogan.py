@@ -23,6 +23,7 @@ import json
 import math
 import os
 import pickle
+import pickletools
 import signal
 import sys
 import time
@@ -31,10 +32,15 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple, TextIO
+
+try:
+    import fcntl
+except ImportError:  # Windows: nothing there stops a second run in the same folder
+    fcntl = None
 
 import torch
 import torch.nn.functional as F
@@ -750,8 +756,16 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         os.close(folder)
 
 
+def check_finite(state: State, metrics: list[float]) -> None:
+    """Raises Diverged that names the first metric which is NaN or infinite."""
+    for name, value in zip(metric_names(state.spec), metrics, strict=True):
+        if not math.isfinite(value):
+            raise Diverged(f"step {state.step}: {name} is {value}")
+
+
 def save_checkpoint(path: Path, state: State, args: argparse.Namespace, pictures: Pictures) -> None:
-    """All a run needs to go on bit for bit, plain values only. Raises Diverged on NaN weights."""
+    """All a run needs to go on bit for bit, plain values only. Raises Diverged on NaN."""
+    check_finite(state, state.sums.tolist())
     kept = {name: getattr(state, name).state_dict() for name in ("G", "G_ema", "D")}
     for name, weights in kept.items():
         if not all(w.isfinite().all() for w in weights.values()):
@@ -760,8 +774,43 @@ def save_checkpoint(path: Path, state: State, args: argparse.Namespace, pictures
     kept |= {name: getattr(state, name) for name in ("sums", "epoch_seed", "step", "minutes")}
     kept |= {"format": FORMAT, "spec": asdict(state.spec), "args": vars(args)}
     kept |= {"rng": state.rng.get_state(), "fingerprint": pictures.fingerprint}
+    packed = io.BytesIO()  # torch would call a full disk an internal error
+    torch.save(kept, packed)
     with replacing(path) as file:
-        torch.save(kept, file)
+        file.write(packed.getbuffer())
+
+
+PICKLED = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2"}
+PICKLED |= {f"torch {kind}Storage" for kind in ("Float", "Half", "Long", "Byte")}
+
+
+def claimed_bytes(value: object) -> int:
+    """What copies of all tensors in nested dicts and lists would take."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        return sum(map(claimed_bytes, value))
+    return value.nbytes if isinstance(value, Tensor) else 0
+
+
+def unpack(path: Path) -> object:
+    """What torch.save put into a file; runs nothing, takes no more memory than the file has bytes.
+
+    Raises whatever zipfile, pickle and torch do: torch alone would verify no checksum.
+    """
+    size = path.stat().st_size
+    with zipfile.ZipFile(path) as packed:
+        entries = packed.infolist()
+        if sum(entry.file_size for entry in entries) > size or packed.testzip():
+            raise zipfile.BadZipFile
+        pickles = [packed.read(entry) for entry in entries if entry.filename.endswith(".pkl")]
+    ops = (op for raw in pickles for op in pickletools.genops(raw))
+    if not {name for op, name, _ in ops if op.name.endswith("GLOBAL")} <= PICKLED:
+        raise pickle.UnpicklingError
+    contents = torch.load(path, map_location="cpu", weights_only=True)
+    if claimed_bytes(contents) > size:  # one number stretched over a huge shape
+        raise pickle.UnpicklingError
+    return contents
 
 
 def load_checkpoint(path: str | Path) -> dict:
@@ -773,16 +822,14 @@ def load_checkpoint(path: str | Path) -> dict:
     if not path.is_file():
         raise Problem(f"{path}: no such checkpoint; infogan.py leaves last.pt in a run's folder")
     try:
-        with zipfile.ZipFile(path) as packed:  # torch never compresses; what does could be a bomb
-            entries = packed.infolist()
-        honest = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
-        ckpt = torch.load(path, map_location="cpu", weights_only=True) if honest else None
-    except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, *BROKEN) as error:
+        ckpt = unpack(path)
+    except Exception as error:  # they raise whatever they like, the file is at fault
         kind = type(error).__name__
         raise Problem(f"{path}: broken, or no checkpoint of infogan.py ({kind})") from error
     if not isinstance(ckpt, dict) or not isinstance(ckpt.get("args"), dict):
         raise Problem(f"{path}: no checkpoint of infogan.py")
-    if (written := ckpt.get("format")) not in range(1, FORMAT + 1):
+    written = ckpt.get("format")
+    if type(written) is not int or not 1 <= written <= FORMAT:
         raise Problem(f"{path}: format {written}, but this infogan.py knows 1 to {FORMAT} only")
     try:
         check_limits({name: ckpt["args"].get(name) for name in SHAPE})
@@ -832,8 +879,11 @@ def go_on(state: State, args: argparse.Namespace, ckpt: dict, pictures: Pictures
     try:
         for name in ("G", "G_ema", "D", "opt_G", "opt_D"):
             getattr(state, name).load_state_dict(ckpt[name])
-        for name in ("epoch_seed", "step", "minutes"):
-            setattr(state, name, ckpt[name])
+        moments = [*state.opt_G.state.items(), *state.opt_D.state.items()]
+        if any(v.dim() and v.shape != p.shape for p, kept in moments for v in kept.values()):
+            raise ValueError
+        for name, kind in (("epoch_seed", int), ("step", int), ("minutes", float)):
+            setattr(state, name, kind(ckpt[name]))
         state.sums.copy_(ckpt["sums"])
         state.rng.set_state(ckpt["rng"])
     except (RuntimeError, *BROKEN) as error:
@@ -851,12 +901,13 @@ SIGNALS = [getattr(signal, s) for s in ("SIGINT", "SIGTERM", "SIGHUP") if hasatt
 def listening() -> Iterator[list[int]]:
     """Collects signals that ask a run to stop; a second one of the same kind stops it at once."""
     heard, before = [], {}
+    ignored = signal.SIG_IGN  # by nohup, or by a shell for what runs in the background
 
     def note(number: int, _frame: object) -> None:
         heard.append(number)
         signal.signal(number, before[number])
 
-    for number in SIGNALS:
+    for number in [s for s in SIGNALS if signal.getsignal(s) != ignored]:
         before[number] = signal.signal(number, note)
     try:
         yield heard
@@ -974,9 +1025,10 @@ def find_run(out: Path) -> dict | None:
     """The checkpoint that the run in a folder goes on from, or None where one begins.
 
     A broken last.pt falls back on the newest checkpoint that can be read, and says so. Raises
-    Problem before anything that is not ours would be written over.
+    Problem where there are some and none can be.
     """
-    found = [p for p in [out / "last.pt", *sorted(out.glob("epoch_*.pt"))[::-1]] if p.exists()]
+    kept = sorted(out.glob("epoch_*.pt"), key=lambda p: (len(p.name), p.name), reverse=True)
+    found = [path for path in [out / "last.pt", *kept] if path.exists()]
     for path in found:
         try:
             ckpt = load_checkpoint(path)
@@ -986,10 +1038,39 @@ def find_run(out: Path) -> dict | None:
             print(problem, file=sys.stderr)
     if found:
         raise Problem(f"{out}: none of its checkpoints can be read; {NEW_RUN}")
-    ours = not out.exists() or (out / "args.json").exists()
-    if not ours and (not out.is_dir() or any(out.iterdir())):
-        raise Problem(f"--out {out}: is no run of infogan.py, and not empty; give another folder")
     return None
+
+
+@contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """A run's folder, made where there is none, for this process alone.
+
+    Raises Problem for a folder that is no run's, and while another process trains there; the
+    system drops the lock with the process, however that ends.
+    """
+    ours = not out.exists() or (out / "args.json").exists()
+    if not ours and (not out.is_dir() or any(path.name[0] != "." for path in out.iterdir())):
+        raise Problem(f"--out {out}: is no run of infogan.py, and not empty; give another folder")
+    out.mkdir(parents=True, exist_ok=True)
+    lock = out / ".lock"
+    with open(lock, "a+") as file:
+        try:
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise Problem(f"--out {out}: process {file.read()} trains there now") from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        for part in [*out.glob(".*.part"), *out.glob("samples/.*.part")]:
+            part.unlink()  # by a process that was killed while it wrote
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                lock.unlink()
+                out.rmdir()  # only an empty one goes: a start that came to nothing
 
 
 def move_aside(out: Path) -> None:
@@ -997,6 +1078,7 @@ def move_aside(out: Path) -> None:
     numbered = (out.with_name(f"{out.name}.old-{i}") for i in range(1, 10**6))
     aside = next(path for path in numbered if not path.exists())
     out.rename(aside)
+    (aside / ".lock").unlink()
     print(f"the old run is now {aside}")
 
 
@@ -1036,15 +1118,24 @@ def train(args: argparse.Namespace) -> int:
     if args.recipe == "notebook":
         print("--recipe notebook: the notebook's settings, its defects included, to compare with")
     args.amp = has_bfloat16(device) if args.amp is None else args.amp
-    ckpt = None if args.restart else find_run(out)
-    args.channels = args.channels or (ckpt["args"]["channels"] if ckpt else None)
-    pictures = load_pictures(args.data, args.image_size, args.channels)
-    args.channels, n = pictures.x.shape[1], len(pictures.x)
-    if args.restart and out.exists():
-        move_aside(out)
-    state = new_state(args, device)
-    if ckpt:
-        go_on(state, args, ckpt, pictures)
+    with ExitStack() as held:
+        held.enter_context(locked(out))
+        ckpt = None if args.restart else find_run(out)
+        args.channels = args.channels or (ckpt["args"]["channels"] if ckpt else None)
+        pictures = load_pictures(args.data, args.image_size, args.channels)
+        args.channels = pictures.x.shape[1]
+        if args.restart and (out / "args.json").exists():
+            move_aside(out)
+            held.enter_context(locked(out))
+        state = new_state(args, device)
+        if ckpt:
+            go_on(state, args, ckpt, pictures)
+        return begin(state, args, pictures, end)
+
+
+def begin(state: State, args: argparse.Namespace, pictures: Pictures, end: float) -> int:
+    """Prepares the run's folder, goes through the loop and says how it ended."""
+    out, n, device = Path(args.out), len(pictures.x), state.sums.device
     B, per_epoch, total = plan(args, n)
     if args.batch_size > B:
         print(f"--batch-size {args.batch_size}: there are only {n} pictures, so a batch is {B}")
@@ -1052,9 +1143,9 @@ def train(args: argparse.Namespace) -> int:
         print(f"{out} is finished, {state.step:,} steps; more --epochs or --max-steps go on")
         return 0
 
-    (out / "samples").mkdir(parents=True, exist_ok=True)
     with replacing(out / "args.json") as file:
         file.write(json.dumps(vars(args), indent=2).encode() + b"\n")
+    (out / "samples").mkdir(exist_ok=True)
     beside = torch.Generator().manual_seed(args.seed)  # the same pictures and latents at each start
     some = pick(pictures.x, torch.randperm(n, generator=beside)[:64])
     save_grid(out / "samples/real.png", make_batch(some, False, beside, device))
@@ -1067,7 +1158,6 @@ def train(args: argparse.Namespace) -> int:
         good = out / "last.pt"
         good = f"{good} is the last good checkpoint" if good.exists() else "nothing was saved yet"
         raise Diverged(f"{problem}; {good}. Lower --lr-g and --lr-d") from None
-    save_animation(out)
     done = f"{state.step:,} steps, {state.step / per_epoch:.1f} epochs, {state.minutes:.1f} minutes"
     print(f"{why}: {done} in all. {out / 'last.pt'} is saved; ", end="")
     going = "the same command goes on"
@@ -1099,9 +1189,7 @@ def loop(
 
             if state.step % LOG_EVERY == 0:
                 values = (state.sums / LOG_EVERY).tolist()
-                for name, value in zip(metric_names(state.spec), values, strict=True):
-                    if not math.isfinite(value):
-                        raise Diverged(f"step {state.step}: {name} is {value}")
+                check_finite(state, values)
                 log.add(state.step, state.step / per_epoch, state.minutes, values)
                 told = describe(state.spec, values)
                 state.sums.zero_()
@@ -1116,7 +1204,7 @@ def loop(
                 log.draw()
             if place == 0 and epoch % args.save_every == 0:
                 save_checkpoint(out / f"epoch_{epoch:04d}.pt", state, args, pictures)
-            if place == 0 or now - saved > 60 * SAVE_MINUTES:
+            if state.step < total and (place == 0 or now - saved > 60 * SAVE_MINUTES):
                 save_checkpoint(out / "last.pt", state, args, pictures)
                 saved = now
             if heard:
@@ -1125,9 +1213,13 @@ def loop(
             if now > end:
                 why = "time is up"
                 break
-        save_checkpoint(out / "last.pt", state, args, pictures)
-    save_grid(out / "samples/last.png", state.G_ema(fixed))
-    log.draw()
+        if state.step < total:  # whoever asked to stop may not wait
+            save_checkpoint(out / "last.pt", state, args, pictures)
+        save_grid(out / "samples/last.png", state.G_ema(fixed))
+        save_animation(out)
+        log.draw()
+        if state.step == total:  # last, so that a finished run has everything
+            save_checkpoint(out / "last.pt", state, args, pictures)
     log.board.close()
     return why
 
@@ -1259,19 +1351,42 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+class Patient:
+    """A stream that outlives its reader: a closed terminal or a dead pipe must not end a run."""
+
+    def __init__(self, stream: TextIO):
+        self.stream = stream
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> None:
+        code = self.stream.encoding or "utf-8"
+        with suppress(OSError):
+            self.stream.write(text.encode(code, "backslashreplace").decode(code))
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self.stream.flush()
+
+
 def run(program: str, job: Callable[[], int]) -> int:
     """The job's exit code; what a user can mend becomes one line on stderr and exit code 2."""
-    try:
-        return job()
-    except Problem as problem:
-        print(f"{program}: {problem}", file=sys.stderr)
-        return problem.code
-    except OSError as error:
-        print(f"{program}: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"{program}: stopped", file=sys.stderr)
-        return 130
+    with redirect_stdout(Patient(sys.stdout)), redirect_stderr(Patient(sys.stderr)):
+        try:
+            return job()
+        except Problem as problem:
+            told, code = str(problem), problem.code
+        except OSError as error:
+            told, code = f"{error.filename or 'a file'}: {error.strerror or error}", 2
+        except (MemoryError, RuntimeError) as error:
+            if not isinstance(error, MemoryError) and "allocate" not in str(error):
+                raise
+            told, code = "out of memory; lower --batch-size, --width or --image-size", 2
+        except KeyboardInterrupt:
+            told, code = "stopped", 130
+        print(f"{program}: {told}", file=sys.stderr)
+        return code
 
 
 def main(argv: list[str] | None = None) -> int:
