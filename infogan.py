@@ -34,6 +34,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, TextIO
 
@@ -43,6 +44,7 @@ except ImportError:  # Windows: nothing there stops a second run in the same fol
     fcntl = None
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor, nn
@@ -181,6 +183,70 @@ class CodeSpec:
         logits, mu, raw = q.split([self.n_cat * self.cat_dim, self.n_cont, self.n_cont], 1)
         variance = SIGMA_MIN**2 + (1 - SIGMA_MIN**2) * raw.sigmoid()
         return QOutput(logits.unflatten(1, (self.n_cat, self.cat_dim)), mu, variance.log())
+
+
+# processes ----------------------------------------------------------------------------------------
+# All draw the same chances for the whole batch and each works on its own rows of it, so a run does
+# not depend on how many there are, and may go on with another number.
+
+
+@contextmanager
+def joined_processes() -> Iterator[None]:
+    """Joins what torchrun started together; one process alone has nothing to join."""
+    if not (dist.is_available() and dist.is_torchelastic_launched()):
+        yield
+        return
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(hours=6))  # while process 0 decodes a set
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def place() -> tuple[int, int]:
+    """This process's number, and how many there are. Number 0 alone writes and talks."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def mine(whole: Tensor) -> Tensor:
+    """This process's rows of what was drawn for the whole batch."""
+    rank, ranks = place()
+    return whole.unflatten(0, (ranks, -1))[rank]
+
+
+def agree(*flags: int) -> list[int]:
+    """The largest of each flag over all processes: they do the same things at the same step."""
+    if place()[1] == 1:
+        return [*flags]
+    whole = torch.tensor(flags)
+    dist.all_reduce(whole, dist.ReduceOp.MAX)  # of the CPUs: no GPU is waited for
+    return whole.tolist()
+
+
+def average(tensors: list[Tensor]) -> None:
+    """Makes each tensor its mean over all processes, in one message."""
+    if (ranks := place()[1]) > 1:
+        whole = torch.cat([t.flatten() for t in tensors])
+        dist.all_reduce(whole)
+        parts = whole.div_(ranks).split([t.numel() for t in tensors])
+        torch._foreach_copy_(tensors, [p.view_as(t) for p, t in zip(parts, tensors, strict=True)])
+
+
+@contextmanager
+def in_turn() -> Iterator[None]:
+    """Process 0 goes first; where it fails, the others stop without a word of their own."""
+    rank, failed = place()[0], 1
+    if rank and agree(0)[0]:
+        raise Problem("process 0 has failed")
+    try:
+        yield
+        failed = 0
+    finally:
+        if not rank:
+            agree(failed)
 
 
 # pictures -----------------------------------------------------------------------------------------
@@ -418,15 +484,23 @@ def pick(x: Tensor, which: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1).index_select(0, which.to(x.device)).permute(0, 3, 1, 2)
 
 
+def nearest(x: Tensor, device: torch.device) -> Tensor:
+    """The set on a GPU where it takes less than half of what is free there, else as it is."""
+    fits = device.type == "cuda" and x.nbytes < torch.cuda.mem_get_info(device)[0] // 2
+    return x.to(device) if fits else x
+
+
 def make_batch(x: Tensor, flip: bool, rng: torch.Generator, device: torch.device) -> Tensor:
     """uint8 pictures as floats in [-1, 1] on the device; flip mirrors half of them."""
     if device.type == "cuda" and x.device.type == "cpu":
         x = x.pin_memory()  # so that copying does not wait for what the device still computes
     x = x.to(device, non_blocking=True)
     if flip:
-        mirrored = torch.rand(len(x), 1, 1, 1, generator=rng) < 0.5
+        mirrored = mine(torch.rand(len(x) * place()[1], 1, 1, 1, generator=rng) < 0.5)
         x = torch.where(mirrored.to(device, non_blocking=True), x.flip(3), x)
-    x = x.contiguous(memory_format=torch.channels_last)  # while it has a byte where a float has four
+    x = x.contiguous(
+        memory_format=torch.channels_last
+    )  # while it has a byte where a float has four
     return x.float().div_(127.5).sub_(1)
 
 
@@ -595,6 +669,9 @@ class State:
     order: Tensor | None = None  # drawn from epoch_seed, so never saved
 
 
+COMPILE = {"mode": "reduce-overhead"}  # CUDA graphs: no kernel waits for Python
+
+
 def metric_names(spec: CodeSpec) -> list[str]:
     """The figures of a step, in train_step's order."""
     return ["loss_D", "loss_G", "D_real", "D_fake", *spec.names]
@@ -613,6 +690,9 @@ def new_state(args: argparse.Namespace, device: torch.device) -> State:
     for net in (G, D):
         init_weights(net, rng)
         net.to(device, memory_format=torch.channels_last)
+    if device.type == "cuda" and place()[1] > 1:  # gloo has none; R1 could not go through it
+        G = nn.SyncBatchNorm.convert_sync_batchnorm(G)
+        D = D if args.r1 else nn.SyncBatchNorm.convert_sync_batchnorm(D)
     heads = {"trunk": [D.trunk, D.d_head, D.q_head], "head": [D.trunk, D.d_head]}[args.info_to]
     with_D = [p for part in heads for p in part.parameters()]
     with_G = [*G.parameters(), *(D.q_head.parameters() if args.info_to == "head" else ())]
@@ -620,6 +700,8 @@ def new_state(args: argparse.Namespace, device: torch.device) -> State:
     opt_G = torch.optim.Adam(with_G, args.lr_g, **adam)
     opt_D = torch.optim.Adam(with_D, args.lr_d, **adam)
     G_ema = copy.deepcopy(G).eval().requires_grad_(False)
+    for net in (G.layers, D.trunk, D.q_head) if args.compile else ():
+        net.compile(**COMPILE)
     sums = torch.zeros(len(metric_names(spec)), device=device)
     return State(spec, G, G_ema, D, opt_G, opt_D, rng, sums)
 
@@ -641,11 +723,13 @@ def view(x: Tensor, strength: float, rng: torch.Generator) -> Tensor:
     """
     seed = int(torch.randint(2**62, (), generator=rng))  # drawn here, so the rest can be there
     at = {"generator": torch.Generator(x.device).manual_seed(seed), "device": x.device}
-    warp = 0.3 * strength * (2 * torch.rand(len(x), 2, 3, **at) - 1)
+    n = len(x) * place()[1]
+    warp = 0.3 * strength * (2 * mine(torch.rand(n, 2, 3, **at)) - 1)
     where = F.affine_grid(torch.eye(2, 3, device=x.device) + warp, x.shape, align_corners=False)
     y = F.grid_sample(x, where, padding_mode="border", align_corners=False)
     y = F.avg_pool2d(F.pad(y, [1] * 4, mode="replicate"), 3, 1)
-    gain, shift = 0.5 * strength * (2 * torch.rand(2, len(x), 1, 1, 1, **at) - 1)
+    light = torch.rand(2, n, 1, 1, 1, **at).transpose(0, 1)
+    gain, shift = 0.5 * strength * (2 * mine(light).transpose(0, 1) - 1)
     y = (gain.exp() * (y + shift)).clamp(-1, 1)
     return y.contiguous(memory_format=torch.channels_last)
 
@@ -653,7 +737,7 @@ def view(x: Tensor, strength: float, rng: torch.Generator) -> Tensor:
 @contextmanager
 def unrecorded(net: nn.Module) -> Iterator[None]:
     """Batch norm normalises as it would, but its running statistics learn nothing."""
-    norms = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
+    norms = [m for m in net.modules() if isinstance(m, (nn.BatchNorm2d, nn.SyncBatchNorm))]
     before = [m.momentum for m in norms]
     for m in norms:
         m.momentum = 0.0
@@ -676,6 +760,15 @@ def judge_and_read(
     return d, q
 
 
+def descend(opt: torch.optim.Optimizer, loss: Tensor) -> None:
+    """One step of opt against loss, on the whole batch's gradient."""
+    opt.zero_grad()
+    loss.backward()
+    mean = [p.grad for group in opt.param_groups for p in group["params"]]
+    average([g for g in mean if g is not None])
+    opt.step()
+
+
 def train_step(state: State, args: argparse.Namespace, x: Tensor, codes: Codes) -> Tensor:
     """One step of D, then of G, on n real pictures and n drawn codes; returns the metrics.
 
@@ -687,19 +780,20 @@ def train_step(state: State, args: argparse.Namespace, x: Tensor, codes: Codes) 
     lazily = args.r1 > 0 and state.step % R1_EVERY == 0
     x = x.detach().requires_grad_(lazily)
 
+    if args.compile:
+        torch.compiler.cudagraph_mark_step_begin()
     D.requires_grad_(True)
     with mixed:
         x_fake = G(spec.join(codes))  # drawn once, judged twice
-        d_real = D.judge(D.trunk(x))  # Q's batch norm sees generated pictures only
+        trunk = D.trunk.forward if lazily else D.trunk  # nobody compiles a gradient's gradient
+        d_real = D.judge(trunk(x))  # Q's batch norm sees generated pictures only
         d_fake, q = judge_and_read(D, x_fake.detach(), args.q_view, state.rng)
     loss_D = loss = d_loss(d_real, d_fake)
     if to_trunk:
         loss = loss - weigh(spec, mutual_information(spec, q, codes), args)  # -V - lambda L_I
     if lazily:
         loss = loss + R1_EVERY * args.r1 * r1_penalty(d_real, x)
-    state.opt_D.zero_grad()
-    loss.backward()
-    state.opt_D.step()
+    descend(state.opt_D, loss)
 
     D.requires_grad_(False)  # G's step needs no gradient of D's weights
     D.q_head.requires_grad_(not to_trunk)
@@ -707,9 +801,7 @@ def train_step(state: State, args: argparse.Namespace, x: Tensor, codes: Codes) 
         d_fake_G, q = judge_and_read(D, x_fake, args.q_view, state.rng)
     loss_G = g_loss(d_fake_G)
     L_I = mutual_information(spec, q, codes)
-    state.opt_G.zero_grad()
-    (loss_G - weigh(spec, L_I, args)).backward()  # V - lambda L_I (Eq. 6)
-    state.opt_G.step()
+    descend(state.opt_G, loss_G - weigh(spec, L_I, args))  # V - lambda L_I (Eq. 6)
 
     state.step += 1
     # a half-life that grows with training fits a run of any length (2312.02696, section 3.1)
@@ -735,7 +827,7 @@ FORMAT = 1
 BROKEN = (AttributeError, EOFError, KeyError, OSError, TypeError, ValueError)  # by a damaged file
 NEW_RUN = "--restart moves the old run aside, another --out starts beside it"
 MAY_DIFFER = ("data", "out", "epochs", "max_steps", "max_minutes", "device", "amp", "restart")
-MAY_DIFFER += ("save_every", "sample_every")
+MAY_DIFFER += ("compile", "save_every", "sample_every")
 
 
 @contextmanager
@@ -764,7 +856,11 @@ def check_finite(state: State, metrics: list[float]) -> None:
 
 
 def save_checkpoint(path: Path, state: State, args: argparse.Namespace, pictures: Pictures) -> None:
-    """All a run needs to go on bit for bit, plain values only. Raises Diverged on NaN."""
+    """All a run needs to go on bit for bit, plain values only. Raises Diverged on NaN.
+
+    Every process calls it, number 0 writes.
+    """
+    average([state.sums])
     check_finite(state, state.sums.tolist())
     kept = {name: getattr(state, name).state_dict() for name in ("G", "G_ema", "D")}
     for name, weights in kept.items():
@@ -774,6 +870,8 @@ def save_checkpoint(path: Path, state: State, args: argparse.Namespace, pictures
     kept |= {name: getattr(state, name) for name in ("sums", "epoch_seed", "step", "minutes")}
     kept |= {"format": FORMAT, "spec": asdict(state.spec), "args": vars(args)}
     kept |= {"rng": state.rng.get_state(), "fingerprint": pictures.fingerprint}
+    if place()[0]:
+        return
     packed = io.BytesIO()  # torch would call a full disk an internal error
     torch.save(kept, packed)
     with replacing(path) as file:
@@ -1092,7 +1190,16 @@ def pick_device(name: str) -> torch.device:
         name = next((kind for kind in there if there[kind]), "cpu")
     elif not there.get(name, True):
         raise Problem(f"--device {name}: not available here; use --device auto")
-    return torch.device(name)
+    own = name == "cuda" and place()[1] > 1
+    return torch.device(name, int(os.environ["LOCAL_RANK"])) if own else torch.device(name)
+
+
+def tune(device: torch.device) -> None:
+    """Switches of the whole process that make a GPU faster: TF32, and kernels chosen by trial."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.benchmark = True
 
 
 def has_bfloat16(device: torch.device) -> bool:
@@ -1118,15 +1225,20 @@ def train(args: argparse.Namespace) -> int:
     if args.recipe == "notebook":
         print("--recipe notebook: the notebook's settings, its defects included, to compare with")
     args.amp = has_bfloat16(device) if args.amp is None else args.amp
+    tune(device)
     with ExitStack() as held:
-        held.enter_context(locked(out))
-        ckpt = None if args.restart else find_run(out)
-        args.channels = args.channels or (ckpt["args"]["channels"] if ckpt else None)
-        pictures = load_pictures(args.data, args.image_size, args.channels)
+        with in_turn():
+            first = not place()[0]
+            if first:
+                held.enter_context(locked(out))
+            ckpt = None if args.restart else find_run(out)
+            args.channels = args.channels or (ckpt["args"]["channels"] if ckpt else None)
+            pictures = load_pictures(args.data, args.image_size, args.channels)
+            if first and args.restart and (out / "args.json").exists():
+                move_aside(out)
+                held.enter_context(locked(out))
         args.channels = pictures.x.shape[1]
-        if args.restart and (out / "args.json").exists():
-            move_aside(out)
-            held.enter_context(locked(out))
+        pictures = pictures._replace(x=nearest(pictures.x, device))
         state = new_state(args, device)
         if ckpt:
             go_on(state, args, ckpt, pictures)
@@ -1137,21 +1249,25 @@ def begin(state: State, args: argparse.Namespace, pictures: Pictures, end: float
     """Prepares the run's folder, goes through the loop and says how it ended."""
     out, n, device = Path(args.out), len(pictures.x), state.sums.device
     B, per_epoch, total = plan(args, n)
+    rank, ranks = place()
+    if B % ranks or B // ranks < 2:
+        raise Problem(f"--batch-size {B}: must be a multiple of {ranks} processes, and 2 for each")
     if args.batch_size > B:
         print(f"--batch-size {args.batch_size}: there are only {n} pictures, so a batch is {B}")
     if state.step >= total:
         print(f"{out} is finished, {state.step:,} steps; more --epochs or --max-steps go on")
         return 0
 
-    with replacing(out / "args.json") as file:
-        file.write(json.dumps(vars(args), indent=2).encode() + b"\n")
-    (out / "samples").mkdir(exist_ok=True)
     beside = torch.Generator().manual_seed(args.seed)  # the same pictures and latents at each start
     some = pick(pictures.x, torch.randperm(n, generator=beside)[:64])
-    save_grid(out / "samples/real.png", make_batch(some, False, beside, device))
     fixed = state.spec.join(state.spec.sample(64, beside)).to(device)
-    if state.step == 0:
-        save_grid(out / "samples/epoch_0000.png", state.G_ema(fixed))
+    if rank == 0:
+        with replacing(out / "args.json") as file:
+            file.write(json.dumps(vars(args), indent=2).encode() + b"\n")
+        (out / "samples").mkdir(exist_ok=True)
+        save_grid(out / "samples/real.png", make_batch(some, False, beside, device))
+        if state.step == 0:
+            save_grid(out / "samples/epoch_0000.png", state.G_ema(fixed))
     try:
         why = loop(state, args, pictures, fixed, end)
     except Diverged as problem:
@@ -1168,9 +1284,12 @@ def begin(state: State, args: argparse.Namespace, pictures: Pictures, end: float
 def loop(
     state: State, args: argparse.Namespace, pictures: Pictures, fixed: Tensor, end: float
 ) -> str:
-    """Steps, logs, saves until the last step, the time `end` or a signal; returns which it was."""
+    """Steps, logs, saves until the last step, the time `end` or a signal; returns which it was.
+
+    With several processes a signal to any of them stops all.
+    """
     out, device, (B, per_epoch, total) = Path(args.out), fixed.device, plan(args, len(pictures.x))
-    log, told = Log(out, state.spec, state.step), ""
+    log, told = Log(out, state.spec, state.step) if not place()[0] else None, ""
     begun, saved = time.monotonic() - 60 * state.minutes, time.monotonic()
     shape = {"bar_format": "epoch {desc}{rate_fmt}  eta {remaining}", "unit": "img"}
     shape |= {"mininterval": 0.5 if sys.stderr.isatty() else 30.0, "unit_scale": True}
@@ -1178,49 +1297,54 @@ def loop(
     why = "finished"
     with listening() as heard, bar:
         while state.step < total:
-            x = pick(pictures.x, next_batch(state, len(pictures.x), B))
+            x = pick(pictures.x, mine(next_batch(state, len(pictures.x), B)))
             x = make_batch(x, args.flip, state.rng, device)
             codes = state.spec.sample(B, state.rng)
-            codes = Codes(*(c.to(device, non_blocking=True) for c in codes))
+            codes = Codes(*(mine(c).to(device, non_blocking=True) for c in codes))
             state.sums += train_step(state, args, x, codes)
             now = time.monotonic()
             state.minutes = (now - begun) / 60
-            epoch, place = divmod(state.step, per_epoch)
+            number, late, due = agree(*heard[:1] or [0], now > end, now - saved > 60 * SAVE_MINUTES)
+            epoch, at_end = state.step // per_epoch, state.step % per_epoch == 0
 
             if state.step % LOG_EVERY == 0:
+                average([state.sums])
                 values = (state.sums / LOG_EVERY).tolist()
                 check_finite(state, values)
-                log.add(state.step, state.step / per_epoch, state.minutes, values)
+                if log:
+                    log.add(state.step, state.step / per_epoch, state.minutes, values)
                 told = describe(state.spec, values)
                 state.sums.zero_()
             at = f"{state.step / per_epoch:.1f}/{args.epochs}  {told}  "
             bar.set_description_str(at, refresh=False)
             bar.update(B)
 
-            if place == 0 and epoch % args.sample_every == 0:
+            if log and at_end and epoch % args.sample_every == 0:
                 path = out / f"samples/epoch_{epoch:04d}.png"
                 save_grid(path, state.G_ema(fixed))
                 log.board.add_image("samples", pil_to_tensor(Image.open(path)), epoch)
                 log.draw()
-            if place == 0 and epoch % args.save_every == 0:
+            if at_end and epoch % args.save_every == 0:
                 save_checkpoint(out / f"epoch_{epoch:04d}.pt", state, args, pictures)
-            if state.step < total and (place == 0 or now - saved > 60 * SAVE_MINUTES):
+            if state.step < total and (at_end or due):
                 save_checkpoint(out / "last.pt", state, args, pictures)
                 saved = now
-            if heard:
-                why = signal.Signals(heard[0]).name
+            if number:
+                why = signal.Signals(number).name
                 break
-            if now > end:
+            if late:
                 why = "time is up"
                 break
         if state.step < total:  # whoever asked to stop may not wait
             save_checkpoint(out / "last.pt", state, args, pictures)
-        save_grid(out / "samples/last.png", state.G_ema(fixed))
-        save_animation(out)
-        log.draw()
+        if log:
+            save_grid(out / "samples/last.png", state.G_ema(fixed))
+            save_animation(out)
+            log.draw()
         if state.step == total:  # last, so that a finished run has everything
             save_checkpoint(out / "last.pt", state, args, pictures)
-    log.board.close()
+    if log:
+        log.board.close()
     return why
 
 
@@ -1332,6 +1456,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add("--seed", 0, "of all chance")
     p.add("--device", "auto", "auto takes the fastest", choices=DEVICES)
     p.add("--amp", None, "bfloat16 convolutions (default: where they are faster)", action=on_off)
+    p.add("--compile", False, "by torch.compile: a slow start, then faster", action="store_true")
     p.add("--max-steps", None, "finish after N steps in all")
     p.add("--max-minutes", None, "stop this start after X minutes; the same command goes on")
     p.group = p.add_argument_group("output")
@@ -1372,7 +1497,12 @@ class Patient:
 
 def run(program: str, job: Callable[[], int]) -> int:
     """The job's exit code; what a user can mend becomes one line on stderr and exit code 2."""
-    with redirect_stdout(Patient(sys.stdout)), redirect_stderr(Patient(sys.stderr)):
+    with ExitStack() as held:
+        out, err = sys.stdout, sys.stderr
+        if place()[0]:  # process 0 says it for all
+            out = err = held.enter_context(open(os.devnull, "w"))
+        held.enter_context(redirect_stdout(Patient(out)))
+        held.enter_context(redirect_stderr(Patient(err)))
         try:
             return job()
         except Problem as problem:
@@ -1391,7 +1521,8 @@ def run(program: str, job: Callable[[], int]) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Exit codes: 0 done, 1 diverged, 2 something to mend, 128 + signal when stopped."""
-    return run("infogan.py", lambda: train(parse_args(argv)))
+    with joined_processes():
+        return run("infogan.py", lambda: train(parse_args(argv)))
 
 
 if __name__ == "__main__":

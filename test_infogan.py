@@ -19,6 +19,7 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -819,6 +820,97 @@ def test_codes_are_learned(faces, tmp_path):
     control = infogan.mutual_information(spec, q, shuffled)
     print("L_I", known.tolist(), "shuffled", control.tolist())
     assert known[0] > 0.7 and known[1] > 0.5 and (control <= 0).all()
+
+
+# many processes, compiled networks ----------------------------------------------------------------
+
+
+def torchrun(script: Path, *flags: object) -> subprocess.CompletedProcess:
+    """Two processes of a script."""
+    start = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", str(script)]
+    return subprocess.run([*start, *map(str, flags)], cwd=HERE, capture_output=True, text=True)
+
+
+def by_running_statistics(m: torch.nn.BatchNorm2d, x: torch.Tensor) -> torch.Tensor:
+    """Batch norm that looks at no batch, so that how a batch is shared makes no difference."""
+    return F.batch_norm(x, m.running_mean, m.running_var, m.weight, m.bias)
+
+
+def test_two_processes_train_as_one_and_go_on_as_one(faces, tmp_path, monkeypatch):
+    """Over the end of an epoch, with R1, views and flips: as far as rounding and Adam allow.
+
+    Adam takes a whole step where a gradient is nearly nothing, so single weights differ by more.
+    """
+    monkeypatch.setattr(torch.nn.BatchNorm2d, "forward", by_running_statistics)
+    one, both, script = tmp_path / "one", tmp_path / "both", tmp_path / "train.py"
+    script.write_text(
+        f"import sys; sys.path.insert(0, {str(HERE)!r})\n"
+        "import infogan, test_infogan as t\n"
+        "t.torch.nn.BatchNorm2d.forward = t.by_running_statistics\n"
+        "sys.exit(infogan.main(sys.argv[1:]))\n"
+    )
+    flags = ("--no-amp", "--q-view", 1, "--r1", 1, "--max-steps")
+    assert infogan.main(tiny(faces, one, *flags, 21)) == 0
+    assert infogan.main(tiny(faces, both, *flags, 3)) == 0
+    done = torchrun(script, *tiny(faces, both, *flags, 20))
+    assert done.returncode == 0 and done.stdout.count("finished: ") == 1, done
+    assert infogan.main(tiny(faces, both, *flags, 21)) == 0
+
+    a, b = (infogan.load_checkpoint(out / "last.pt") for out in (one, both))
+    assert a["rng"].equal(b["rng"]) and a["epoch_seed"] == b["epoch_seed"]
+    a, b = weights(one / "last.pt"), weights(both / "last.pt")
+    off = torch.cat([(a[k] - b[k]).float().flatten().abs() for k in a])
+    assert off.mean() < 2e-6 and off.max() < 4e-4, (off.mean(), off.max())
+    logs = [(out / "log.csv").read_text().splitlines()[1].split(",") for out in (one, both)]
+    rows = [[float(v) for v in log[:2] + log[3:]] for log in logs]
+    assert rows[0] == pytest.approx(rows[1], abs=2e-4)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="POSIX signals")
+def test_a_signal_to_one_process_stops_both_at_the_same_step(faces, tmp_path):
+    out, port = tmp_path / "run", free_port()
+    command = [sys.executable, str(HERE / "infogan.py"), *tiny(faces, out, "--epochs", 10**6)]
+    both = []
+    for rank in ("0", "1"):
+        env = os.environ | {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}
+        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        both.append(subprocess.Popen(command, env=env, **pipes))
+    while not (out / "log.csv").exists() or len((out / "log.csv").read_text().splitlines()) < 3:
+        assert all(process.poll() is None for process in both), both[0].communicate()
+        time.sleep(0.05)
+    both[1].send_signal(signal.SIGTERM)
+    (said, errors), nothing = (process.communicate(timeout=60) for process in both)
+    assert [process.returncode for process in both] == [128 + signal.SIGTERM] * 2
+    assert "SIGTERM: " in said and "Traceback" not in errors and nothing == ("", "")
+    assert infogan.load_checkpoint(out / "last.pt")["step"] >= 40
+
+
+def free_port() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
+def test_two_processes_fail_in_one_line(tmp_path):
+    done = torchrun(HERE / "infogan.py", "--data", tmp_path / "gone", "--out", tmp_path / "run")
+    ours = [line for line in done.stderr.splitlines() if line.startswith("infogan.py: ")]
+    assert done.returncode and len(ours) == 1 and "no such folder" in ours[0], done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("amp", ["--amp", "--no-amp"])
+def test_compiled_networks_make_the_same_step(monkeypatch, amp):
+    """By the eager backend: what is traced is right; the kernels are torch's."""
+    monkeypatch.setattr(infogan, "COMPILE", {"backend": "eager"})
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: None)
+    ends = []
+    for flags in ((), ("--compile",)):
+        state, args, x, codes = tiny_state(amp, "--r1", "1", *flags)
+        metrics = [infogan.train_step(state, args, x, codes) for _ in range(2)]
+        ends.append(torch.cat([*metrics, *(p.detach().flatten() for p in state.G.parameters())]))
+        assert set(state.D.state_dict()) == set(Discriminator(state.spec, 16, 4, 3).state_dict())
+    assert ends[0].equal(ends[1])
 
 
 # checkpoints from strangers -----------------------------------------------------------------------
