@@ -1274,7 +1274,7 @@ def run(program: str, job: Callable[[], int]) -> int:
             told, code = "out of memory; lower --batch-size, --width or --image-size", 2
         except KeyboardInterrupt:
             told, code = "stopped", 130
-        print(f"{program}: {told}", file=sys.stderr)
+        print(f"{program}: {told}".replace("\n", " "), file=sys.stderr)
         return code
 
 
