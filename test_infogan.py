@@ -893,7 +893,7 @@ def test_determinism(faces, tmp_path, threads):
     torch.set_num_threads(threads)
     try:
         for name in ("a", "b"):
-            assert infogan.main(tiny(faces, tmp_path / name, "--max-steps", 20)) == 0
+            assert infogan.main(tiny(faces, tmp_path / name, "--max-steps", 4)) == 0
             command = ["--ckpt", str(tmp_path / name / "last.pt"), "--codes", "cat0"]
             assert generate.main([*command, "--samples", "8"]) == 0
     finally:
