@@ -16,7 +16,7 @@ endif
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup drawn demo data faces train-v1 train-v2 train-v3 generate compare test bench \
+.PHONY: help setup drawn demo data faces train-v1 train-v2 train-v3 generate compare test torture bench \
 	lint clean
 
 help:  ## this list
@@ -72,6 +72,10 @@ compare: drawn  ## the notebook's recipe beside ours, short: table and picture o
 
 test: $(READY)  ## the tests: no network, no GPU, under four minutes
 	$(PY) -m pytest -q test_infogan.py $(ARGS)
+
+# kills, garbled files by the ten thousand, memory; under fifteen minutes
+torture: $(READY)  ## the long tests of what a run survives
+	$(PY) -m pytest -q test_infogan.py -o "python_functions=torture_*" $(ARGS)
 
 # pictures a second of the input path and of whole steps, as ratios in one run
 bench: $(READY)  ## speed of the input path and of a step on this machine

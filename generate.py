@@ -270,15 +270,23 @@ def write_samples(G: Generator, spec: CodeSpec, args: argparse.Namespace, out: P
     if others := {p.name for p in out.glob("*.png")} - set(names):
         raise Problem(f"--out {out}: holds {len(others):,} other pictures; give an empty folder")
     rng, table = torch.Generator().manual_seed(args.seed), [["file", *spec.names]]
+
+    def write(x: Tensor, name: str) -> None:
+        # lossless at any level; more would take four times as long for files as large
+        to_pil_image(x).save(out / name, compress_level=1)
+
+    written = iter(())
     with ThreadPoolExecutor() as pool:  # Pillow compresses without the interpreter's lock
         for start in range(0, args.samples, args.batch_size):
             part = names[start : start + args.batch_size]
             codes = spec.sample(len(part), rng)
             x = draw(G, spec, codes, args.batch_size).add_(1).mul_(127.5).round_().byte()
-            list(pool.map(lambda p, name: to_pil_image(p).save(out / name), x, part))
+            list(written)  # the batch before, which the threads wrote while this one was drawn
+            written = pool.map(write, x, part)
             cont = ([f"{v:.4f}" for v in row] for row in codes.c_cont.tolist())
             known = zip(part, codes.c_cat.tolist(), cont, strict=True)
             table += [[name, *c_cat, *c_cont] for name, c_cat, c_cont in known]
+        list(written)  # raises what a thread could not write
     save_table(out / "codes.csv", table)
 
 

@@ -1,6 +1,7 @@
 """Proof that infogan.py and generate.py do what they say: on the CPU, with no network.
 
 python -m pytest -q test_infogan.py     the tests
+make torture                            the same questions asked for longer: torture_*
 python test_infogan.py bench            speed on this machine, as ratios within one run
 """
 
@@ -12,6 +13,7 @@ import importlib.util
 import io
 import json
 import math
+import multiprocessing
 import os
 import pickle
 import random
@@ -20,6 +22,7 @@ import shlex
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -27,6 +30,7 @@ import time
 import zipfile
 import zlib
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -228,6 +232,13 @@ def test_a_code_that_Q_misreads_changes_G_s_step(recipe):
         infogan.train_step(state, args, x, codes)
         ends.append(torch.cat([p.detach().flatten() for p in state.G.parameters()]))
     assert all(not end.equal(ends[0]) for end in ends[1:])
+
+
+def test_G_is_paid_for_a_continuous_code_until_Q_reads_it_well_enough():
+    spec, args = CodeSpec(1, 10, 2), infogan.parse_args(["--enough", "1.4"])
+    L_I = torch.tensor([2.0, 1.5, 1.3], requires_grad=True)
+    infogan.weigh(spec, infogan.enough(spec, L_I, args), args).backward()
+    assert L_I.grad.tolist() == pytest.approx([args.lam_cat, 0, args.lam_cont])
 
 
 @pytest.mark.parametrize("info_to", ["trunk", "head"])
@@ -581,18 +592,6 @@ def test_training_needs_no_cache(tmp_path, monkeypatch, capsys):
     assert infogan.load_pictures(str(folder), 16).x.equal(pictures.x)
 
 
-def test_two_starts_at_once_share_a_cache(faces, tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    command = [sys.executable, str(HERE / "infogan.py")]
-    runs = [
-        subprocess.Popen([*command, *tiny(faces, tmp_path / name, "--max-steps", 1)])
-        for name in ("a", "b")
-    ]
-    assert [run.wait(120) for run in runs] == [0, 0]
-    assert same(tmp_path / "a/last.pt", tmp_path / "b/last.pt")
-    assert len([*infogan.cache_folder().iterdir()]) == 1
-
-
 PRIVATE = """
 import sys, infogan
 def private():
@@ -742,42 +741,31 @@ def test_max_minutes_and_small_sets(faces, tmp_path, capsys):
     assert infogan.load_checkpoint(tmp_path / "run/last.pt")["step"] > 1
 
 
-@pytest.mark.skipif(os.name != "posix", reason="POSIX signals")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signals_save_and_leave(faces, tmp_path, number):
-    out, command = tmp_path / "run", [sys.executable, str(HERE / "infogan.py")]
-    process = subprocess.Popen(
-        [*command, *tiny(faces, out, "--epochs", 10**6)], stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, text=True)  # fmt: skip
-    while not (out / "log.csv").exists() or len((out / "log.csv").read_text().splitlines()) < 3:
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.05)
-    process.send_signal(number)
-    said, errors = process.communicate(timeout=60)
-    assert process.returncode == 128 + number and "Traceback" not in errors
-    assert number.name in said and "the same command goes on" in said
-    assert infogan.load_checkpoint(out / "last.pt")["step"] >= 40
-    assert not list(out.rglob("*.part"))
-
-
-def test_nan_stops_the_run_and_never_reaches_a_checkpoint(faces, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("where, step", [("weights", 30), ("loss", 30), ("loss", 37)])
+def test_nan_stops_the_run_and_never_reaches_a_checkpoint(
+    faces, tmp_path, capsys, monkeypatch, where, step
+):
+    """Epochs end at 18 and 36, rows of log.csv at 20 and 40: whichever comes first must see it."""
     out, real_step = tmp_path / "run", infogan.train_step
     assert infogan.main(tiny(faces, out, "--max-steps", 18)) == 0
     good = (out / "last.pt").read_bytes()
 
     def poisoned(state, *rest):
         metrics = real_step(state, *rest)
-        if state.step == 30:
+        if state.step == step and where == "weights":
             with torch.no_grad():
                 next(state.D.parameters()).fill_(math.nan)
-        return metrics
+        return metrics * (math.nan if state.step == step and where == "loss" else 1)
 
     monkeypatch.setattr(infogan, "train_step", poisoned)
     capsys.readouterr()
     assert infogan.main(tiny(faces, out)) == 1
     line = [t for t in capsys.readouterr().err.splitlines() if t.startswith("infogan.py")]
-    assert len(line) == 1 and "step 3" in line[0] and "last.pt is the last good" in line[0]
-    assert (out / "last.pt").read_bytes() == good
+    seen = 36 if step < 36 else 40
+    assert len(line) == 1 and f"step {seen}: loss_D is nan" in line[0]
+    assert "last.pt is the last good" in line[0]
+    assert infogan.load_checkpoint(out / "last.pt")["step"] == (18 if step < 36 else 36)
+    assert step > 36 or (out / "last.pt").read_bytes() == good
 
 
 def test_a_plain_dcgan_and_one_channel(tmp_path):
@@ -827,7 +815,8 @@ def test_codes_are_learned(faces, tmp_path):
 
 def torchrun(script: Path, *flags: object) -> subprocess.CompletedProcess:
     """Two processes of a script."""
-    start = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", str(script)]
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    start.append(str(script))
     return subprocess.run([*start, *map(str, flags)], cwd=HERE, capture_output=True, text=True)
 
 
@@ -853,7 +842,7 @@ def test_two_processes_train_as_one_and_go_on_as_one(faces, tmp_path, monkeypatc
     assert infogan.main(tiny(faces, one, *flags, 21)) == 0
     assert infogan.main(tiny(faces, both, *flags, 3)) == 0
     done = torchrun(script, *tiny(faces, both, *flags, 20))
-    assert done.returncode == 0 and done.stdout.count("finished: ") == 1, done
+    assert done.returncode == 0 and done.stdout.count("finished: ") == 1, done.stderr
     assert infogan.main(tiny(faces, both, *flags, 21)) == 0
 
     a, b = (infogan.load_checkpoint(out / "last.pt") for out in (one, both))
@@ -864,32 +853,6 @@ def test_two_processes_train_as_one_and_go_on_as_one(faces, tmp_path, monkeypatc
     logs = [(out / "log.csv").read_text().splitlines()[1].split(",") for out in (one, both)]
     rows = [[float(v) for v in log[:2] + log[3:]] for log in logs]
     assert rows[0] == pytest.approx(rows[1], abs=2e-4)
-
-
-@pytest.mark.skipif(os.name != "posix", reason="POSIX signals")
-def test_a_signal_to_one_process_stops_both_at_the_same_step(faces, tmp_path):
-    out, port = tmp_path / "run", free_port()
-    command = [sys.executable, str(HERE / "infogan.py"), *tiny(faces, out, "--epochs", 10**6)]
-    both = []
-    for rank in ("0", "1"):
-        env = os.environ | {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}
-        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        both.append(subprocess.Popen(command, env=env, **pipes))
-    while not (out / "log.csv").exists() or len((out / "log.csv").read_text().splitlines()) < 3:
-        assert all(process.poll() is None for process in both), both[0].communicate()
-        time.sleep(0.05)
-    both[1].send_signal(signal.SIGTERM)
-    (said, errors), nothing = (process.communicate(timeout=60) for process in both)
-    assert [process.returncode for process in both] == [128 + signal.SIGTERM] * 2
-    assert "SIGTERM: " in said and "Traceback" not in errors and nothing == ("", "")
-    assert infogan.load_checkpoint(out / "last.pt")["step"] >= 40
-
-
-def free_port() -> str:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return str(free.getsockname()[1])
 
 
 def test_two_processes_fail_in_one_line(tmp_path):
@@ -907,10 +870,298 @@ def test_compiled_networks_make_the_same_step(monkeypatch, amp):
     ends = []
     for flags in ((), ("--compile",)):
         state, args, x, codes = tiny_state(amp, "--r1", "1", *flags)
+        if args.compile:
+            infogan.compile_nets(state)
         metrics = [infogan.train_step(state, args, x, codes) for _ in range(2)]
         ends.append(torch.cat([*metrics, *(p.detach().flatten() for p in state.G.parameters())]))
         assert set(state.D.state_dict()) == set(Discriminator(state.spec, 16, 4, 3).state_dict())
     assert ends[0].equal(ends[1])
+
+
+# nothing lost -------------------------------------------------------------------------------------
+
+unix = pytest.mark.skipif(os.name != "posix", reason="POSIX signals, limits and locks")
+
+
+class Run:
+    """infogan.py in a process of its own, forked from one that has torch loaded already."""
+
+    def __init__(self, argv: list[str], said: Path, prepare=None):
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["infogan", "torch.utils.tensorboard"])
+        self.said = said
+        self.process = context.Process(target=self.train, args=(argv, said, prepare))
+        self.process.start()
+
+    @staticmethod
+    def train(argv: list[str], said: Path, prepare) -> None:
+        with open(said, "wb") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        torch.set_num_threads(1)
+        if prepare:
+            prepare()
+        sys.exit(infogan.main(argv))
+
+    def wait_for(self, out: Path, rows: int = 2) -> None:
+        """Until log.csv has so many rows."""
+        log = out / "log.csv"
+        while not log.exists() or len(log.read_text().splitlines()) <= rows:
+            assert self.process.is_alive(), self.said.read_text()
+            time.sleep(0.02)
+
+    def end(self) -> tuple[int, str]:
+        """The exit code, and all that was printed."""
+        self.process.join(120)
+        return self.process.exitcode, self.said.read_text(errors="replace")
+
+
+def survive(faces: Path, folder: Path, kills: int, epochs: int, longest: float) -> int:
+    """Kills a run at random moments, going on each time; returns how often it was alive to kill.
+
+    What it leaves must be what an undisturbed run leaves: the weights bit for bit, each logged
+    step once and in order, every grid, no temporary file.
+    """
+    whole, killed, rng = folder / "whole", folder / "killed", random.Random(0)
+    flags = ("--epochs", epochs, "--sample-every", 1, "--save-every", 2)
+    assert Run(tiny(faces, whole, *flags), folder / "said").end()[0] == 0
+    died = 0
+    for _ in range(kills):
+        run = Run(tiny(faces, killed, *flags), folder / "said")
+        run.process.join(rng.uniform(0.02, longest))
+        died += run.process.is_alive()
+        run.process.kill()
+        run.process.join()
+    code, said = Run(tiny(faces, killed, *flags), folder / "said").end()
+    assert code == 0, said
+    assert same(whole / "last.pt", killed / "last.pt")
+    whole_log, log = (
+        [row.split(",")[:2] + row.split(",")[3:] for row in (out / "log.csv").read_text().split()]
+        for out in (whole, killed)
+    )
+    assert log == whole_log and len(log) == epochs * 18 // 20 + 1
+    for out in (whole, killed):
+        left = {p.relative_to(out).as_posix() for p in out.rglob("*") if "tfevents" not in p.name}
+        assert left == {"args.json", "curves.png", "last.pt", "log.csv", "training.gif",
+            "samples", "samples/real.png", "samples/last.png",
+            *(f"epoch_{e:04d}.pt" for e in range(2, epochs + 1, 2)),
+            *(f"samples/epoch_{e:04d}.png" for e in range(epochs + 1))}  # fmt: skip
+    for path in whole.glob("samples/*.png"):
+        assert path.read_bytes() == (killed / "samples" / path.name).read_bytes()
+    return died
+
+
+@unix
+def test_kills_leave_no_trace(faces, tmp_path):
+    survive(faces, tmp_path, kills=5, epochs=6, longest=1.5)
+
+
+@unix
+def torture_kills(faces, tmp_path, capsys):
+    kills = survive(faces, tmp_path, 50, 60, 2.0)
+    with capsys.disabled():
+        print(f"\n{kills} kills survived, bit for bit")
+
+
+@unix
+@pytest.mark.parametrize("number", infogan.SIGNALS)
+def test_signals_save_and_leave(faces, tmp_path, number):
+    out = tmp_path / "run"
+    run = Run(tiny(faces, out, "--epochs", 10**6), tmp_path / "said")
+    run.wait_for(out)
+    os.kill(run.process.pid, number)
+    code, said = run.end()
+    assert code == 128 + number and "Traceback" not in said
+    assert number.name in said and "the same command goes on" in said
+    assert infogan.load_checkpoint(out / "last.pt")["step"] >= 40
+    assert not list(out.rglob(".*"))
+
+
+def no_hangups() -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+
+@unix
+def test_nohup_is_respected_and_a_second_signal_leaves_now(faces, tmp_path):
+    out = tmp_path / "run"
+    run = Run(tiny(faces, out, "--epochs", 10**6), tmp_path / "said", no_hangups)
+    run.wait_for(out)
+    os.kill(run.process.pid, signal.SIGHUP)
+    run.wait_for(out, 6)
+    heard, stop = infogan.listening, signal.SIGINT
+    for _ in range(2):
+        os.kill(run.process.pid, stop)
+    code, said = run.end()
+    assert code in (130, 128 + stop) and "Traceback" not in said
+    with pytest.raises(KeyboardInterrupt), heard() as numbers:
+        signal.raise_signal(stop)
+        assert numbers == [stop]
+        signal.raise_signal(stop)
+
+
+@unix
+def test_a_closed_terminal_costs_nothing(faces, tmp_path):
+    """As with `| tee log` and Ctrl-C, which ends tee as well."""
+    out, command = tmp_path / "run", [sys.executable, str(HERE / "infogan.py")]
+    command += tiny(faces, out, "--epochs", 10**6)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    while not (out / "log.csv").exists():
+        time.sleep(0.05)
+    process.stdout.close()
+    time.sleep(1)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 128 + signal.SIGTERM
+    assert infogan.load_checkpoint(out / "last.pt")["step"] > 0
+
+
+@unix
+def test_one_run_at_a_time_in_a_folder(faces, tmp_path, capsys):
+    out = tmp_path / "run"
+    run = Run(tiny(faces, out, "--epochs", 10**6), tmp_path / "said")
+    run.wait_for(out)
+    for more in ([], ["--restart"]):
+        assert infogan.main([*tiny(faces, out, "--epochs", 10**6), *more]) == 2
+        said_one_line(capsys, f"process {run.process.pid} trains there")
+    run.process.kill()
+    run.end()
+    assert (out / ".lock").read_text() == str(run.process.pid)  # stale, and blocks nobody
+    assert infogan.main(tiny(faces, out, "--max-steps", 60)) == 0
+    assert not (out / ".lock").exists()
+
+
+def small_files() -> None:
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
+
+
+def little_memory() -> None:
+    import resource
+
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + 2**28,) * 2)
+
+
+def nobody() -> None:
+    os.setuid(65534)
+
+
+@unix
+def test_a_full_disk_and_a_read_only_folder_cost_nothing(faces, tmp_path):
+    out, said = tmp_path / "run", tmp_path / "said"
+    assert infogan.main(tiny(faces, out, "--max-steps", 18)) == 0
+    good = (out / "last.pt").read_bytes()
+    assert len(good) > 40_000
+    code, told = Run(tiny(faces, out, "--max-steps", 36), said, small_files).end()
+    line = [t for t in told.splitlines() if t.startswith("infogan.py: ")]
+    assert code == 2 and len(line) == 1 and "last.pt" in line[0] and "too large" in line[0], told
+    assert "Traceback" not in told and not list(out.rglob(".*"))
+    assert (out / "last.pt").read_bytes() == good
+    assert infogan.main(tiny(faces, out, "--max-steps", 36)) == 0
+    if os.getuid() == 0 and not os.access(tmp_path.parent.parent, os.X_OK):
+        pytest.skip("no other user may come here")
+    out.chmod(0o555)
+    prepare = nobody if os.getuid() == 0 else None
+    code, told = Run(tiny(faces, out, "--max-steps", 50), said, prepare).end()
+    out.chmod(0o755)
+    assert code == 2 and "Permission denied" in told and told.count("\n") == 1, told
+    assert infogan.load_checkpoint(out / "last.pt")["step"] == 36
+
+
+def test_a_folder_that_vanishes(faces, tmp_path, capsys, monkeypatch):
+    out, real_step = tmp_path / "run", infogan.train_step
+
+    def gone(state, *rest):
+        if state.step == 10:
+            shutil.rmtree(out)
+        return real_step(state, *rest)
+
+    monkeypatch.setattr(infogan, "train_step", gone)
+    assert infogan.main(tiny(faces, out)) == 2
+    said = capsys.readouterr().err
+    assert "No such file" in said and str(out) in said and "Traceback" not in said
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="Linux")
+def test_too_little_memory_is_one_line(faces, tmp_path):
+    flags = tiny(faces, tmp_path / "run", "--width", 512, "--n-cat", 64, "--cat-dim", 900)
+    code, told = Run(flags, tmp_path / "said", little_memory).end()
+    assert code == 2 and "out of memory; lower --batch-size" in told and "Traceback" not in told
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_determinism(faces, tmp_path, threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for name in ("a", "b"):
+            assert infogan.main(tiny(faces, tmp_path / name, "--max-steps", 4)) == 0
+            command = ["--ckpt", str(tmp_path / name / "last.pt"), "--codes", "cat0"]
+            assert generate.main([*command, "--samples", "8"]) == 0
+    finally:
+        torch.set_num_threads(before)
+    assert same(tmp_path / "a/last.pt", tmp_path / "b/last.pt")
+    pictures = [p.relative_to(tmp_path / "a") for p in (tmp_path / "a").rglob("*.png")]
+    assert len(pictures) > 8
+    for path in set(pictures) - {Path("curves.png")}:
+        assert (tmp_path / "a" / path).read_bytes() == (tmp_path / "b" / path).read_bytes(), path
+
+
+def test_every_format_that_ever_was_still_loads(tmp_path):
+    """data/format-N.pt are last.pt of tiny runs, written by the infogan.py of that format."""
+    for number in range(1, infogan.FORMAT + 1):
+        path = HERE / f"data/format-{number}.pt"
+        ckpt = infogan.load_checkpoint(path)
+        assert ckpt["format"] == number and ckpt["step"] == 4
+        (G, spec), (Q, _) = infogan.load_generator(path), infogan.load_encoder(path)
+        p, mu, _ = Q(G(spec.join(spec.sample(3, seeded()))))
+        assert p.shape == (3, 1, 2) and mu.shape == (3, 1) and mu.isfinite().all()
+        state = infogan.new_state(Namespace(**ckpt["args"]), CPU)
+        known = infogan.Pictures(torch.zeros(0), ckpt["fingerprint"])
+        infogan.go_on(state, Namespace(**ckpt["args"]), ckpt, known)
+        assert state.step == 4 and len(state.opt_G.state) == len([*state.G.parameters()])
+
+
+def cache_in(folder: Path) -> None:
+    os.environ["XDG_CACHE_HOME"] = str(folder)
+
+
+@unix
+def test_two_starts_at_once_share_a_cache(faces, tmp_path):
+    runs = [
+        Run(
+            tiny(faces, tmp_path / k, "--max-steps", 1),
+            tmp_path / f"said {k}",
+            partial(cache_in, tmp_path),
+        )
+        for k in "ab"
+    ]
+    assert [run.end()[0] for run in runs] == [0, 0]
+    assert same(tmp_path / "a/last.pt", tmp_path / "b/last.pt")
+    assert len([*(tmp_path / "infogan").iterdir()]) == 1
+
+
+def as_one_of_two(rank: int, port: int) -> None:
+    """What torchrun tells each of its processes."""
+    known = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_PORT": port}
+    known |= {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RUN_ID": "test"}
+    os.environ.update({name: str(value) for name, value in known.items()})
+
+
+@unix
+def test_a_signal_to_one_process_stops_both_at_the_same_step(faces, tmp_path):
+    out = tmp_path / "run"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    flags = tiny(faces, out, "--epochs", 10**6)
+    both = [Run(flags, tmp_path / f"said {i}", partial(as_one_of_two, i, port)) for i in (0, 1)]
+    both[0].wait_for(out)
+    os.kill(both[1].process.pid, signal.SIGTERM)
+    (code, said), other = (run.end() for run in both)
+    assert code == 128 + signal.SIGTERM and other == (code, "")
+    assert "SIGTERM: " in said and "Traceback" not in said
+    assert infogan.load_checkpoint(out / "last.pt")["step"] >= 40
 
 
 # checkpoints from strangers -----------------------------------------------------------------------
@@ -926,6 +1177,105 @@ def ckpt(faces, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("trained")
     assert infogan.main(tiny(faces, out, "--max-steps", 3, "--n-cont", 3)) == 0
     return out / "last.pt"
+
+
+def garble(raw: bytes, rng: random.Random) -> bytes:
+    """A copy with some bytes changed, cut, doubled, moved or appended."""
+    raw = bytearray(raw)
+    for _ in range(rng.choice([1, 1, 1, 2, 8])):
+        i, j = sorted(rng.randrange(len(raw) + 1) for _ in range(2))
+        kind = rng.randrange(6)
+        if kind == 0:
+            del raw[i:]
+        elif kind == 1:
+            del raw[i : min(j, i + 99)]
+        elif kind == 2:
+            raw[i:i] = raw[i : min(j, i + 99)]
+        elif kind == 3:
+            raw += rng.randbytes(9)
+        else:
+            raw[i : i + 1] = rng.randbytes(1)
+        raw = raw or bytearray(b"x")
+    return bytes(raw)
+
+
+def garble_inside(raw: bytes, rng: random.Random) -> bytes:
+    """A copy whose checksums are right though what they cover is garbled: the pickle, mostly."""
+    packed = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(raw)) as old, zipfile.ZipFile(packed, "w") as new:
+        for entry in old.infolist():
+            hit = entry.filename.endswith("data.pkl") or rng.random() < 0.01
+            new.writestr(entry.filename, garble(old.read(entry), rng) if hit else old.read(entry))
+    return packed.getvalue()
+
+
+def fuzz_checkpoints(ckpt: Path, folder: Path, n: int) -> int:
+    """Loads n garbled checkpoints as generate.py and a resumed run do; returns how many passed.
+
+    None may raise anything but Problem; one that loads with a checksum unchanged must be equal.
+    """
+    rng, raw, bad, loaded = random.Random(0), ckpt.read_bytes(), folder / "bad.pt", 0
+    whole = infogan.load_checkpoint(ckpt)
+    args = Namespace(**whole["args"])
+    known = infogan.Pictures(torch.zeros(0), whole["fingerprint"])
+    state = infogan.new_state(args, CPU)
+    for i in range(n):
+        bad.write_bytes((garble, garble_inside)[i % 2](raw, rng))
+        try:
+            got = infogan.load_checkpoint(bad)
+            if i % 2 == 0:
+                assert all(got["G"][k].equal(v) for k, v in whole["G"].items()), i
+            infogan.load_generator(bad)
+            infogan.load_encoder(bad)
+            infogan.go_on(state, args, got, known)
+            loaded += 1
+        except Problem:
+            continue
+    return loaded
+
+
+def fuzz_pictures(folder: Path, n: int) -> int:
+    """Decodes n garbled pictures of all formats; returns how many could be read all the same."""
+    rng, kinds = random.Random(0), ("png", "jpeg", "gif", "webp", "bmp")
+    noise, raws = Image.frombytes("RGB", (40, 30), rng.randbytes(3600)), []
+    for kind in kinds:
+        buffer = io.BytesIO()
+        noise.save(buffer, kind)
+        raws.append(buffer.getvalue())
+    for i in range(n):
+        path = folder / f"{i}.{kinds[i % len(kinds)]}"
+        path.write_bytes(garble(raws[i % len(kinds)], rng))
+    return len(infogan.load_pictures(str(folder), 16).x)
+
+
+def test_fuzz(tmp_path):
+    fuzz_checkpoints(HERE / "data/format-1.pt", tmp_path, 100)
+    (tmp_path / "pictures").mkdir()
+    assert 10 < fuzz_pictures(tmp_path / "pictures", 200) < 200
+
+
+def torture_fuzz(tmp_path, capsys):
+    (tmp_path / "pictures").mkdir()
+    read = fuzz_pictures(tmp_path / "pictures", 10_000)
+    loaded = fuzz_checkpoints(HERE / "data/format-1.pt", tmp_path, 10_000)
+    with capsys.disabled():
+        print(f"\n10,000 garbled pictures: {read:,} could be read all the same; no error")
+        print(f"10,000 garbled checkpoints: {loaded:,} loaded, the others refused; no error")
+
+
+def torture_memory(tmp_path, capsys):
+    """Reading a folder of the largest pictures allowed, and of bombs, takes bounded memory."""
+    import resource
+
+    for i in range(20):
+        Image.new("RGBA", (8192, 4096), (i, 0, 0, 9)).save(tmp_path / f"{i}.png")
+        (tmp_path / f"bomb{i}.png").write_bytes((tmp_path / f"{i}.png").read_bytes()[:30] + b"x")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert len(infogan.load_pictures(str(tmp_path), 16).x) == 20
+    more = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    assert more < 700 * os.cpu_count(), more
+    with capsys.disabled():
+        print(f"\n20 pictures of 8192x4096 and 20 bombs took {more:,.0f} MB more")
 
 
 def rewritten(ckpt: Path, where: Path, change) -> Path:
@@ -946,6 +1296,8 @@ HOSTILE = {
     "newer": lambda c: c.update(format=99),
     "flags": lambda c: c.pop("args"),
     "object": lambda c: c["G_ema"].update(x=3),
+    "vast": lambda c: c["G_ema"].update({"layers.0.weight": torch.zeros(1).expand(10**12)}),
+    "other": lambda c: c["args"].update(x=torch.zeros(2, dtype=torch.complex64)),
 }
 
 
@@ -1087,7 +1439,7 @@ def test_defaults():
     shown = {"data": "data/anime", "out": "checkpoint/cat10-cont20", "epochs": 360, "seed": 0,
              "cat_dim": 10, "z_dim": 100, "batch_size": 128, "image_size": 64, "width": 64,
              "save_every": 25, "sample_every": 5, "lam_cat": 1.0, "lam_cont": 0.15, "ema": 0.03,
-             "q_view": 0.0, "r1": 1.0, "info_to": "trunk", "flip": True}  # fmt: skip
+             "enough": 1.4, "q_view": 0.0, "r1": 1.0, "info_to": "trunk", "flip": True}  # fmt: skip
     assert {name: getattr(args, name) for name in shown} == shown
     args = infogan.parse_args([])
     assert (args.n_cat, args.n_cont, args.epochs, args.out) == (1, 2, 150, "checkpoint/cat1-cont2")
@@ -1099,6 +1451,7 @@ def test_defaults():
     for n_cont, lam in (("20", 0.0), ("2", 0.1)):
         args = infogan.parse_args(["--recipe", "notebook", "--n-cont", n_cont])
         assert (args.lam_cat, args.lam_cont, args.q_view, args.r1) == (1.0, lam, 0.0, 0.0)
+        assert args.enough == 3.0
         assert (args.info_to, args.ema, args.flip) == ("head", 0.0, False)
     assert infogan.parse_args(["--recipe", "notebook", "--ema", "0.5"]).ema == 0.5
 
@@ -1126,6 +1479,21 @@ def test_bad_flags_get_one_line(tmp_path, monkeypatch, capsys, flags, words):
     assert infogan.main(flags) == 2
     said_one_line(capsys, *words)
     assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == ["mine.txt"]
+
+
+@pytest.mark.parametrize("module", [infogan, generate])
+def test_every_number_has_limits(module, capsys):
+    needed = ["--ckpt", "x.pt"] if module is generate else []
+    for name, (low, high) in module.LIMITS.items():
+        flag, step = "--" + name.replace("_", "-"), 1 if type(low) is int else 1e-6
+        for value in (
+            low - step,
+            high + max(step, high * 1e-6 * (type(high) is float)),
+            "x",
+            "nan",
+        ):
+            assert module.main([*needed, f"{flag}={value}"]) == 2
+            said_one_line(capsys, flag, str(value).split(".")[0])
 
 
 @pytest.mark.parametrize("flags, words", [
@@ -1319,20 +1687,39 @@ def test_download_failures(tmp_path, capsys, serve, monkeypatch, answer, word):
     assert code == 2 and word in said and list(tmp_path.iterdir()) == []
 
 
+def torture_a_million_entries(tmp_path, capsys, serve):
+    """Packed by hand: zipfile would take minutes for it."""
+    import resource
+
+    n, name = 10**6, b"a.png"
+    local = struct.pack("<4s5H3I2H", b"PK\3\4", 20, 0, 0, 0, 0, 0, 0, 0, len(name), 0) + name
+    entry = struct.pack("<4s6H3I5H2I", b"PK\1\2", 20, 20, *[0] * 4, *[0] * 3, len(name), *[0] * 6)
+    where, size = len(local), n * len(entry + name)
+    end = struct.pack("<4sQ2H2I4Q", b"PK\6\6", 44, 45, 45, 0, 0, n, n, size, where)
+    end += struct.pack("<4sIQI", b"PK\6\7", 0, where + size, 1)
+    end += struct.pack("<4s4H2IH", b"PK\5\6", 0, 0, 65535, 65535, size, where, 0)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    code, said = get(serve(local + (entry + name) * n + end), tmp_path / "anime", capsys)
+    more = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    assert code == 2 and "1000000 entries" in said and list(tmp_path.iterdir()) == []
+    with capsys.disabled():
+        print(f"\na zip of a million entries: refused, {more:,.0f} MB more")
+
+
 # speed --------------------------------------------------------------------------------------------
 
 
 def plain_step(G, D, opt_G, opt_D, x, codes, spec):
     """The notebook's loop: nothing decoded ahead, nothing frozen, no layouts, probabilities."""
-    bce, n = F.binary_cross_entropy, len(x)
+    bce, real, fake = F.binary_cross_entropy, x.new_ones(len(x)), x.new_zeros(len(x))
     x_fake = G(spec.join(codes))
     opt_D.zero_grad()
-    bce(D(x)[0].sigmoid(), torch.ones(n)).backward()
-    bce(D(x_fake.detach())[0].sigmoid(), torch.zeros(n)).backward()
+    bce(D(x)[0].sigmoid(), real).backward()
+    bce(D(x_fake.detach())[0].sigmoid(), fake).backward()
     opt_D.step()
     opt_G.zero_grad()
     d, q = D(x_fake)
-    loss = bce(d.sigmoid(), torch.ones(n)) - infogan.log_q(q, codes).sum(1).mean()
+    loss = bce(d.sigmoid(), real) - infogan.log_q(q, codes).sum(1).mean()
     loss.backward()
     opt_G.step()
     return loss.item()
@@ -1348,55 +1735,149 @@ def rate(job, n: int, seconds: float = 2.0) -> float:
     return n * calls / (time.perf_counter() - start)
 
 
-def bench() -> None:
-    """Prints ratios within one run: machines differ and are shared, seconds alone say little."""
-    import tempfile
+def seconds_of(job, device: torch.device) -> float:
+    """Of one call, until the device has done it all."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait()
+    start = time.perf_counter()
+    job()
+    wait()
+    return time.perf_counter() - start
 
+
+def bench_pictures(folder: str, device: torch.device) -> None:
+    """Pictures a second from files to batches on the device, ours beside torchvision's."""
     from torch.utils.data import DataLoader
     from torchvision import datasets, transforms
 
-    print(
-        f"torch {torch.__version__}, {torch.get_num_threads()} threads, 64x64, width 64, batch 128"
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        draw_faces.main([f"{folder}/all", "--n", "2000", "--workers", "2"])
-        to_tensor = transforms.Compose(
-            [transforms.Resize(64), transforms.ToTensor(), transforms.Normalize(0.5, 0.5)]
-        )
-        pictures = infogan.load_pictures(folder, 64).x
-        index, rng = torch.arange(128), seeded()
-        ours = rate(lambda: infogan.make_batch(pictures[index], False, rng, CPU), 128)
-        print(f"input path      {ours:10,.0f} pictures/s")
-        for workers in (0, 2):
-            loader = DataLoader(
-                datasets.ImageFolder(folder, to_tensor), 128, True, num_workers=workers
-            )
-            theirs = rate(lambda loader=loader: list(loader), len(loader.dataset), 1)
-            times = f"{theirs:8,.0f} pictures/s, ours {ours / theirs:.0f} times that"
-            print(f"  ImageFolder, {workers} workers {times}")
+    x, rng = infogan.nearest(infogan.load_pictures(folder, 64).x, device), seeded()
+    shuffled = torch.randperm(len(x), generator=rng).split(128)[:-1]
 
-    codes = ["--n-cat", "10", "--n-cont", "20", "--channels", "3"]
-    spec, x = CodeSpec(10, 10, 20), torch.rand(128, 3, 64, 64) * 2 - 1
-    batch = spec.sample(128, rng)
-    G, D = Generator(spec), Discriminator(spec)
-    opt = [torch.optim.Adam(net.parameters(), 2e-4, betas=(0.5, 0.999)) for net in (G, D)]
-    steps = {"the notebook's loop": lambda: plain_step(G, D, *opt, x, batch, spec)}
+    def epoch() -> None:
+        for which in shuffled:
+            infogan.make_batch(infogan.pick(x, which), False, rng, device)
+
+    ours = rate(epoch, 128 * len(shuffled))
+    print(f"input path, ours                       {ours:10,.0f} pictures/s")
+    known = [transforms.Resize(64), transforms.ToTensor(), transforms.Normalize(0.5, 0.5)]
+    images = datasets.ImageFolder(folder, transforms.Compose(known))
+    for workers in (0, 2):
+        loader = DataLoader(images, 128, True, num_workers=workers)
+        theirs = rate(lambda data=loader: [y.to(device) for y, _ in data], len(images), 1)
+        told = f"{theirs:10,.0f} pictures/s, ours {ours / theirs:.0f} times that"
+        print(f"  ImageFolder, DataLoader, {workers} workers    {told}")
+
+
+V3 = ["--n-cat", "10", "--n-cont", "20", "--channels", "3"]
+BARE = ["--q-view", "0", "--r1", "0", "--ema", "0"]  # the default recipe with nothing added
+
+
+def bench_steps(device: torch.device) -> None:
+    """Whole steps, in turn, so that a machine that slows down slows all of them down."""
+    spec, B = CodeSpec(10, 10, 20), 128
+    x = torch.rand(B, 3, 64, 64, generator=seeded()).to(device) * 2 - 1
+    codes = Codes(*(c.to(device) for c in spec.sample(B, seeded(1))))
+    nets = [Generator(spec).to(device), Discriminator(spec).to(device)]
+    for m in (m for net in nets for m in net.modules()):  # the notebook's are plain convolutions
+        plain = {infogan.ToPoint: torch.nn.Conv2d, infogan.FromPoint: torch.nn.ConvTranspose2d}
+        m.__class__ = plain.get(type(m), type(m))
+    opts = [torch.optim.Adam(net.parameters(), 2e-4, betas=(0.5, 0.999)) for net in nets]
+    steps = {"notebook's loop": lambda: plain_step(*nets, *opts, x, codes, spec)}
     x_last = x.contiguous(memory_format=torch.channels_last)
-    for name, flags in {
-        "--recipe notebook": ["--recipe", "notebook", "--no-amp"],
-        "the default": ["--no-amp"],
-        "the default, bfloat16": ["--amp"],
-    }.items():
-        args = infogan.parse_args([*codes, *flags])
-        state = infogan.new_state(args, CPU)
-        steps[name] = lambda s=state, a=args: infogan.train_step(s, a, x_last, batch)
-    base = None
-    for name, job in steps.items():
-        speed = rate(job, 128, 8)
-        base = base or speed
-        print(
-            f"step, {name:24} {speed:8.1f} pictures/s, {speed / base:.2f} times the notebook's loop"
-        )
+    fast = infogan.has_bfloat16(device)
+    ours = {"notebook's mathematics": ["--recipe", "notebook", "--no-amp"]}
+    ours |= {"default": ["--no-amp"], "default, bare": ["--no-amp", *BARE]}
+    ours |= {"default, bfloat16": ["--amp"]} if fast else {}
+    for name, flags in ours.items():
+        args = infogan.parse_args([*V3, *flags])
+        state = infogan.new_state(args, device)
+        steps[name] = lambda s=state, a=args: infogan.train_step(s, a, x_last, codes)
+    took = {name: [] for name in steps}
+    for turn in range(40 if device.type == "cuda" else 8):
+        for name, job in steps.items():
+            seconds = seconds_of(job, device)
+            if turn:  # the first warms up
+                took[name].append(seconds)
+    loop = min(took["notebook's loop"])
+    for name, (s, *_) in {name: sorted(each) for name, each in took.items()}.items():
+        print(f"step, {name:26} {B / s:10.1f} pictures/s, {loop / s:.2f} times the notebook's loop")
+
+    args = infogan.parse_args([*V3, "--no-amp"])
+    state, lazy = infogan.new_state(args, device), []
+    for _ in range(3):
+        state.step = infogan.R1_EVERY
+        lazy.append(seconds_of(lambda: infogan.train_step(state, args, x_last, codes), device))
+    bare, usual = min(took["default, bare"]), min(took["default"])
+    r1 = (min(lazy) - usual) / infogan.R1_EVERY / bare
+    print(
+        f"default recipe over its bare step {usual / bare - 1 + r1:15.1%}, of it R1, lazy, {r1:.1%}"
+    )
+    bench_kernels(steps["notebook's mathematics"], min(took["notebook's mathematics"]), device)
+
+
+def bench_kernels(job, seconds: float, device: torch.device) -> None:
+    """What the notebook's mathematics spend in convolutions, and the FLOP/s that they reach."""
+    from torch.profiler import ProfilerActivity, profile
+    from torch.utils.flop_counter import FlopCounterMode
+
+    cuda = device.type == "cuda"
+    kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda
+    with profile(activities=kinds) as profiled:
+        job()
+    of = {e.key: e.self_device_time_total if cuda else e.self_cpu_time_total
+          for e in profiled.key_averages()}  # fmt: skip
+    whole = sum(of.values())
+    conv = sum(t for key, t in of.items() if "conv" in key.lower() and key.startswith("aten"))
+    print(f"convolutions' share of that step       {conv / whole:10.1%}")
+    for key in [k for k in sorted(of, key=of.get)[::-1] if "conv" not in k.lower()][:4]:
+        print(f"  {key:36} {of[key] / whole:10.1%}")
+    with FlopCounterMode(display=False) as counted:
+        job()
+    a = torch.randn(4096, 4096, device=device)
+    product = 2 * 4096**3 / min(seconds_of(lambda: a @ a, device) for _ in range(4))
+    flops = counted.get_total_flops() / seconds
+    told = f"{flops / product:10.1%} of a matrix product's {product / 1e9:,.0f}"
+    print(f"FLOP/s of that step, {flops / 1e9:8,.0f} G         {told}")
+
+
+START = """
+import sys, infogan
+def begun(*_):
+    raise KeyboardInterrupt
+infogan.train_step = begun
+infogan.main(sys.argv[1:])
+"""
+
+
+def bench_start(folder: str) -> None:
+    """Seconds from the command to the first step, import included."""
+    for name in ("cold", "warm"):
+        command = [sys.executable, "-c", START, *V3, "--data", folder, "--out", f"{folder}-{name}"]
+        start = time.perf_counter()
+        subprocess.run(command, cwd=HERE, capture_output=True, check=False)
+        print(f"start to first step, {name}              {time.perf_counter() - start:10.1f} s")
+
+
+def bench() -> None:
+    """Prints ratios within one run: machines differ and are shared, seconds alone say little."""
+    import resource
+    import tempfile
+
+    device = infogan.pick_device("auto")
+    infogan.tune(device)
+    device_name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+    print(f"torch {torch.__version__}, {device_name}, {torch.get_num_threads()} threads; "
+          "v3 at 64x64, width 64, batch 128")  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["XDG_CACHE_HOME"] = f"{folder}/cache"
+        draw_faces.main([f"{folder}/faces/all", "--n", "2000", "--workers", "2"])
+        bench_start(f"{folder}/faces")
+        bench_pictures(f"{folder}/faces", device)
+    bench_steps(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated() / 2**20
+    print(f"peak memory of all this                {peak:10,.0f} MB")
 
 
 if __name__ == "__main__":
