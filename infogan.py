@@ -502,7 +502,10 @@ def make_batch(x: Tensor, flip: bool, rng: torch.Generator, device: torch.device
     x = x.contiguous(
         memory_format=torch.channels_last
     )  # while it has a byte where a float has four
-    return x.float().div_(127.5).sub_(1)
+    x = x.float()
+    return torch.add(
+        x.new_full((), -1.0), x, alpha=1 / 127.5, out=x
+    )  # one pass where *, - take two
 
 
 # networks -----------------------------------------------------------------------------------------

@@ -465,10 +465,10 @@ def test_grey_sets_have_one_channel_and_flips_mirror(tmp_path):
     assert infogan.load_pictures(str(tmp_path), 16, 3).x.shape == (3, 3, 16, 16)
     x = torch.arange(200 * 2, dtype=torch.uint8).remainder(7).view(200, 1, 1, 2).mul(30)
     y = infogan.make_batch(x, True, seeded(), CPU)
-    plain = x.float() / 127.5 - 1
+    plain = infogan.make_batch(x, False, seeded(), CPU)
+    assert plain.allclose(x / 127.5 - 1, rtol=0, atol=2e-7)
     kept = (y == plain).flatten(1).all(1)
     assert y[~kept].equal(plain[~kept].flip(3)) and 70 < kept.sum() < 130
-    assert infogan.make_batch(x, False, seeded(), CPU).equal(plain)
 
 
 def test_mnist_files_that_are_there_are_used(tmp_path, monkeypatch):
@@ -1773,7 +1773,13 @@ BARE = ["--q-view", "0", "--r1", "0", "--ema", "0"]  # the default recipe with n
 
 
 def bench_steps(device: torch.device) -> None:
-    """Whole steps, in turn, so that a machine that slows down slows all of them down."""
+    """Whole steps, in turn, so that a machine that slows down slows all of them down.
+
+    Then where the time of one goes, and how near its FLOP/s are to those of a matrix product.
+    """
+    from torch.profiler import ProfilerActivity, profile
+    from torch.utils.flop_counter import FlopCounterMode
+
     spec, B = CodeSpec(10, 10, 20), 128
     x = torch.rand(B, 3, 64, 64, generator=seeded()).to(device) * 2 - 1
     codes = Codes(*(c.to(device) for c in spec.sample(B, seeded(1))))
@@ -1792,52 +1798,50 @@ def bench_steps(device: torch.device) -> None:
         args = infogan.parse_args([*V3, *flags])
         state = infogan.new_state(args, device)
         steps[name] = lambda s=state, a=args: infogan.train_step(s, a, x_last, codes)
-    took = {name: [] for name in steps}
-    for turn in range(40 if device.type == "cuda" else 8):
-        for name, job in steps.items():
+    lazy = infogan.new_state(args := infogan.parse_args([*V3, "--no-amp"]), device)
+
+    def with_r1() -> None:
+        lazy.step = infogan.R1_EVERY
+        infogan.train_step(lazy, args, x_last, codes)
+
+    a = torch.randn(4096, 4096, device=device)
+    jobs = steps | {"R1": with_r1, "product": lambda: a @ a}
+    took = {name: [] for name in jobs}
+    for turn in range(40 if device.type == "cuda" else 7):
+        for name, job in jobs.items():
             seconds = seconds_of(job, device)
             if turn:  # the first warms up
                 took[name].append(seconds)
-    loop = min(took["notebook's loop"])
-    for name, (s, *_) in {name: sorted(each) for name, each in took.items()}.items():
-        print(f"step, {name:26} {B / s:10.1f} pictures/s, {loop / s:.2f} times the notebook's loop")
-
-    args = infogan.parse_args([*V3, "--no-amp"])
-    state, lazy = infogan.new_state(args, device), []
-    for _ in range(3):
-        state.step = infogan.R1_EVERY
-        lazy.append(seconds_of(lambda: infogan.train_step(state, args, x_last, codes), device))
-    bare, usual = min(took["default, bare"]), min(took["default"])
-    r1 = (min(lazy) - usual) / infogan.R1_EVERY / bare
+    took = {name: min(each) for name, each in took.items()}  # what the machine can when it is free
+    for name in steps:
+        times = took["notebook's loop"] / took[name]
+        print(f"step, {name:26} {B / took[name]:10.1f} pictures/s, {times:.2f} times the loop")
+    bare, usual = took["default, bare"], took["default"]
+    r1 = (took["R1"] - usual) / infogan.R1_EVERY / bare
     print(
         f"default recipe over its bare step {usual / bare - 1 + r1:15.1%}, of it R1, lazy, {r1:.1%}"
     )
-    bench_kernels(steps["notebook's mathematics"], min(took["notebook's mathematics"]), device)
 
-
-def bench_kernels(job, seconds: float, device: torch.device) -> None:
-    """What the notebook's mathematics spend in convolutions, and the FLOP/s that they reach."""
-    from torch.profiler import ProfilerActivity, profile
-    from torch.utils.flop_counter import FlopCounterMode
-
-    cuda = device.type == "cuda"
-    kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda
-    with profile(activities=kinds) as profiled:
-        job()
-    of = {e.key: e.self_device_time_total if cuda else e.self_cpu_time_total
-          for e in profiled.key_averages()}  # fmt: skip
-    whole = sum(of.values())
-    conv = sum(t for key, t in of.items() if "conv" in key.lower() and key.startswith("aten"))
-    print(f"convolutions' share of that step       {conv / whole:10.1%}")
-    for key in [k for k in sorted(of, key=of.get)[::-1] if "conv" not in k.lower()][:4]:
-        print(f"  {key:36} {of[key] / whole:10.1%}")
+    name = "notebook's mathematics"
     with FlopCounterMode(display=False) as counted:
-        job()
-    a = torch.randn(4096, 4096, device=device)
-    product = 2 * 4096**3 / min(seconds_of(lambda: a @ a, device) for _ in range(4))
-    flops = counted.get_total_flops() / seconds
-    told = f"{flops / product:10.1%} of a matrix product's {product / 1e9:,.0f}"
-    print(f"FLOP/s of that step, {flops / 1e9:8,.0f} G         {told}")
+        steps[name]()
+    flops, product = counted.get_total_flops() / took[name], 2 * 4096**3 / took["product"]
+    told = f"{flops / 1e9:,.0f} G of a matrix product's {product / 1e9:,.0f} G"
+    print(f"FLOP/s of the notebook's mathematics{flops / product:13.1%}, {told}")
+    cuda = device.type == "cuda"
+    profiles = []
+    for _ in range(4):
+        kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda
+        with profile(activities=kinds, acc_events=True) as profiled:
+            steps[name]()
+        spent = {e.key: e.self_device_time_total if cuda else e.self_cpu_time_total
+                 for e in profiled.key_averages()}  # fmt: skip
+        profiles.append((sum(spent.values()), spent))
+    whole, spent = min(profiles, key=lambda p: p[0])
+    conv = {key for key in spent if key.startswith("aten::") and "conv" in key}
+    print(f"  in convolutions {sum(spent[key] for key in conv) / whole:33.1%}")
+    for key in sorted(spent.keys() - conv, key=spent.get)[:-5:-1]:
+        print(f"  {key:36}{spent[key] / whole:13.1%}")
 
 
 START = """
