@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import csv
 import hashlib
 import io
 import json
@@ -197,6 +198,7 @@ class Pictures(NamedTuple):
 
     x: Tensor  # uint8 (N, channels, size, size)
     fingerprint: str  # of its contents: a run goes on only with the pictures it began with
+    names: list[str]  # paths, or numbers in a named set
 
 
 def open_picture(raw: bytes) -> Image.Image:
@@ -292,11 +294,12 @@ def load_pictures(data: str, size: int, channels: int | None = None) -> Pictures
     with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
         warnings.simplefilter("ignore")  # of Pillow's about files that it reads all the same
         decoded = pool.map(read, items)  # without the interpreter's lock
-        for key, x in tqdm(decoded, "pictures", len(items), leave=False, disable=None):
+        bar = tqdm(decoded, "pictures", len(items), leave=False, disable=None)
+        for i, (key, x) in enumerate(bar):
             if x is None:
                 skipped.append(key)
             else:
-                kept.setdefault(key, x)
+                kept.setdefault(key, (x, str(items[i]) if isinstance(items[i], Path) else str(i)))
     told = f"{len(kept):,} pictures in {data}"
     if copies := len(items) - len(skipped) - len(kept):
         told += f", {copies:,} exact copies dropped"
@@ -306,10 +309,10 @@ def load_pictures(data: str, size: int, channels: int | None = None) -> Pictures
     if len(kept) < 2:
         raise Problem(f"--data {data}: {told}, at least 2 are needed; {HOW}")
     print(told)
-    x = torch.stack(list(kept.values()))
+    x, names = torch.stack([x for x, _ in kept.values()]), [name for _, name in kept.values()]
     if channels is None and all((part == part[:, :1]).all() for part in x.split(1000)):
         x = x[:, :1].contiguous()
-    return Pictures(x, hashlib.sha256("".join(kept).encode()).hexdigest()[:16])
+    return Pictures(x, hashlib.sha256("".join(kept).encode()).hexdigest()[:16], names)
 
 
 def make_batch(x: Tensor, flip: bool, rng: torch.Generator, device: torch.device) -> Tensor:
@@ -645,8 +648,13 @@ def save_checkpoint(path: Path, state: State, args: argparse.Namespace, pictures
     kept |= {name: getattr(state, name) for name in ("sums", "epoch_seed", "step", "minutes")}
     kept |= {"format": FORMAT, "spec": asdict(state.spec), "args": vars(args)}
     kept |= {"rng": state.rng.get_state(), "fingerprint": pictures.fingerprint}
+    pack(path, kept)
+
+
+def pack(path: Path, contents: dict) -> None:
+    """A file for unpack, whole or not at all."""
     packed = io.BytesIO()  # torch would call a full disk an internal error
-    torch.save(kept, packed)
+    torch.save(contents, packed)
     with replacing(path) as file:
         file.write(packed.getbuffer())
 
@@ -740,6 +748,8 @@ def load_encoder(path: str | Path, device: str = "cpu") -> tuple[Encoder, CodeSp
 
 def go_on(state: State, args: argparse.Namespace, ckpt: dict, pictures: Pictures) -> None:
     """Puts a checkpoint's contents into state. Raises Problem where the run was another."""
+    if "opt_G" not in ckpt:
+        raise Problem(f"{args.out}: its checkpoint has weights only, made to look at; {NEW_RUN}")
     for name, now in vars(args).items():
         then = ckpt["args"].get(name)
         if name not in MAY_DIFFER and then != now:
@@ -794,9 +804,11 @@ def save_picture(path: Path, image: Image.Image) -> None:
 
 
 def save_table(path: Path, lines: Iterable[Iterable[object]]) -> None:
-    """A CSV, whole or not at all; no cell of ours needs quotes."""
+    """A CSV, whole or not at all."""
     with replacing(path) as file:
-        file.write("".join(",".join(map(str, line)) + "\n" for line in lines).encode())
+        text = io.TextIOWrapper(file, "utf-8", "surrogateescape", newline="")
+        csv.writer(text, lineterminator="\n").writerows(lines)
+        text.detach()  # `replacing` flushes and closes the file itself
 
 
 def save_grid(path: Path, x: Tensor) -> None:
@@ -806,17 +818,39 @@ def save_grid(path: Path, x: Tensor) -> None:
 
 
 def save_animation(out: Path) -> None:
-    """training.gif: the run's grids one after the other, the epoch written on each."""
+    """training.gif: the run's grids one after the other, the epoch above each; the last rests."""
     frames = []
-    for path in sorted(out.glob("samples/epoch_*.png")):
-        frame = Image.open(path).convert("RGB")
-        at = {"font": ImageFont.load_default(16), "stroke_width": 2, "stroke_fill": "black"}
-        ImageDraw.Draw(frame).text((6, 4), f"epoch {int(path.stem[6:])}", "white", **at)
+    for path in sorted(out.glob("samples/epoch_*.png"), key=lambda p: int(p.stem[6:])):
+        grid = Image.open(path).convert("RGB")
+        grid = ImageOps.scale(grid, max(1, round(500 / grid.width)), Image.Resampling.NEAREST)
+        frame, font = ImageOps.expand(grid, (0, 28, 0, 0), "white"), ImageFont.load_default(16)
+        ImageDraw.Draw(frame).text((6, 4), f"epoch {int(path.stem[6:])}", "black", font)
         frames.append(frame.quantize(128))
     if len(frames) > 1:
         with replacing(out / "training.gif") as file:
-            rest = {"append_images": frames[1:], "duration": 250, "loop": 0}
-            frames[0].save(file, "gif", save_all=True, **rest)
+            rest = {"duration": [250] * (len(frames) - 1) + [2000], "loop": 0}
+            frames[0].save(file, "gif", save_all=True, append_images=frames[1:], **rest)
+
+
+@torch.no_grad()
+def strongest_codes(G: Generator, spec: CodeSpec, joined: Tensor) -> Tensor:
+    """A grid (3, H, W) from 0 to 1: one latent (1, spec.dim) along the codes that change it most.
+
+    A row for each of the eight strongest: its categories in turn, or its values from -1 to 1.
+    """
+    rows, n_hot = [], spec.n_cat * spec.cat_dim
+    for k in range(spec.n_cat):
+        row = joined.repeat(8, 1)
+        each = torch.arange(8, device=row.device) % spec.cat_dim
+        one_hot = row[:, spec.z_dim : spec.z_dim + n_hot].unflatten(1, (spec.n_cat, -1))
+        one_hot[:, k] = F.one_hot(each, spec.cat_dim).to(row)
+        rows.append(G(row))
+    for j in range(spec.n_cont):
+        row = joined.repeat(8, 1)
+        row[:, spec.z_dim + n_hot + j] = torch.linspace(-1, 1, 8)
+        rows.append(G(row))
+    rows.sort(key=lambda x: -x.var(0).sum().item())
+    return make_grid(torch.cat(rows[:8]).cpu(), 8, normalize=True, value_range=(-1, 1))
 
 
 class Log:
@@ -1072,6 +1106,9 @@ def loop(
                 path = out / f"samples/epoch_{epoch:04d}.png"
                 save_grid(path, state.G_ema(fixed))
                 log.board.add_image("samples", pil_to_tensor(Image.open(path)), epoch)
+                if state.spec.names:
+                    moved = strongest_codes(state.G_ema, state.spec, fixed[:1])
+                    log.board.add_image("strongest codes", moved, epoch)
                 log.draw()
             if place == 0 and epoch % args.save_every == 0:
                 save_checkpoint(out / f"epoch_{epoch:04d}.pt", state, args, pictures)
