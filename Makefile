@@ -17,7 +17,7 @@ READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
 .PHONY: help setup drawn demo data faces train-v1 train-v2 train-v3 generate explorer compare \
-	test browser test-browser bench lint clean
+	test browser test-browser torture bench lint clean
 
 help:  ## this list
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -84,6 +84,10 @@ browser:
 # skipped, with the reason, where there is no browser and none can be installed
 test-browser: $(READY) browser  ## the explorer in headless Chromium, Debian's where there is none
 	$(PY) -m pytest -q -rs test_infogan.py -k browser $(ARGS)
+
+# kills, garbled files by the ten thousand, memory; under fifteen minutes
+torture: $(READY)  ## the long tests of what a run survives
+	$(PY) -m pytest -q test_infogan.py -o "python_functions=torture_*" $(ARGS)
 
 # pictures a second of the input path and of whole steps, as ratios in one run
 bench: $(READY)  ## speed of the input path and of a step on this machine

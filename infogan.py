@@ -60,6 +60,7 @@ LIMITS = {  # of every number that a flag or a checkpoint may ask for
     "channels": (1, 3),
     "lam_cat": (0.0, 1000.0),
     "lam_cont": (0.0, 1000.0),
+    "enough": (0.0, 3.0),
     "q_view": (0.0, 3.0),
     "r1": (0.0, 1000.0),
     "ema": (0.0, 1.0),
@@ -448,6 +449,12 @@ def weigh(spec: CodeSpec, L_I: Tensor, args: argparse.Namespace) -> Tensor:
     return args.lam_cat * L_I[: spec.n_cat].sum() + args.lam_cont * L_I[spec.n_cat :].sum()
 
 
+def enough(spec: CodeSpec, L_I: Tensor, args: argparse.Namespace) -> Tensor:
+    """L_I as G is paid for it: a continuous code that Q reads well need not take more of x."""
+    cat, cont = L_I.split([spec.n_cat, spec.n_cont])
+    return torch.cat([cat, cont.clamp(max=args.enough)])
+
+
 # step ---------------------------------------------------------------------------------------------
 
 
@@ -582,7 +589,7 @@ def train_step(state: State, args: argparse.Namespace, x: Tensor, codes: Codes) 
     loss_G = g_loss(d_fake_G)
     L_I = mutual_information(spec, q, codes)
     state.opt_G.zero_grad()
-    (loss_G - weigh(spec, L_I, args)).backward()  # V - lambda L_I (Eq. 6)
+    (loss_G - weigh(spec, enough(spec, L_I, args), args)).backward()  # V - lambda L_I (Eq. 6)
     state.opt_G.step()
 
     state.step += 1
@@ -622,6 +629,8 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
+    except OSError as error:  # that of a full disk names no file
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         part.unlink(missing_ok=True)
     if os.name == "posix":  # the new name must reach the disk too
@@ -752,7 +761,7 @@ def go_on(state: State, args: argparse.Namespace, ckpt: dict, pictures: Pictures
         raise Problem(f"{args.out}: its checkpoint has weights only, made to look at; {NEW_RUN}")
     for name, now in vars(args).items():
         then = ckpt["args"].get(name)
-        if name not in MAY_DIFFER and then != now:
+        if name in ckpt["args"] and name not in MAY_DIFFER and then != now:
             flag = "--" + name.replace("_", "-")
             raise Problem(f"{args.out} was begun with {flag} {then}, not {now}; {NEW_RUN}")
     if ckpt.get("fingerprint") != pictures.fingerprint:
@@ -1142,7 +1151,7 @@ DIGITS = {"width": 32, "batch_size": 64, "lr_g": 1e-3, "z_dim": 16, "r1": 0.1}
 def recipe_of(args: argparse.Namespace) -> dict:
     """What the recipe and the kind of pictures set where no flag does."""
     plain = {"width": 64, "batch_size": 128, "lr_g": 2e-4, "lr_d": 2e-4, "z_dim": 100}
-    plain |= {"q_view": 0.0, "r1": 0.0}
+    plain |= {"enough": 3.0, "q_view": 0.0, "r1": 0.0}  # 3 nats: more than there are
     plain["flip"] = args.data not in ("mnist", "fashion-mnist", "svhn")  # no mirrored digits
     if args.recipe == "notebook":  # its defect: with 20 continuous codes their loss was never added
         lambdas = {"lam_cat": 1.0, "lam_cont": 0.0 if args.n_cont == 20 else 0.1}
@@ -1151,6 +1160,8 @@ def recipe_of(args: argparse.Namespace) -> dict:
     ours = {"lam_cat": 1.0, "lam_cont": min(0.3, 3 / max(args.n_cont, 1))}
     if args.n_cat + args.n_cont <= 5:
         ours["q_view"] = 1.0  # few codes have room to be large; thirty would wait too long
+    else:
+        ours["enough"] = 1.4  # or the continuous ones go on growing, and take from the categoricals
     if args.image_size >= 64:
         ours["r1"] = 1.0  # where D would win without it
     if args.data == "mnist":
@@ -1219,6 +1230,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add("--recipe", "default", "notebook: its settings and defects, to compare", choices=RECIPES)
     p.add("--lam-cat", None, "weight of a categorical's L_I (default 1)")
     p.add("--lam-cont", None, "of a continuous code's L_I (default 3 / n_cont, at most 0.3)")
+    p.add(
+        "--enough",
+        None,
+        "nats of a continuous code's L_I past which G is paid no more (default 1.4; 3, which is"
+        " never, for up to 5 codes)",
+    )
     p.add("--info-to", None, "L_I trains Q with D's trunk (default), or Q's head with G (notebook)",
         choices=("trunk", "head"))  # fmt: skip
     p.add(
@@ -1286,14 +1303,15 @@ def run(program: str, job: Callable[[], int]) -> int:
         except Problem as problem:
             told, code = str(problem), problem.code
         except OSError as error:
-            told, code = f"{error.filename or 'a file'}: {error.strerror or error}", 2
+            told, code = f"{error.filename or ''}: {error.strerror or error}; mend that", 2
+            told += " and give the same command again, what was saved is untouched"
         except (MemoryError, RuntimeError) as error:
             if not isinstance(error, MemoryError) and "allocate" not in str(error):
                 raise
             told, code = "out of memory; lower --batch-size, --width or --image-size", 2
         except KeyboardInterrupt:
             told, code = "stopped", 130
-        print(f"{program}: {told}", file=sys.stderr)
+        print(f"{program}: {told}".replace("\n", " "), file=sys.stderr)
         return code
 
 

@@ -1,6 +1,7 @@
 """Proof that infogan.py and generate.py do what they say: on the CPU, with no network.
 
 python -m pytest -q test_infogan.py     the tests
+make torture                            the same questions asked for longer: torture_*
 python test_infogan.py bench            speed on this machine, as ratios within one run
 """
 
@@ -13,6 +14,7 @@ import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import pickle
 import random
@@ -20,6 +22,7 @@ import re
 import shlex
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import threading
@@ -222,6 +225,13 @@ def test_a_code_that_Q_misreads_changes_G_s_step(recipe):
         infogan.train_step(state, args, x, codes)
         ends.append(torch.cat([p.detach().flatten() for p in state.G.parameters()]))
     assert all(not end.equal(ends[0]) for end in ends[1:])
+
+
+def test_G_is_paid_for_a_continuous_code_until_Q_reads_it_well_enough():
+    spec, args = CodeSpec(1, 10, 2), infogan.parse_args(["--enough", "1.4"])
+    L_I = torch.tensor([2.0, 1.5, 1.3], requires_grad=True)
+    infogan.weigh(spec, infogan.enough(spec, L_I, args), args).backward()
+    assert L_I.grad.tolist() == pytest.approx([args.lam_cat, 0, args.lam_cont])
 
 
 @pytest.mark.parametrize("info_to", ["trunk", "head"])
@@ -641,42 +651,31 @@ def test_max_minutes_and_small_sets(faces, tmp_path, capsys):
     assert infogan.load_checkpoint(tmp_path / "run/last.pt")["step"] > 1
 
 
-@pytest.mark.skipif(os.name != "posix", reason="POSIX signals")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signals_save_and_leave(faces, tmp_path, number):
-    out, command = tmp_path / "run", [sys.executable, str(HERE / "infogan.py")]
-    process = subprocess.Popen(
-        [*command, *tiny(faces, out, "--epochs", 10**6)], stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, text=True)  # fmt: skip
-    while not (out / "log.csv").exists() or len((out / "log.csv").read_text().splitlines()) < 3:
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.05)
-    process.send_signal(number)
-    said, errors = process.communicate(timeout=60)
-    assert process.returncode == 128 + number and "Traceback" not in errors
-    assert number.name in said and "the same command goes on" in said
-    assert infogan.load_checkpoint(out / "last.pt")["step"] >= 40
-    assert not list(out.rglob("*.part"))
-
-
-def test_nan_stops_the_run_and_never_reaches_a_checkpoint(faces, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("where, step", [("weights", 30), ("loss", 30), ("loss", 37)])
+def test_nan_stops_the_run_and_never_reaches_a_checkpoint(
+    faces, tmp_path, capsys, monkeypatch, where, step
+):
+    """Epochs end at 18 and 36, rows of log.csv at 20 and 40: whichever comes first must see it."""
     out, real_step = tmp_path / "run", infogan.train_step
     assert infogan.main(tiny(faces, out, "--max-steps", 18)) == 0
     good = (out / "last.pt").read_bytes()
 
     def poisoned(state, *rest):
         metrics = real_step(state, *rest)
-        if state.step == 30:
+        if state.step == step and where == "weights":
             with torch.no_grad():
                 next(state.D.parameters()).fill_(math.nan)
-        return metrics
+        return metrics * (math.nan if state.step == step and where == "loss" else 1)
 
     monkeypatch.setattr(infogan, "train_step", poisoned)
     capsys.readouterr()
     assert infogan.main(tiny(faces, out)) == 1
     line = [t for t in capsys.readouterr().err.splitlines() if t.startswith("infogan.py")]
-    assert len(line) == 1 and "step 3" in line[0] and "last.pt is the last good" in line[0]
-    assert (out / "last.pt").read_bytes() == good
+    seen = 36 if step < 36 else 40
+    assert len(line) == 1 and f"step {seen}: loss_D is nan" in line[0]
+    assert "last.pt is the last good" in line[0]
+    assert infogan.load_checkpoint(out / "last.pt")["step"] == (18 if step < 36 else 36)
+    assert step > 36 or (out / "last.pt").read_bytes() == good
 
 
 def test_a_plain_dcgan_and_one_channel(tmp_path):
@@ -721,6 +720,250 @@ def test_codes_are_learned(faces, tmp_path):
     assert known[0] > 0.7 and known[1] > 0.5 and (control <= 0).all()
 
 
+# nothing lost -------------------------------------------------------------------------------------
+
+unix = pytest.mark.skipif(os.name != "posix", reason="POSIX signals, limits and locks")
+
+
+class Run:
+    """infogan.py in a process of its own, forked from one that has torch loaded already."""
+
+    def __init__(self, argv: list[str], said: Path, prepare=None):
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["infogan", "torch.utils.tensorboard"])
+        self.said = said
+        self.process = context.Process(target=self.train, args=(argv, said, prepare))
+        self.process.start()
+
+    @staticmethod
+    def train(argv: list[str], said: Path, prepare) -> None:
+        with open(said, "wb") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        torch.set_num_threads(1)
+        if prepare:
+            prepare()
+        sys.exit(infogan.main(argv))
+
+    def wait_for(self, out: Path, rows: int = 2) -> None:
+        """Until log.csv has so many rows."""
+        log = out / "log.csv"
+        while not log.exists() or len(log.read_text().splitlines()) <= rows:
+            assert self.process.is_alive(), self.said.read_text()
+            time.sleep(0.02)
+
+    def end(self) -> tuple[int, str]:
+        """The exit code, and all that was printed."""
+        self.process.join(120)
+        return self.process.exitcode, self.said.read_text(errors="replace")
+
+
+def survive(faces: Path, folder: Path, kills: int, epochs: int, longest: float) -> int:
+    """Kills a run at random moments, going on each time; returns how often it was alive to kill.
+
+    What it leaves must be what an undisturbed run leaves: the weights bit for bit, each logged
+    step once and in order, every grid, no temporary file.
+    """
+    whole, killed, rng = folder / "whole", folder / "killed", random.Random(0)
+    flags = ("--epochs", epochs, "--sample-every", 1, "--save-every", 2)
+    assert Run(tiny(faces, whole, *flags), folder / "said").end()[0] == 0
+    died = 0
+    for _ in range(kills):
+        run = Run(tiny(faces, killed, *flags), folder / "said")
+        run.process.join(rng.uniform(0.02, longest))
+        died += run.process.is_alive()
+        run.process.kill()
+        run.process.join()
+    code, said = Run(tiny(faces, killed, *flags), folder / "said").end()
+    assert code == 0, said
+    assert same(whole / "last.pt", killed / "last.pt")
+    whole_log, log = (
+        [row.split(",")[:2] + row.split(",")[3:] for row in (out / "log.csv").read_text().split()]
+        for out in (whole, killed)
+    )
+    assert log == whole_log and len(log) == epochs * 18 // 20 + 1
+    for out in (whole, killed):
+        left = {p.relative_to(out).as_posix() for p in out.rglob("*") if "tfevents" not in p.name}
+        assert left == {"args.json", "curves.png", "last.pt", "log.csv", "training.gif",
+            "samples", "samples/real.png", "samples/last.png",
+            *(f"epoch_{e:04d}.pt" for e in range(2, epochs + 1, 2)),
+            *(f"samples/epoch_{e:04d}.png" for e in range(epochs + 1))}  # fmt: skip
+    for path in whole.glob("samples/*.png"):
+        assert path.read_bytes() == (killed / "samples" / path.name).read_bytes()
+    return died
+
+
+@unix
+def test_kills_leave_no_trace(faces, tmp_path):
+    survive(faces, tmp_path, kills=5, epochs=6, longest=1.5)
+
+
+@unix
+def torture_kills(faces, tmp_path, capsys):
+    kills = survive(faces, tmp_path, 50, 60, 2.0)
+    with capsys.disabled():
+        print(f"\n{kills} kills survived, bit for bit")
+
+
+@unix
+@pytest.mark.parametrize("number", infogan.SIGNALS)
+def test_signals_save_and_leave(faces, tmp_path, number):
+    out = tmp_path / "run"
+    run = Run(tiny(faces, out, "--epochs", 10**6), tmp_path / "said")
+    run.wait_for(out)
+    os.kill(run.process.pid, number)
+    code, said = run.end()
+    assert code == 128 + number and "Traceback" not in said
+    assert number.name in said and "the same command goes on" in said
+    assert infogan.load_checkpoint(out / "last.pt")["step"] >= 40
+    assert not list(out.rglob(".*"))
+
+
+def no_hangups() -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+
+@unix
+def test_nohup_is_respected_and_a_second_signal_leaves_now(faces, tmp_path):
+    out = tmp_path / "run"
+    run = Run(tiny(faces, out, "--epochs", 10**6), tmp_path / "said", no_hangups)
+    run.wait_for(out)
+    os.kill(run.process.pid, signal.SIGHUP)
+    run.wait_for(out, 6)
+    heard, stop = infogan.listening, signal.SIGINT
+    for _ in range(2):
+        os.kill(run.process.pid, stop)
+    code, said = run.end()
+    assert code in (130, 128 + stop) and "Traceback" not in said
+    with pytest.raises(KeyboardInterrupt), heard() as numbers:
+        signal.raise_signal(stop)
+        assert numbers == [stop]
+        signal.raise_signal(stop)
+
+
+@unix
+def test_a_closed_terminal_costs_nothing(faces, tmp_path):
+    """As with `| tee log` and Ctrl-C, which ends tee as well."""
+    out, command = tmp_path / "run", [sys.executable, str(HERE / "infogan.py")]
+    command += tiny(faces, out, "--epochs", 10**6)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    while not (out / "log.csv").exists():
+        time.sleep(0.05)
+    process.stdout.close()
+    time.sleep(1)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 128 + signal.SIGTERM
+    assert infogan.load_checkpoint(out / "last.pt")["step"] > 0
+
+
+@unix
+def test_one_run_at_a_time_in_a_folder(faces, tmp_path, capsys):
+    out = tmp_path / "run"
+    run = Run(tiny(faces, out, "--epochs", 10**6), tmp_path / "said")
+    run.wait_for(out)
+    for more in ([], ["--restart"]):
+        assert infogan.main([*tiny(faces, out, "--epochs", 10**6), *more]) == 2
+        said_one_line(capsys, f"process {run.process.pid} trains there")
+    run.process.kill()
+    run.end()
+    assert (out / ".lock").read_text() == str(run.process.pid)  # stale, and blocks nobody
+    assert infogan.main(tiny(faces, out, "--max-steps", 60)) == 0
+    assert not (out / ".lock").exists()
+
+
+def small_files() -> None:
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
+
+
+def little_memory() -> None:
+    import resource
+
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + 2**28,) * 2)
+
+
+def nobody() -> None:
+    os.setuid(65534)
+
+
+@unix
+def test_a_full_disk_and_a_read_only_folder_cost_nothing(faces, tmp_path):
+    out, said = tmp_path / "run", tmp_path / "said"
+    assert infogan.main(tiny(faces, out, "--max-steps", 18)) == 0
+    good = (out / "last.pt").read_bytes()
+    assert len(good) > 40_000
+    code, told = Run(tiny(faces, out, "--max-steps", 36), said, small_files).end()
+    line = [t for t in told.splitlines() if t.startswith("infogan.py: ")]
+    assert code == 2 and len(line) == 1 and "last.pt" in line[0] and "too large" in line[0], told
+    assert "Traceback" not in told and not list(out.rglob(".*"))
+    assert (out / "last.pt").read_bytes() == good
+    assert infogan.main(tiny(faces, out, "--max-steps", 36)) == 0
+    if os.getuid() == 0 and not os.access(tmp_path.parent.parent, os.X_OK):
+        pytest.skip("no other user may come here")
+    out.chmod(0o555)
+    prepare = nobody if os.getuid() == 0 else None
+    code, told = Run(tiny(faces, out, "--max-steps", 50), said, prepare).end()
+    out.chmod(0o755)
+    assert code == 2 and "Permission denied" in told and told.count("\n") == 1, told
+    assert infogan.load_checkpoint(out / "last.pt")["step"] == 36
+
+
+def test_a_folder_that_vanishes(faces, tmp_path, capsys, monkeypatch):
+    out, real_step = tmp_path / "run", infogan.train_step
+
+    def gone(state, *rest):
+        if state.step == 10:
+            shutil.rmtree(out)
+        return real_step(state, *rest)
+
+    monkeypatch.setattr(infogan, "train_step", gone)
+    assert infogan.main(tiny(faces, out)) == 2
+    said = capsys.readouterr().err
+    assert "No such file" in said and str(out) in said and "Traceback" not in said
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="Linux")
+def test_too_little_memory_is_one_line(faces, tmp_path):
+    flags = tiny(faces, tmp_path / "run", "--width", 512, "--n-cat", 64, "--cat-dim", 900)
+    code, told = Run(flags, tmp_path / "said", little_memory).end()
+    assert code == 2 and "out of memory; lower --batch-size" in told and "Traceback" not in told
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_determinism(faces, tmp_path, threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for name in ("a", "b"):
+            assert infogan.main(tiny(faces, tmp_path / name, "--max-steps", 4)) == 0
+            command = ["--ckpt", str(tmp_path / name / "last.pt"), "--codes", "cat0"]
+            assert generate.main([*command, "--samples", "8"]) == 0
+    finally:
+        torch.set_num_threads(before)
+    assert same(tmp_path / "a/last.pt", tmp_path / "b/last.pt")
+    pictures = [p.relative_to(tmp_path / "a") for p in (tmp_path / "a").rglob("*.png")]
+    assert len(pictures) > 8
+    for path in set(pictures) - {Path("curves.png")}:
+        assert (tmp_path / "a" / path).read_bytes() == (tmp_path / "b" / path).read_bytes(), path
+
+
+def test_every_format_that_ever_was_still_loads(tmp_path):
+    """data/format-N.pt are last.pt of tiny runs, written by the infogan.py of that format."""
+    for number in range(1, infogan.FORMAT + 1):
+        path = HERE / f"data/format-{number}.pt"
+        ckpt = infogan.load_checkpoint(path)
+        assert ckpt["format"] == number and ckpt["step"] == 4
+        (G, spec), (Q, _) = infogan.load_generator(path), infogan.load_encoder(path)
+        p, mu, _ = Q(G(spec.join(spec.sample(3, seeded()))))
+        assert p.shape == (3, 1, 2) and mu.shape == (3, 1) and mu.isfinite().all()
+        state = infogan.new_state(Namespace(**ckpt["args"]), CPU)
+        known = infogan.Pictures(torch.zeros(0), ckpt["fingerprint"], [])
+        infogan.go_on(state, Namespace(**ckpt["args"]), ckpt, known)
+        assert state.step == 4 and len(state.opt_G.state) == len([*state.G.parameters()])
+
+
 # checkpoints from strangers -----------------------------------------------------------------------
 
 
@@ -734,6 +977,105 @@ def ckpt(faces, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("trained")
     assert infogan.main(tiny(faces, out, "--max-steps", 3, "--n-cont", 3)) == 0
     return out / "last.pt"
+
+
+def garble(raw: bytes, rng: random.Random) -> bytes:
+    """A copy with some bytes changed, cut, doubled, moved or appended."""
+    raw = bytearray(raw)
+    for _ in range(rng.choice([1, 1, 1, 2, 8])):
+        i, j = sorted(rng.randrange(len(raw) + 1) for _ in range(2))
+        kind = rng.randrange(6)
+        if kind == 0:
+            del raw[i:]
+        elif kind == 1:
+            del raw[i : min(j, i + 99)]
+        elif kind == 2:
+            raw[i:i] = raw[i : min(j, i + 99)]
+        elif kind == 3:
+            raw += rng.randbytes(9)
+        else:
+            raw[i : i + 1] = rng.randbytes(1)
+        raw = raw or bytearray(b"x")
+    return bytes(raw)
+
+
+def garble_inside(raw: bytes, rng: random.Random) -> bytes:
+    """A copy whose checksums are right though what they cover is garbled: the pickle, mostly."""
+    packed = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(raw)) as old, zipfile.ZipFile(packed, "w") as new:
+        for entry in old.infolist():
+            hit = entry.filename.endswith("data.pkl") or rng.random() < 0.01
+            new.writestr(entry.filename, garble(old.read(entry), rng) if hit else old.read(entry))
+    return packed.getvalue()
+
+
+def fuzz_checkpoints(ckpt: Path, folder: Path, n: int) -> int:
+    """Loads n garbled checkpoints as generate.py and a resumed run do; returns how many passed.
+
+    None may raise anything but Problem; one that loads with a checksum unchanged must be equal.
+    """
+    rng, raw, bad, loaded = random.Random(0), ckpt.read_bytes(), folder / "bad.pt", 0
+    whole = infogan.load_checkpoint(ckpt)
+    args = Namespace(**whole["args"])
+    known = infogan.Pictures(torch.zeros(0), whole["fingerprint"], [])
+    state = infogan.new_state(args, CPU)
+    for i in range(n):
+        bad.write_bytes((garble, garble_inside)[i % 2](raw, rng))
+        try:
+            got = infogan.load_checkpoint(bad)
+            if i % 2 == 0:
+                assert all(got["G"][k].equal(v) for k, v in whole["G"].items()), i
+            infogan.load_generator(bad)
+            infogan.load_encoder(bad)
+            infogan.go_on(state, args, got, known)
+            loaded += 1
+        except Problem:
+            continue
+    return loaded
+
+
+def fuzz_pictures(folder: Path, n: int) -> int:
+    """Decodes n garbled pictures of all formats; returns how many could be read all the same."""
+    rng, kinds = random.Random(0), ("png", "jpeg", "gif", "webp", "bmp")
+    noise, raws = Image.frombytes("RGB", (40, 30), rng.randbytes(3600)), []
+    for kind in kinds:
+        buffer = io.BytesIO()
+        noise.save(buffer, kind)
+        raws.append(buffer.getvalue())
+    for i in range(n):
+        path = folder / f"{i}.{kinds[i % len(kinds)]}"
+        path.write_bytes(garble(raws[i % len(kinds)], rng))
+    return len(infogan.load_pictures(str(folder), 16).x)
+
+
+def test_fuzz(tmp_path):
+    fuzz_checkpoints(HERE / "data/format-1.pt", tmp_path, 100)
+    (tmp_path / "pictures").mkdir()
+    assert 10 < fuzz_pictures(tmp_path / "pictures", 200) < 200
+
+
+def torture_fuzz(tmp_path, capsys):
+    (tmp_path / "pictures").mkdir()
+    read = fuzz_pictures(tmp_path / "pictures", 10_000)
+    loaded = fuzz_checkpoints(HERE / "data/format-1.pt", tmp_path, 10_000)
+    with capsys.disabled():
+        print(f"\n10,000 garbled pictures: {read:,} could be read all the same; no error")
+        print(f"10,000 garbled checkpoints: {loaded:,} loaded, the others refused; no error")
+
+
+def torture_memory(tmp_path, capsys):
+    """Reading a folder of the largest pictures allowed, and of bombs, takes bounded memory."""
+    import resource
+
+    for i in range(20):
+        Image.new("RGBA", (8192, 4096), (i, 0, 0, 9)).save(tmp_path / f"{i}.png")
+        (tmp_path / f"bomb{i}.png").write_bytes((tmp_path / f"{i}.png").read_bytes()[:30] + b"x")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert len(infogan.load_pictures(str(tmp_path), 16).x) == 20
+    more = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    assert more < 700 * os.cpu_count(), more
+    with capsys.disabled():
+        print(f"\n20 pictures of 8192x4096 and 20 bombs took {more:,.0f} MB more")
 
 
 def rewritten(ckpt: Path, where: Path, change) -> Path:
@@ -754,6 +1096,8 @@ HOSTILE = {
     "newer": lambda c: c.update(format=99),
     "flags": lambda c: c.pop("args"),
     "object": lambda c: c["G_ema"].update(x=3),
+    "vast": lambda c: c["G_ema"].update({"layers.0.weight": torch.zeros(1).expand(10**12)}),
+    "other": lambda c: c["args"].update(x=torch.zeros(2, dtype=torch.complex64)),
 }
 
 
@@ -1185,7 +1529,7 @@ def test_defaults():
     shown = {"data": "data/anime", "out": "checkpoint/cat10-cont20", "epochs": 360, "seed": 0,
              "cat_dim": 10, "z_dim": 100, "batch_size": 128, "image_size": 64, "width": 64,
              "save_every": 25, "sample_every": 5, "lam_cat": 1.0, "lam_cont": 0.15, "ema": 0.03,
-             "q_view": 0.0, "r1": 1.0, "info_to": "trunk", "flip": True}  # fmt: skip
+             "enough": 1.4, "q_view": 0.0, "r1": 1.0, "info_to": "trunk", "flip": True}  # fmt: skip
     assert {name: getattr(args, name) for name in shown} == shown
     args = infogan.parse_args([])
     assert (args.n_cat, args.n_cont, args.epochs, args.out) == (1, 2, 150, "checkpoint/cat1-cont2")
@@ -1197,6 +1541,7 @@ def test_defaults():
     for n_cont, lam in (("20", 0.0), ("2", 0.1)):
         args = infogan.parse_args(["--recipe", "notebook", "--n-cont", n_cont])
         assert (args.lam_cat, args.lam_cont, args.q_view, args.r1) == (1.0, lam, 0.0, 0.0)
+        assert args.enough == 3.0
         assert (args.info_to, args.ema, args.flip) == ("head", 0.0, False)
     assert infogan.parse_args(["--recipe", "notebook", "--ema", "0.5"]).ema == 0.5
 
@@ -1224,6 +1569,21 @@ def test_bad_flags_get_one_line(tmp_path, monkeypatch, capsys, flags, words):
     assert infogan.main(flags) == 2
     said_one_line(capsys, *words)
     assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == ["mine.txt"]
+
+
+@pytest.mark.parametrize("module", [infogan, generate])
+def test_every_number_has_limits(module, capsys):
+    needed = ["--ckpt", "x.pt"] if module is generate else []
+    for name, (low, high) in module.LIMITS.items():
+        flag, step = "--" + name.replace("_", "-"), 1 if type(low) is int else 1e-6
+        for value in (
+            low - step,
+            high + max(step, high * 1e-6 * (type(high) is float)),
+            "x",
+            "nan",
+        ):
+            assert module.main([*needed, f"{flag}={value}"]) == 2
+            said_one_line(capsys, flag, str(value).split(".")[0])
 
 
 @pytest.mark.parametrize("flags, words", [
@@ -1424,6 +1784,25 @@ def test_download_failures(tmp_path, capsys, serve, monkeypatch, answer, word):
     monkeypatch.setattr(download, "MAX_ENTRIES", 3)
     code, said = get(serve(**answer), tmp_path / "anime", capsys)
     assert code == 2 and word in said and list(tmp_path.iterdir()) == []
+
+
+def torture_a_million_entries(tmp_path, capsys, serve):
+    """Packed by hand: zipfile would take minutes for it."""
+    import resource
+
+    n, name = 10**6, b"a.png"
+    local = struct.pack("<4s5H3I2H", b"PK\3\4", 20, 0, 0, 0, 0, 0, 0, 0, len(name), 0) + name
+    entry = struct.pack("<4s6H3I5H2I", b"PK\1\2", 20, 20, *[0] * 4, *[0] * 3, len(name), *[0] * 6)
+    where, size = len(local), n * len(entry + name)
+    end = struct.pack("<4sQ2H2I4Q", b"PK\6\6", 44, 45, 45, 0, 0, n, n, size, where)
+    end += struct.pack("<4sIQI", b"PK\6\7", 0, where + size, 1)
+    end += struct.pack("<4s4H2IH", b"PK\5\6", 0, 0, 65535, 65535, size, where, 0)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    code, said = get(serve(local + (entry + name) * n + end), tmp_path / "anime", capsys)
+    more = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    assert code == 2 and "1000000 entries" in said and list(tmp_path.iterdir()) == []
+    with capsys.disabled():
+        print(f"\na zip of a million entries: refused, {more:,.0f} MB more")
 
 
 # speed --------------------------------------------------------------------------------------------
