@@ -16,8 +16,8 @@ endif
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup drawn demo data faces train-v1 train-v2 train-v3 generate compare test torture bench \
-	lint clean
+.PHONY: help setup drawn demo data faces train-v1 train-v2 train-v3 generate explorer compare \
+	test browser test-browser torture bench lint clean
 
 help:  ## this list
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -59,6 +59,9 @@ train-v3: faces  ## 10 categorical and 20 continuous codes, 360 epochs, into che
 generate: $(READY)  ## sheets and table of a trained run: make generate CKPT=checkpoint/v1/last.pt
 	$(PY) generate.py --ckpt "$(CKPT)" $(ARGS)
 
+explorer: $(READY)  ## a web page that moves the codes of CKPT by hand
+	$(PY) generate.py --ckpt "$(CKPT)" --explorer $(ARGS)
+
 # what each recipe makes of v3's 30 codes after the same 256,000 pictures; drawn ones unless DATA is given
 COMPARED := $(if $(filter data/anime,$(DATA)),data/drawn,$(DATA))
 SHORT := --data "$(COMPARED)" --n-cat 10 --n-cont 20 --image-size 32 --width 32 --batch-size 64 \
@@ -72,6 +75,15 @@ compare: drawn  ## the notebook's recipe beside ours, short: table and picture o
 
 test: $(READY)  ## the tests: no network, no GPU, under four minutes
 	$(PY) -m pytest -q test_infogan.py $(ARGS)
+
+browser:
+	@command -v chromium chromedriver >/dev/null 2>&1 || { apt-get -qq update && \
+		apt-get -qq install --no-install-recommends -y chromium chromium-driver >/dev/null; } || \
+		echo "no chromium with chromedriver here, and apt-get could not install them"
+
+# skipped, with the reason, where there is no browser and none can be installed
+test-browser: $(READY) browser  ## the explorer in headless Chromium, Debian's where there is none
+	$(PY) -m pytest -q -rs test_infogan.py -k browser $(ARGS)
 
 # kills, garbled files by the ten thousand, memory; under fifteen minutes
 torture: $(READY)  ## the long tests of what a run survives

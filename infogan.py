@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import csv
 import hashlib
 import io
 import json
@@ -265,6 +266,7 @@ class Pictures(NamedTuple):
 
     x: Tensor  # uint8 (N, channels, size, size), channels_last, in a file that is read as needed
     fingerprint: str  # of its contents: a run goes on only with the pictures it began with
+    names: list[str]  # paths, or numbers in a named set
 
 
 def open_picture(raw: bytes) -> Image.Image:
@@ -451,7 +453,7 @@ def cache_of(sources: list[Path], folder: Path, size: int, channels: int) -> Cac
         with suppress(OSError):  # an unreadable one counts by its name
             now = path.stat()
             key.update(f" {now.st_size} {now.st_mtime_ns}\0".encode())
-    where = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:16]
+    where = hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]
     name = f"{where}-{size}x{size}x{channels}"
     return Cache(cache_folder() / name, key.hexdigest(), (size, size, channels))
 
@@ -465,6 +467,7 @@ def load_pictures(data: str, size: int, channels: int | None = None) -> Pictures
     folder = get_named_set(data) if data in NAMED_SETS else Path(data).expanduser()
     if data not in NAMED_SETS and not folder.is_dir():
         raise Problem(f"--data {data}: no such folder; {HOW}")
+    folder = folder.resolve()  # one set, however its path is written
     sources = find_pictures(folder) if folder.is_dir() else [folder]
     cache = cache_of(sources, folder, size, 3)
     found = cache.read()
@@ -477,7 +480,8 @@ def load_pictures(data: str, size: int, channels: int | None = None) -> Pictures
     x, known = found
     print(known["told"])
     x = x.permute(0, 3, 1, 2)
-    return Pictures(x[:, :1] if known["grey"] and channels != 3 else x, known["fingerprint"])
+    x = x[:, :1] if known["grey"] and channels != 3 else x
+    return Pictures(x, known["fingerprint"], known["names"].split("\0"))
 
 
 def pick(x: Tensor, which: Tensor) -> Tensor:
@@ -887,10 +891,14 @@ def save_checkpoint(path: Path, state: State, args: argparse.Namespace, pictures
     kept |= {name: getattr(state, name) for name in ("sums", "epoch_seed", "step", "minutes")}
     kept |= {"format": FORMAT, "spec": asdict(state.spec), "args": vars(args)}
     kept |= {"rng": state.rng.get_state(), "fingerprint": pictures.fingerprint}
-    if place()[0]:
-        return
+    if place()[0] == 0:
+        pack(path, kept)
+
+
+def pack(path: Path, contents: dict) -> None:
+    """A file for unpack, whole or not at all."""
     packed = io.BytesIO()  # torch would call a full disk an internal error
-    torch.save(kept, packed)
+    torch.save(contents, packed)
     with replacing(path) as file:
         file.write(packed.getbuffer())
 
@@ -984,6 +992,8 @@ def load_encoder(path: str | Path, device: str = "cpu") -> tuple[Encoder, CodeSp
 
 def go_on(state: State, args: argparse.Namespace, ckpt: dict, pictures: Pictures) -> None:
     """Puts a checkpoint's contents into state. Raises Problem where the run was another."""
+    if "opt_G" not in ckpt:
+        raise Problem(f"{args.out}: its checkpoint has weights only, made to look at; {NEW_RUN}")
     for name, now in vars(args).items():
         then = ckpt["args"].get(name)
         if name in ckpt["args"] and name not in MAY_DIFFER and then != now:
@@ -1038,9 +1048,11 @@ def save_picture(path: Path, image: Image.Image) -> None:
 
 
 def save_table(path: Path, lines: Iterable[Iterable[object]]) -> None:
-    """A CSV, whole or not at all; no cell of ours needs quotes."""
+    """A CSV, whole or not at all."""
     with replacing(path) as file:
-        file.write("".join(",".join(map(str, line)) + "\n" for line in lines).encode())
+        text = io.TextIOWrapper(file, "utf-8", "surrogateescape", newline="")
+        csv.writer(text, lineterminator="\n").writerows(lines)
+        text.detach()  # `replacing` flushes and closes the file itself
 
 
 def save_grid(path: Path, x: Tensor) -> None:
@@ -1050,17 +1062,39 @@ def save_grid(path: Path, x: Tensor) -> None:
 
 
 def save_animation(out: Path) -> None:
-    """training.gif: the run's grids one after the other, the epoch written on each."""
+    """training.gif: the run's grids one after the other, the epoch above each; the last rests."""
     frames = []
-    for path in sorted(out.glob("samples/epoch_*.png")):
-        frame = Image.open(path).convert("RGB")
-        at = {"font": ImageFont.load_default(16), "stroke_width": 2, "stroke_fill": "black"}
-        ImageDraw.Draw(frame).text((6, 4), f"epoch {int(path.stem[6:])}", "white", **at)
+    for path in sorted(out.glob("samples/epoch_*.png"), key=lambda p: int(p.stem[6:])):
+        grid = Image.open(path).convert("RGB")
+        grid = ImageOps.scale(grid, max(1, round(500 / grid.width)), Image.Resampling.NEAREST)
+        frame, font = ImageOps.expand(grid, (0, 28, 0, 0), "white"), ImageFont.load_default(16)
+        ImageDraw.Draw(frame).text((6, 4), f"epoch {int(path.stem[6:])}", "black", font)
         frames.append(frame.quantize(128))
     if len(frames) > 1:
         with replacing(out / "training.gif") as file:
-            rest = {"append_images": frames[1:], "duration": 250, "loop": 0}
-            frames[0].save(file, "gif", save_all=True, **rest)
+            rest = {"duration": [250] * (len(frames) - 1) + [2000], "loop": 0}
+            frames[0].save(file, "gif", save_all=True, append_images=frames[1:], **rest)
+
+
+@torch.no_grad()
+def strongest_codes(G: Generator, spec: CodeSpec, joined: Tensor) -> Tensor:
+    """A grid (3, H, W) from 0 to 1: one latent (1, spec.dim) along the codes that change it most.
+
+    A row for each of the eight strongest: its categories in turn, or its values from -1 to 1.
+    """
+    rows, n_hot = [], spec.n_cat * spec.cat_dim
+    for k in range(spec.n_cat):
+        row = joined.repeat(8, 1)
+        each = torch.arange(8, device=row.device) % spec.cat_dim
+        one_hot = row[:, spec.z_dim : spec.z_dim + n_hot].unflatten(1, (spec.n_cat, -1))
+        one_hot[:, k] = F.one_hot(each, spec.cat_dim).to(row)
+        rows.append(G(row))
+    for j in range(spec.n_cont):
+        row = joined.repeat(8, 1)
+        row[:, spec.z_dim + n_hot + j] = torch.linspace(-1, 1, 8)
+        rows.append(G(row))
+    rows.sort(key=lambda x: -x.var(0).sum().item())
+    return make_grid(torch.cat(rows[:8]).cpu(), 8, normalize=True, value_range=(-1, 1))
 
 
 class Log:
@@ -1342,6 +1376,9 @@ def loop(
                 path = out / f"samples/epoch_{epoch:04d}.png"
                 save_grid(path, state.G_ema(fixed))
                 log.board.add_image("samples", pil_to_tensor(Image.open(path)), epoch)
+                if state.spec.names:
+                    moved = strongest_codes(state.G_ema, state.spec, fixed[:1])
+                    log.board.add_image("strongest codes", moved, epoch)
                 log.draw()
             if at_end and epoch % args.save_every == 0:
                 save_checkpoint(out / f"epoch_{epoch:04d}.pt", state, args, pictures)

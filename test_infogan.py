@@ -11,6 +11,7 @@ import csv
 import http.server
 import importlib.util
 import io
+import itertools
 import json
 import math
 import multiprocessing
@@ -27,6 +28,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 import zipfile
 import zlib
 from argparse import Namespace
@@ -36,7 +38,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageChops, ImageColor
 
 import generate
 import infogan
@@ -390,6 +392,7 @@ def test_pictures_of_every_kind(tmp_path, capsys):
     assert "13 pictures" in told and "1 exact copies" in told and "3 unreadable" in told
     assert all(name in told for name in ("empty.png", "page.jpg", "cut.jpg")), told
     assert pictures.x.shape == (13, 3, 16, 16) and pictures.x.dtype == torch.uint8
+    assert len(pictures.names) == 13 and all(Path(name).is_file() for name in pictures.names)
     bad = {"empty.png", "page.jpg", "cut.jpg", "rgb.png"}  # rgb.png comes after its copy
     x = dict(zip([p.name for p in paths if p.name not in bad], pictures.x.int(), strict=True))
     for name in ("copy of rgb.png", "upper.JPG", "w.webp", "b.bmp", "cmyk.jpeg", "palette.png"):
@@ -680,6 +683,47 @@ def test_a_run_leaves_what_it_says(faces, tmp_path):
     assert (
         spec == CodeSpec(2, 3, 2) and not G.training and G(torch.zeros(1, spec.dim)).shape[2] == 16
     )
+
+
+def test_the_animation_names_each_epoch_and_rests_on_the_last(tmp_path):
+    (tmp_path / "samples").mkdir()
+    shades = {0: "black", 999: "red", 9995: "green", 10_000: "blue"}
+    for epoch, shade in shades.items():
+        Image.new("RGB", (274, 274), shade).save(tmp_path / f"samples/epoch_{epoch:04d}.png")
+    infogan.save_animation(tmp_path)
+    loop = Image.open(tmp_path / "training.gif")
+    assert loop.n_frames == 4 and loop.width == 548
+    for i, shade in enumerate(shades.values()):
+        loop.seek(i)
+        frame = loop.convert("RGB")
+        far = zip(frame.getpixel((270, 300)), ImageColor.getrgb(shade), strict=True)
+        assert max(abs(a - b) for a, b in far) < 20
+        assert ImageChops.invert(frame.crop((0, 0, 548, 28)).convert("L")).getbbox()
+        assert loop.info["duration"] == (2000 if i == 3 else 250)
+
+
+@pytest.mark.parametrize("sizes", [(2, 3, 3), (0, 2, 1), (1, 20, 0)])
+def test_strongest_codes(sizes):
+    """Rows come by how much they change, and nothing but their code changes within them."""
+    spec, seen = CodeSpec(*sizes, z_dim=4), []
+    weights, width = torch.randn(spec.dim, generator=seeded()), spec.n_cat * spec.cat_dim
+
+    def G(joined):
+        seen.append(joined)
+        return (joined @ weights / 20)[:, None, None, None].expand(-1, 3, 16, 16)
+
+    joined = spec.join(spec.sample(1, seeded()))
+    page = infogan.strongest_codes(G, spec, joined)
+    assert page.shape == (3, 2 + 18 * len(spec.names), 2 + 18 * 8)
+    assert page.min() >= 0 and page.max() <= 1
+    spread = page[0, 2::18, 2::18].var(1).tolist()
+    assert spread == sorted(spread, reverse=True) and spread[0] > 0
+    for k, rows in enumerate(seen):
+        moved = (rows != joined).any(0).nonzero().flatten() - 4
+        one = range(k * spec.cat_dim, (k + 1) * spec.cat_dim)
+        one = one if k < spec.n_cat else [width + k - spec.n_cat]
+        assert len(moved) and set(moved.tolist()) <= set(one)
+        assert k >= spec.n_cat or (rows[:, 4:][:, list(one)].sum(1) == 1).all()
 
 
 def test_restart_moves_the_old_run_aside(faces, tmp_path):
@@ -1117,7 +1161,7 @@ def test_every_format_that_ever_was_still_loads(tmp_path):
         p, mu, _ = Q(G(spec.join(spec.sample(3, seeded()))))
         assert p.shape == (3, 1, 2) and mu.shape == (3, 1) and mu.isfinite().all()
         state = infogan.new_state(Namespace(**ckpt["args"]), CPU)
-        known = infogan.Pictures(torch.zeros(0), ckpt["fingerprint"])
+        known = infogan.Pictures(torch.zeros(0), ckpt["fingerprint"], [])
         infogan.go_on(state, Namespace(**ckpt["args"]), ckpt, known)
         assert state.step == 4 and len(state.opt_G.state) == len([*state.G.parameters()])
 
@@ -1217,7 +1261,7 @@ def fuzz_checkpoints(ckpt: Path, folder: Path, n: int) -> int:
     rng, raw, bad, loaded = random.Random(0), ckpt.read_bytes(), folder / "bad.pt", 0
     whole = infogan.load_checkpoint(ckpt)
     args = Namespace(**whole["args"])
-    known = infogan.Pictures(torch.zeros(0), whole["fingerprint"])
+    known = infogan.Pictures(torch.zeros(0), whole["fingerprint"], [])
     state = infogan.new_state(args, CPU)
     for i in range(n):
         bad.write_bytes((garble, garble_inside)[i % 2](raw, rng))
@@ -1335,8 +1379,8 @@ def test_generate_writes_what_it_says(ckpt, tmp_path, capsys):
         command = ["--ckpt", str(ckpt), "--out", str(out), "--rows", "3", "--steps", "5", "--gif"]
         assert generate.main(command) == 0
     names = ["cat0", "cat1", "cont0", "cont1", "cont2"]
-    expected = {f"{n}.{kind}" for n in names for kind in ("png", "gif")} | {
-        "all-categoricals.png", "cat-by-cont.png", "overview.png", "table.csv"}  # fmt: skip
+    expected = {f"{n}.{kind}" for n in names for kind in ("png", "gif")} | {"table.csv"}
+    expected |= {f"{n}.png" for n in ("all-categoricals", "cat-by-cont", "overview", "samples")}
     assert {p.name for p in (tmp_path / "a").iterdir()} == expected
     for name in expected:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
@@ -1352,10 +1396,174 @@ def test_generate_writes_what_it_says(ckpt, tmp_path, capsys):
 
 
 def test_loops_run_forth_and_back(tmp_path):
-    x = torch.rand(2 * 5, 3, 16, 16) * 2 - 1
-    for back, frames in ((True, 8), (False, 5)):
-        generate.save_gif(tmp_path / "loop.gif", x, 5, back)
-        assert Image.open(tmp_path / "loop.gif").n_frames == frames
+    x, path = torch.rand(2 * 5, 3, 16, 16, generator=seeded()) * 2 - 1, tmp_path / "loop.gif"
+    for back, order in ((True, [0, 1, 2, 3, 4, 3, 2, 1]), (False, [0, 1, 2, 3, 4])):
+        generate.save_gif(path, "cont0", x, list("abcde"), back, 2)
+        loop, shown = Image.open(path), []
+        assert loop.n_frames == len(order) and loop.info["loop"] == 0
+        for i in range(len(order)):
+            loop.seek(i)
+            shown.append(loop.convert("RGB").resize((80, 80)).tobytes())
+        for (i, a), (j, b) in itertools.combinations(zip(order, shown, strict=True), 2):
+            far = sum(abs(p - q) for p, q in zip(a, b, strict=True)) / len(a)
+            assert (far < 1) == (i == j), (i, j, far)
+
+
+def test_zoom_enlarges_whole_sheets_and_labels_fit():
+    x = torch.rand(6, 3, 32, 32, generator=seeded()) * 2 - 1
+    for above, left, title in (
+        (["a"] * 3, ["one\ntwo", "a long label"], "t"),
+        ([""] * 3, (), "t" * 90),
+    ):
+        small, large = (generate.sheet(title, x, above, left, zoom) for zoom in (1, 2))
+        assert abs(large.width - 2 * small.width) < 5 and large.height == 2 * small.height
+        for page in (small, large):  # nothing touches the edge, so nothing is cut
+            ink = ImageChops.invert(page.convert("L")).getbbox()
+            assert ink[0] >= 8 and ink[1] >= 8
+            assert page.width - ink[2] >= 8 and page.height - ink[3] >= 8
+
+
+def test_names(ckpt, tmp_path, capsys):
+    """On sheets, in both tables and in the explorer; from the flag, the folder or a small copy."""
+    shutil.copy(ckpt, tmp_path / "last.pt")
+    command = ["--ckpt", str(tmp_path / "last.pt"), "--rows", "2", "--steps", "3"]
+    (tmp_path / "names.json").write_text('{"cont1": "tilt", "cat0": "</script>"}')
+    assert generate.main(command) == 0
+    assert "cont1 (tilt) " in capsys.readouterr().out
+    with open(tmp_path / "traversals/table.csv", newline="") as file:
+        assert {r["code"]: r["name"] for r in csv.DictReader(file)}["cont1"] == "tilt"
+    small = tmp_path / "elsewhere/small.pt"
+    small.parent.mkdir()
+    assert generate.main([*command[:2], "--shrink", str(small)]) == 0
+    assert generate.main(["--ckpt", str(small), "--explorer"]) == 0
+    page = (small.parent / "small-traversals/explorer.html").read_text()
+    assert '"name": "tilt"' in page and page.count("</script>") == 1
+    given = tmp_path / "given.json"
+    bad = {"not json": "{cont1", "list": "[]", "code": '{"cont9": "a"}', "number": '{"cont1": 3}'}
+    bad |= {"empty": '{"cont1": ""}', "lines": '{"cont1": "a\\nb"}', "deep": "[" * 10**5}
+    for kind, text in bad.items():
+        given.write_text(text)
+        capsys.readouterr()
+        assert generate.main([*command, "--names", str(given)]) == 2, kind
+        said_one_line(capsys, "given.json")
+    assert generate.main([*command, "--names", "nowhere.json"]) == 2
+    said_one_line(capsys, "nowhere.json")
+
+
+def test_a_shrunken_checkpoint(ckpt, faces, tmp_path, capsys):
+    """Half as large and as good to look at and to read with; but no run goes on from it."""
+    run = tmp_path / "run"
+    shutil.copytree(ckpt.parent, run)
+    assert generate.main(["--ckpt", str(ckpt), "--shrink", str(run / "last.pt")]) == 0
+    assert (run / "last.pt").stat().st_size < ckpt.stat().st_size / 4
+    (G, spec), (G_small, _) = (infogan.load_generator(p) for p in (ckpt, run / "last.pt"))
+    (Q, _), (Q_small, _) = (infogan.load_encoder(p) for p in (ckpt, run / "last.pt"))
+    assert all(p.dtype == torch.float32 for p in (*G_small.parameters(), *Q_small.parameters()))
+    for net, small in ((G, G_small), (Q, Q_small)):  # variances can be too small for half
+        norms = [b for b in small.state_dict() if "running" in b]
+        assert norms and all(net.state_dict()[b].equal(small.state_dict()[b]) for b in norms)
+    x = G(spec.join(spec.sample(20, seeded())))
+    assert x.allclose(G_small(spec.join(spec.sample(20, seeded()))), atol=0.01)
+    for a, b in zip(Q(x), Q_small(x), strict=True):
+        assert a.allclose(b, atol=0.01)
+    capsys.readouterr()
+    assert infogan.main(tiny(faces, run, "--max-steps", 4, "--n-cont", 3)) == 2
+    said_one_line(capsys, "weights only", "--restart")
+
+
+def test_assign_is_exact():
+    rng = random.Random(0)
+    for _ in range(200):
+        n = rng.randint(1, 5)
+        m = rng.randint(n, 6)
+        cost = [
+            [rng.choice([rng.random(), rng.randint(-3, 3)]) for _ in range(m)] for _ in range(n)
+        ]
+        found = generate.assign(cost)
+        assert len(set(found)) == n
+        least = min(
+            sum(row[j] for row, j in zip(cost, columns, strict=True))
+            for columns in itertools.permutations(range(m), n)
+        )
+        assert sum(row[j] for row, j in zip(cost, found, strict=True)) == pytest.approx(least)
+
+
+def test_agreement():
+    labels = list("aabbcc" * 100)
+    renamed = [{"a": 2, "b": 0, "c": 7}[label] for label in labels]
+    assert generate.agreement(renamed, labels) == pytest.approx((0, 1))
+    assert generate.agreement([0] * 600, labels) == pytest.approx((2 / 3, 0))
+    assert generate.agreement([0, 0, 1, 1], ["a"] * 4) == pytest.approx((0.5, 0))
+    error, nmi = generate.agreement([0, 1] * 300, labels)
+    assert error == pytest.approx(2 / 3) and nmi == pytest.approx(0, abs=1e-6)
+    split = generate.agreement([0, 0, 1, 2], ["a", "a", "b", "b"])  # a half of b has no match left
+    assert split == pytest.approx((0.25, 2 * math.log(2) / (math.log(2) + 1.5 * math.log(2))))
+
+
+def test_real_pictures_by_code(ckpt, faces, tmp_path, capsys):
+    sets, out = tmp_path / "sets", tmp_path / "sorted"
+    for i in range(40):
+        (sets / str(i % 2)).mkdir(parents=True, exist_ok=True)
+        shutil.copy(faces / f"{i:06d}.png", sets / str(i % 2) / f"{i}, a.png")
+    shutil.copy(faces / "000000.png", sets / "1/copy.png")
+    command = ["--ckpt", str(ckpt), "--out", str(out), "--steps", "5", "--batch-size", "7"]
+    assert generate.main([*command, "--sort", str(sets)]) == 0
+    told = capsys.readouterr().out
+    assert told.count("NMI") == 2 and "1 exact copies dropped" in told
+    names = ["cat0", "cat1", "cont0", "cont1", "cont2"]
+    assert {p.name for p in out.iterdir()} == {"codes.csv", *(f"{name}.png" for name in names)}
+    with open(out / "codes.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 40 and list(rows[0])[:6] == ["file", *names]
+    Q, _ = infogan.load_encoder(ckpt)
+    for row in rows[::9]:
+        x = infogan.to_square(Image.open(sets / row["file"]), 16, 3)
+        p, mu, sigma = Q(infogan.make_batch(x[None], False, seeded(), CPU))
+        assert int(row["cat1"]) == p[0, 1].argmax()
+        assert float(row["cat1_p"]) == pytest.approx(p[0, 1].max().item(), abs=1e-3)
+        assert float(row["cont2"]) == pytest.approx(mu[0, 2].item(), abs=1e-3)
+        assert float(row["cont2_sigma"]) == pytest.approx(sigma[0, 2].item(), abs=1e-3)
+    assert generate.main([*command, "--sort", str(faces)]) == 0
+    assert "NMI" not in capsys.readouterr().out  # no subfolders, no labels
+    assert generate.main([*command, "--sort", str(tmp_path / "none")]) == 2
+    said_one_line(capsys, "none")
+
+
+def test_mnist_has_labels_of_its_own(tmp_path, monkeypatch):
+    raw = tmp_path / "data/MNIST/raw"
+    raw.mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert generate.labels_of("mnist", ["2", "0"]) == []
+    labels = bytes([5, 0, 4])
+    head = b"".join(v.to_bytes(4, "big") for v in (2049, 3))
+    (raw / "train-labels-idx1-ubyte").write_bytes(head + labels)
+    assert generate.labels_of("mnist", ["2", "0"]) == ["4", "5"]
+
+
+def test_onnx_draws_the_same(ckpt, tmp_path, capsys):
+    command = ["--ckpt", str(ckpt), "--out", str(tmp_path), "--onnx"]
+    if importlib.util.find_spec("onnxscript") is None:
+        assert generate.main(command) == 2
+        said_one_line(capsys, "pip install onnx onnxscript")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    assert generate.main(command) == 0
+    session = onnxruntime.InferenceSession(tmp_path / "generator.onnx")
+    G, spec = infogan.load_generator(ckpt)
+    for n in (1, 5):
+        codes = spec.join(spec.sample(n, seeded()))
+        (x,) = session.run(["x"], {"codes": codes.numpy()})
+        assert G(codes).allclose(torch.from_numpy(x), atol=1e-4)
+
+
+def test_folding_batch_norm_changes_nothing(ckpt):
+    G, spec = infogan.load_generator(ckpt)
+    codes = spec.join(spec.sample(9, seeded()))
+    x = codes.double()[:, :, None, None]
+    layers = generate.folded(G)
+    for i, (w, b) in enumerate(layers):
+        x = F.conv_transpose2d(x, w, b, *((2, 1) if i else (1, 0)))
+        x = x.relu() if i < len(layers) - 1 else x.tanh()
+    assert x.allclose(G(codes).double(), atol=1e-5)
 
 
 def test_traversals_move_one_code_and_nothing_else():
@@ -1431,6 +1639,132 @@ def test_encoder(ckpt):
     assert mu.shape == sigma.shape == (4, 3) and (sigma >= infogan.SIGMA_MIN * 0.999).all()
 
 
+# the explorer in a browser ------------------------------------------------------------------------
+
+
+class Browser:
+    """Headless Chromium, by the few lines of WebDriver that a test needs."""
+
+    def __init__(self, driver: str, chromium: str):
+        quiet = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
+        options = {"binary": chromium, "args": quiet}
+        wanted = {"goog:chromeOptions": options}
+        wanted |= {"goog:loggingPrefs": {"browser": "ALL", "performance": "ALL"}}
+        self.process = subprocess.Popen([driver, "--port=0"], stdout=subprocess.PIPE, text=True)
+        port = next(m[1] for line in self.process.stdout if (m := re.search(r"port (\d+)\.", line)))
+        self.at = f"http://127.0.0.1:{port}/session"
+        try:
+            self.at += "/" + self.ask("", capabilities={"alwaysMatch": wanted})["sessionId"]
+        except OSError as error:
+            self.close()
+            pytest.skip(
+                f"chromium does not start here, or is not of chromedriver's version: {error}"
+            )
+
+    def ask(self, what: str, **body: object) -> object:
+        request = urllib.request.Request(self.at + what, json.dumps(body).encode())
+        request.add_header("Content-Type", "application/json")
+        direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with direct.open(request, timeout=60) as answer:
+            return json.load(answer)["value"]
+
+    def run(self, script: str, *args: object) -> object:
+        """What the script returns in the page, once two frames have been drawn."""
+        waiting = "const done = arguments[arguments.length - 1], given = arguments;"
+        frames = "requestAnimationFrame(() => requestAnimationFrame(() => "
+        job = f"{waiting} {frames} done((() => {{ {script} }})())))"
+        return self.ask("/execute/async", script=job, args=args)
+
+    def face(self, size: int) -> torch.Tensor:
+        """The drawn picture, (3, size, size) from 0 to 255."""
+        pixels = self.run(
+            "const face = document.getElementById('face');"
+            "return [...face.getContext('2d').getImageData(0, 0, face.width, face.height).data]"
+        )
+        return torch.tensor(pixels).view(size, size, 4)[:, :, :3].permute(2, 0, 1)
+
+    def close(self) -> None:
+        self.process.terminate()
+        self.process.wait()
+
+
+@pytest.fixture(scope="session")
+def browser():
+    driver = shutil.which("chromedriver")
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if not driver or not chromium:
+        pytest.skip("no chromium and chromedriver here; make test-browser installs Debian's")
+    browser = Browser(driver, chromium)
+    yield browser
+    browser.close()
+
+
+@pytest.mark.parametrize("shape", ["2,3,3", "1,10,0,--channels,1", "0,2,2", "0,2,0"])
+def test_explorer_in_a_browser(browser, tmp_path, shape):
+    """Sliders change the picture, which equals Python's; nothing is asked of any network."""
+    n_cat, cat_dim, n_cont, *more = shape.split(",")
+    flags = ["--image-size", "32", "--width", "8", "--n-cat", n_cat, "--cat-dim", cat_dim]
+    args = infogan.parse_args(["--channels", "3", *flags, "--n-cont", n_cont, *more])
+    state = infogan.new_state(args, CPU)
+    for t in (p for p in state.G_ema.state_dict().values() if p.is_floating_point()):
+        t.mul_(1 + torch.rand(t.shape, generator=seeded())).add_(0.05)  # no statistic at its start
+    path = tmp_path / "run #1/last.pt"
+    path.parent.mkdir()
+    infogan.save_checkpoint(path, state, args, infogan.Pictures(torch.empty(0), "", []))
+    assert generate.main(["--ckpt", str(path), "--explorer"]) == 0
+    for kind in ("browser", "performance"):
+        browser.ask("/se/log", type=kind)
+    address = (path.parent / "traversals/explorer.html").as_uri()
+    browser.ask("/url", url=address)
+
+    (G, spec), rng = infogan.load_generator(path), random.Random(0)
+    z, seen = spec.sample(8, seeded()).z, []
+    for k in (0, 3, 7):
+        values = {f"cat{i}": rng.randrange(spec.cat_dim) for i in range(spec.n_cat)}
+        values |= {f"cont{i}": round(rng.uniform(-1, 1), 2) for i in range(spec.n_cont)}
+        link = "&".join(f"{name}={value}" for name, value in {"z": k, **values}.items())
+        browser.run("location.hash = given[0]", link)
+        c_cat, c_cont = torch.tensor([*values.values()]).split([spec.n_cat, spec.n_cont])
+        x = G(spec.join(Codes(z[k : k + 1], c_cat.long()[None], c_cont[None])))[0]
+        seen.append(browser.face(32))
+        assert (seen[-1] - (x + 1) * 127.5).abs().max() <= 2, link
+    assert not seen[0].equal(seen[1])
+
+    for kind in ("range", "radio"):
+        found = browser.run(
+            "return document.querySelectorAll(`input[type=${given[0]}]`).length", kind
+        )
+        assert found == {"range": spec.n_cont, "radio": spec.n_cat * spec.cat_dim}[kind]
+    if spec.n_cont:
+        slide = "const s = document.querySelector('input[type=range]'); s.value = given[0];"
+        for value in (-1, 1):
+            browser.run(slide + "s.dispatchEvent(new Event('input'));", value)
+            seen.append(browser.face(32))
+        assert not seen[-1].equal(seen[-2])
+        assert "=1" in browser.run("return location.hash").split("z=7")[1]
+    for key in ("r", "0"):
+        browser.run("document.dispatchEvent(new KeyboardEvent('keydown', { key: given[0] }))", key)
+        seen.append(browser.face(32))
+    assert browser.run("return location.hash") == "#z=0" and not seen[-1].equal(seen[-2])
+
+    logs = [entry for entry in browser.ask("/se/log", type="browser")]
+    assert not [entry for entry in logs if entry["level"] == "SEVERE"], logs
+    events = [
+        json.loads(e["message"])["message"] for e in browser.ask("/se/log", type="performance")
+    ]
+    asked = [
+        e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"
+    ]
+    assert asked and all(url.split("#")[0] in (address, "data:,") for url in asked), asked
+
+
+def test_generators_too_large_for_a_page_get_one_line(tmp_path, capsys, monkeypatch, ckpt):
+    monkeypatch.setattr(generate, "PAGE_MB", 0.01)
+    assert generate.main(["--ckpt", str(ckpt), "--explorer", "--out", str(tmp_path)]) == 2
+    said_one_line(capsys, "too large", "--width")
+    assert not list(tmp_path.iterdir())
+
+
 # flags, README, Makefile --------------------------------------------------------------------------
 
 
@@ -1502,6 +1836,8 @@ def test_every_number_has_limits(module, capsys):
     (["--ckpt", "CKPT", "--codes", "cat7"], ("cat7", "cat0, cat1, cont0")),
     (["--ckpt", "CKPT", "--rows", "0"], ("--rows 0",)),
     (["--ckpt", "CKPT", "--range", "nan", "1"], ("--range",)),
+    (["--ckpt", "CKPT", "--zoom", "9"], ("--zoom 9", "1 to 8")),
+    (["--ckpt", "CKPT", "--explorer", "--samples", "3"], ("--explorer", "--samples")),
 ])  # fmt: skip
 def test_bad_flags_of_generate(ckpt, capsys, flags, words):
     assert generate.main([str(ckpt) if f == "CKPT" else f for f in flags]) == 2
@@ -1536,6 +1872,13 @@ def test_every_command_in_the_readme_and_the_makefile_parses():
         assert dry.returncode == 0, (line, dry.stderr)
         ours += sum(check_command(t) for t in dry.stdout.replace("\\\n", " ").splitlines())
     assert ours >= 5
+
+
+def test_the_readmes_python_runs(ckpt):
+    (block,) = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.S)
+    names = {}
+    exec(block.replace("checkpoint/v3/last.pt", str(ckpt)), names)
+    assert names["x"].shape == (16, 3, 16, 16)
 
 
 def test_every_script_explains_itself():
