@@ -89,8 +89,8 @@ test-browser: $(READY) browser  ## the explorer in headless Chromium, Debian's w
 torture: $(READY)  ## the long tests of what a run survives
 	$(PY) -m pytest -q test_infogan.py -o "python_functions=torture_*" $(ARGS)
 
-# pictures a second of the input path and of whole steps, as ratios in one run
-bench: $(READY)  ## speed of the input path and of a step on this machine
+# start, input path and whole steps as ratios in one run, and where a step's time goes; three minutes
+bench: $(READY)  ## speed on this machine, GPU or not
 	$(PY) test_infogan.py bench
 
 lint: $(READY)  ## format and lint by ruff
@@ -98,5 +98,5 @@ lint: $(READY)  ## format and lint by ruff
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
 
-clean:  ## caches and .venv; never runs, never pictures
-	rm -rf $(VENV) __pycache__ .pytest_cache .ruff_cache
+clean:  ## caches (of decoded pictures too) and .venv; never runs, never pictures
+	rm -rf $(VENV) __pycache__ .pytest_cache .ruff_cache "$${XDG_CACHE_HOME:-$$HOME/.cache}/infogan"
