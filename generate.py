@@ -485,7 +485,7 @@ def sort_pictures(args: argparse.Namespace, spec: CodeSpec, shape: dict, out: Pa
     pictures = load_pictures(args.sort, shape["image_size"], shape["channels"])
     files = pictures.names
     if args.sort not in NAMED_SETS:
-        files = [os.path.relpath(name, Path(args.sort).expanduser()) for name in files]
+        files = [os.path.relpath(name, Path(args.sort).expanduser().resolve()) for name in files]
     x = make_batch(pictures.x, False, torch.Generator(), torch.device("cpu"))
     with torch.no_grad():
         read = [Q(part.to(args.device)) for part in x.split(args.batch_size)]

@@ -375,8 +375,7 @@ def decode(
         warnings.simplefilter("ignore")  # of Pillow's about files that it reads all the same
         for start in range(0, len(items), DECODED_AT_ONCE):
             part = items[start : start + DECODED_AT_ONCE]
-            # without the interpreter's lock
-            for i, (key, x) in enumerate(pool.map(read, part), start):
+            for i, (key, x) in enumerate(pool.map(read, part), start):  # decoders run unlocked
                 bar.update()
                 if x is None:
                     skipped.append(key)
@@ -503,13 +502,8 @@ def make_batch(x: Tensor, flip: bool, rng: torch.Generator, device: torch.device
     if flip:
         mirrored = mine(torch.rand(len(x) * place()[1], 1, 1, 1, generator=rng) < 0.5)
         x = torch.where(mirrored.to(device, non_blocking=True), x.flip(3), x)
-    x = x.contiguous(
-        memory_format=torch.channels_last
-    )  # while it has a byte where a float has four
-    x = x.float()
-    return torch.add(
-        x.new_full((), -1.0), x, alpha=1 / 127.5, out=x
-    )  # one pass where *, - take two
+    x = x.contiguous(memory_format=torch.channels_last).float()  # moved as bytes, a quarter
+    return torch.add(x.new_full((), -1.0), x, alpha=1 / 127.5, out=x)  # x / 127.5 - 1 in one pass
 
 
 # networks -----------------------------------------------------------------------------------------
