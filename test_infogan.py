@@ -1773,7 +1773,7 @@ def test_defaults():
     shown = {"data": "data/anime", "out": "checkpoint/cat10-cont20", "epochs": 360, "seed": 0,
              "cat_dim": 10, "z_dim": 100, "batch_size": 128, "image_size": 64, "width": 64,
              "save_every": 25, "sample_every": 5, "lam_cat": 1.0, "lam_cont": 0.15, "ema": 0.03,
-             "enough": 1.4, "q_view": 0.0, "r1": 1.0, "info_to": "trunk", "flip": True}  # fmt: skip
+             "enough": 1.4, "q_view": 0.0, "r1": 0.3, "info_to": "trunk", "flip": True}  # fmt: skip
     assert {name: getattr(args, name) for name in shown} == shown
     args = infogan.parse_args([])
     assert (args.n_cat, args.n_cont, args.epochs, args.out) == (1, 2, 150, "checkpoint/cat1-cont2")
