@@ -1471,6 +1471,19 @@ def test_a_shrunken_checkpoint(ckpt, faces, tmp_path, capsys):
     said_one_line(capsys, "weights only", "--restart")
 
 
+def test_the_model_in_the_box():
+    """Small, and its Q reads what its G was told."""
+    path = HERE / "checkpoint/animefaces-v3.pt"
+    assert path.stat().st_size < 8e6
+    (G, spec), (Q, _) = infogan.load_generator(path), infogan.load_encoder(path)
+    assert (spec.n_cat, spec.cat_dim, spec.n_cont) == (10, 10, 20)
+    codes = spec.sample(100, seeded())
+    x = G(spec.join(codes))
+    assert x.shape == (100, 3, 64, 64)
+    L_I = infogan.mutual_information(spec, Q.D(x)[1], codes)
+    assert L_I[:10].min() > 2 and L_I[10:].mean() > 1
+
+
 def test_assign_is_exact():
     rng = random.Random(0)
     for _ in range(200):
