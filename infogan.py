@@ -10,7 +10,7 @@ from x. With L_I, a lower bound of the mutual information I(c; x) (Eqs. 5 and 6)
     python infogan.py --n-cat 10 --n-cont 20 --epochs 360    10 categorical and 20 continuous codes
     python generate.py --ckpt checkpoint/cat1-cont2/last.pt  look at what each code does
 
-Left out on purpose: labels, learning-rate schedules, growing networks, worker processes, configs.
+Left out on purpose: labels, learning-rate schedules, growing networks, loader processes, configs.
 """
 
 from __future__ import annotations
