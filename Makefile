@@ -91,7 +91,7 @@ torture: $(READY)  ## the long tests of what a run survives
 
 # start, input path and whole steps as ratios in one run, and where a step's time goes; three minutes
 bench: $(READY)  ## speed on this machine, GPU or not
-	$(PY) test_infogan.py bench
+	$(PY) data/bench.py $(ARGS)
 
 lint: $(READY)  ## format and lint by ruff
 	$(PY) -m pip install --quiet --disable-pip-version-check "ruff>=0.6"
