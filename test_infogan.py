@@ -1123,6 +1123,38 @@ def test_what_nohup_ignores_is_ignored(faces, tmp_path):
     assert code == 128 + signal.SIGTERM and "SIGHUP" not in said
 
 
+def signals_in_a_step(number: signal.Signals, times: int) -> None:
+    real_step = infogan.train_step
+
+    def step(state, *rest):
+        for _ in range(times if state.step == 5 else 0):
+            signal.raise_signal(number)
+        return real_step(state, *rest)
+
+    infogan.train_step = step
+
+
+@unix
+@pytest.mark.parametrize("number", infogan.SIGNALS)
+def test_a_second_signal_leaves_at_once_and_saves_nothing(faces, tmp_path, number):
+    """In the middle of a step: after a first one alone the step ends, and is saved."""
+    once, twice = (
+        Run(
+            tiny(faces, tmp_path / f"run {times}", *ENDLESS),
+            tmp_path / f"said {times}",
+            partial(signals_in_a_step, number, times),
+        )
+        for times in (1, 2)
+    )
+    code, said = once.end()
+    assert code == 128 + number and f"{number.name}: 6 steps" in said, said
+    assert infogan.load_checkpoint(tmp_path / "run 1/last.pt")["step"] == 6
+    code, said = twice.end()
+    assert code == (130 if number == signal.SIGINT else -number), said
+    assert ("infogan.py: stopped" in said) == (number == signal.SIGINT)
+    assert "is saved" not in said and not list((tmp_path / "run 2").glob("*.pt"))
+
+
 @unix
 def test_a_closed_terminal_costs_nothing(faces, tmp_path):
     """As with `| tee log` and Ctrl-C, which ends tee as well."""
