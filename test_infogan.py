@@ -1357,6 +1357,7 @@ def fuzz_checkpoints(ckpt: Path, folder: Path, n: int) -> int:
     """Loads n garbled checkpoints as generate.py and a resumed run do; returns how many passed.
 
     None may raise anything but Problem; one that loads with a checksum unchanged must be equal.
+    About a tenth passes: what is appended, or hits nothing that is read, does no harm.
     """
     rng, raw, bad, loaded = random.Random(0), ckpt.read_bytes(), folder / "bad.pt", 0
     whole = infogan.load_checkpoint(ckpt)
@@ -1375,11 +1376,15 @@ def fuzz_checkpoints(ckpt: Path, folder: Path, n: int) -> int:
             loaded += 1
         except Problem:
             continue
+    assert n / 50 < loaded < n / 5, loaded
     return loaded
 
 
 def fuzz_pictures(folder: Path, n: int) -> int:
-    """Decodes n garbled pictures of all formats; returns how many could be read all the same."""
+    """Decodes n garbled pictures of all formats; returns how many could be read all the same.
+
+    About a third: where one byte of the pixels has changed, a decoder sees nothing wrong.
+    """
     rng, kinds = random.Random(0), ("png", "jpeg", "gif", "webp", "bmp")
     noise, raws = Image.frombytes("RGB", (40, 30), rng.randbytes(3600)), []
     for kind in kinds:
@@ -1389,13 +1394,17 @@ def fuzz_pictures(folder: Path, n: int) -> int:
     for i in range(n):
         path = folder / f"{i}.{kinds[i % len(kinds)]}"
         path.write_bytes(garble(raws[i % len(kinds)], rng))
-    return len(infogan.load_pictures(str(folder), 16).x)
+    read = len(infogan.load_pictures(str(folder), 16).x)
+    assert n / 5 < read < n / 2, read
+    return read
 
 
-def test_fuzz(tmp_path):
+def test_of_garbled_checkpoints_only_the_harmless_ones_load(tmp_path):
     fuzz_checkpoints(HERE / "data/format-1.pt", tmp_path, 100)
-    (tmp_path / "pictures").mkdir()
-    assert 10 < fuzz_pictures(tmp_path / "pictures", 200) < 200
+
+
+def test_of_garbled_pictures_those_that_decode_are_used(tmp_path):
+    fuzz_pictures(tmp_path, 200)
 
 
 def torture_fuzz(tmp_path, capsys):
