@@ -13,6 +13,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from PIL import Image, ImageChops
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -24,44 +25,94 @@ from test_infogan import said_one_line
 # drawn faces --------------------------------------------------------------------------------------
 
 
-def test_drawn_faces(tmp_path, capsys):
-    a, b = tmp_path / "a", tmp_path / "b"
-    for folder, n in ((a, 30), (b, 12)):
-        assert draw_faces.main([str(folder), "--n", str(n), "--size", "32"]) == 0
-    with open(a / "factors.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert len(rows) == 30 and rows[3]["file"] == "000003.png"
-    assert (a / "000011.png").read_bytes() == (b / "000011.png").read_bytes()
-    assert draw_faces.FACTORS["hair_colour"] == draw_faces.FACTORS["eye_colour"] == 10
-    assert draw_faces.FACTORS["hair_style"] >= 5
-    assert sum(v is None for v in draw_faces.FACTORS.values()) >= 5
-    base = draw_faces.sample_factors(random.Random(0))
-    low = [
-        draw_faces.draw_face({**base, name: 0 if n else -1.0})
-        for name, n in draw_faces.FACTORS.items()
-    ]
-    high = [
-        draw_faces.draw_face({**base, name: 1 if n else 1.0})
-        for name, n in draw_faces.FACTORS.items()
-    ]
-    for x, y, name in zip(low, high, draw_faces.FACTORS, strict=True):
-        changed = sum(p != q for p, q in zip(x.tobytes(), y.tobytes(), strict=True))
-        assert changed > 60, name
-    assert draw_faces.main([str(a), "--n", "5", "--only", "tilt,hair_style"]) == 0
-    with open(a / "factors.csv", newline="") as file:
-        varied = list(csv.DictReader(file))
-    assert [row["tilt"] for row in varied] == [row["tilt"] for row in rows[:5]]
-    assert {row["mouth"] for row in varied} == {"0"} and len(list(a.glob("*.png"))) == 5
-    with pytest.raises(SystemExit):
-        draw_faces.main([str(a), "--only", "nose"])
-    assert "nose" in capsys.readouterr().err
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine/photo.png").write_text("precious")
-    capsys.readouterr()
+def read_table(folder: Path) -> list[dict[str, str]]:
+    with open(folder / "factors.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def drawn(**factors: float) -> Image.Image:
+    """The face with these factors, the others 0."""
+    return draw_faces.draw_face(dict.fromkeys(draw_faces.FACTORS, 0) | factors)
+
+
+def test_a_face_depends_on_nothing_but_the_seed_and_its_number(tmp_path):
+    folders = [tmp_path / name for name in ("many", "few", "other seed")]
+    for folder, n, seed in zip(folders, ("30", "12", "12"), ("0", "0", "1"), strict=True):
+        assert draw_faces.main([str(folder), "--n", n, "--size", "32", "--seed", seed]) == 0
+    assert len(list(folders[0].glob("*.png"))) == 30
+    many, few, other = ((folder / "000011.png").read_bytes() for folder in folders)
+    assert many == few != other
+
+
+def test_each_row_of_the_table_draws_its_picture_again(tmp_path):
+    assert draw_faces.main([str(tmp_path), "--n", "9"]) == 0
+    rows = read_table(tmp_path)
+    assert [row["file"] for row in rows] == [f"{i:06d}.png" for i in range(9)]
+    for row in rows:
+        again = draw_faces.draw_face({name: float(row[name]) for name in draw_faces.FACTORS})
+        assert again.tobytes() == Image.open(tmp_path / row["file"]).tobytes()
+
+
+CATEGORIES = {"hair_colour": 10, "hair_style": 6, "eye_colour": 10, "background": 6, "blush": 2}
+
+
+@pytest.mark.parametrize("factor, n", CATEGORIES.items())
+def test_every_category_is_sampled_and_looks_its_own_way(factor, n):
+    sampled = {draw_faces.sample_factors(random.Random(i))[factor] for i in range(300)}
+    assert sampled == {*range(n)}
+    assert len({drawn(**{factor: k}).tobytes() for k in range(n)}) == n
+
+
+@pytest.mark.parametrize("factor", ["hair_colour", "eye_colour", "background"])
+def test_colours_are_drawn_as_they_are_named(factor):
+    table = {
+        "hair_colour": draw_faces.HAIR_COLOURS,
+        "eye_colour": draw_faces.EYE_COLOURS,
+        "background": draw_faces.BACKGROUNDS,
+    }[factor]
+    for k, (name, colour) in enumerate(table.items()):
+        seen = {each for n, each in drawn(**{factor: k}).getcolors(64 * 64) if n > 9}
+        assert seen & {*table.values()} == {colour}, name
+        if name in ("red", "green", "blue"):
+            assert colour[("red", "green", "blue").index(name)] == max(colour), name
+
+
+@pytest.mark.parametrize("factor", [f for f in draw_faces.FACTORS if f not in CATEGORIES])
+def test_every_continuous_factor_is_sampled_over_its_range_and_seen(factor):
+    sampled = [draw_faces.sample_factors(random.Random(i))[factor] for i in range(300)]
+    assert -1 <= min(sampled) < -0.9 and 0.9 < max(sampled) <= 1
+    left, middle, right = (drawn(**{factor: value}) for value in (-1, 0, 1))
+    for a, b in ((left, middle), (middle, right), (left, right)):
+        changed = ImageChops.difference(a, b).convert("L").point(bool).histogram()[1]
+        assert changed > 20, changed
+
+
+def test_only_lets_the_named_factors_vary(tmp_path, capsys):
+    for flags in ([], ["--only", "tilt,hair_style"]):
+        assert draw_faces.main([str(tmp_path / str(len(flags))), "--n", "40", *flags]) == 0
+    rows, varied = (read_table(tmp_path / name) for name in "02")
+    for name in draw_faces.FACTORS:
+        values = [row[name] for row in varied]
+        free = name in ("tilt", "hair_style")
+        assert values == ([row[name] for row in rows] if free else ["0"] * 40), name
     with pytest.raises(SystemExit) as stop:
-        draw_faces.main([str(tmp_path / "mine"), "--n", "3"])
-    assert stop.value.code == 2 and (tmp_path / "mine/photo.png").read_text() == "precious"
-    said_one_line(capsys, "mine")
+        draw_faces.main([str(tmp_path), "--only", "nose"])
+    assert stop.value.code == 2 and "nose" in capsys.readouterr().err
+
+
+def test_a_smaller_drawing_replaces_a_larger_one(tmp_path):
+    for n in (7, 5):
+        assert draw_faces.main([str(tmp_path), "--n", str(n), "--size", "16"]) == 0
+    assert len(list(tmp_path.glob("*.png"))) == len(read_table(tmp_path)) == 5
+
+
+def test_a_folder_of_other_files_is_left_as_it_is(tmp_path, capsys):
+    (tmp_path / "photo.png").write_text("precious")
+    with pytest.raises(SystemExit) as stop:
+        draw_faces.main([str(tmp_path), "--n", "3"])
+    assert stop.value.code == 2 and (tmp_path / "photo.png").read_text() == "precious"
+    assert len(list(tmp_path.iterdir())) == 1
+    said_one_line(capsys, str(tmp_path))
 
 
 # the download -----------------------------------------------------------------------------------
