@@ -2023,9 +2023,28 @@ def test_the_readmes_python_runs(ckpt):
     assert names["x"].shape == (16, 3, 16, 16)
 
 
-def test_every_script_explains_itself():
-    for name in ("infogan.py", "generate.py", "data/draw_faces.py", "data/download.py"):
-        said = subprocess.run(
-            [sys.executable, str(HERE / name), "--help"], capture_output=True, text=True
-        )
-        assert said.returncode == 0 and "--out" in said.stdout + "--out OUT"
+# what each script must name in its --help
+FLAGS = {
+    "infogan.py": ("--data", "--n-cat", "--out"),
+    "generate.py": ("--ckpt", "--explorer"),
+    "data/bench.py": ("--device",),
+    "data/download.py": ("--url", "--out"),
+    "data/draw_faces.py": ("--size", "--only"),
+    "data/measure.py": ("--faces",),
+}
+SCRIPTS = [path for path in (HERE / name for name in FLAGS) if path.exists()]
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+def test_help_of_every_script_names_its_flags(path, tmp_path):
+    """From another folder: a script finds the project by itself."""
+    more = {"capture_output": True, "text": True, "timeout": PATIENCE}
+    said = subprocess.run([sys.executable, str(path), "--help"], cwd=tmp_path, **more)
+    assert said.returncode == 0 and "Traceback" not in said.stderr, said.stderr
+    flags = FLAGS[path.relative_to(HERE).as_posix()]
+    assert all(f"  {flag}" in said.stdout for flag in flags), said.stdout
+
+
+def test_every_script_of_data_is_asked_for_help():
+    scripts = {path.name for path in (HERE / "data").glob("*.py")} - {"test_data.py"}
+    assert scripts <= {Path(name).name for name in FLAGS}
