@@ -6,6 +6,7 @@ make torture                           the same questions asked for longer: tort
 
 from __future__ import annotations
 
+import argparse
 import csv
 import importlib.util
 import io
@@ -17,6 +18,7 @@ import os
 import pickle
 import random
 import re
+import runpy
 import shlex
 import shutil
 import signal
@@ -31,6 +33,7 @@ from argparse import Namespace
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 import torch
@@ -1906,7 +1909,7 @@ def test_generators_too_large_for_a_page_get_one_line(tmp_path, capsys, monkeypa
     assert not list(tmp_path.iterdir())
 
 
-# flags, README, Makefile --------------------------------------------------------------------------
+# flags --------------------------------------------------------------------------------------------
 
 
 def test_defaults():
@@ -1985,44 +1988,6 @@ def test_bad_flags_of_generate(ckpt, capsys, flags, words):
     said_one_line(capsys, *words)
 
 
-def check_command(line: str) -> bool:
-    """Whether a line runs one of our scripts; if so, its flags must parse."""
-    words = shlex.split(line, comments=True)
-    names = [Path(word).name for word in words]
-    for name, parse in (("infogan.py", infogan.parse_args), ("generate.py", generate.parse_args)):
-        if name in names and "python" in names[0]:
-            parse(words[names.index(name) + 1 :])
-            return True
-    return False
-
-
-def test_every_command_in_the_readme_and_the_makefile_parses():
-    text = (HERE / "README.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"```(?:sh|bash)\n(.*?)```", text, re.S)
-    lines = [line.strip() for block in blocks for line in block.splitlines() if line.strip()]
-    assert sum(check_command(line) for line in lines) >= 8
-    targets = {m[1] for m in re.finditer(r"^([a-z0-9-]+):", (HERE / "Makefile").read_text(), re.M)}
-    named = {word for line in lines if line.startswith("make ") for word in shlex.split(line)[1:2]}
-    assert {"demo", "test", "train-v1", "train-v2", "train-v3"} <= named <= targets
-    if shutil.which("make") is None:
-        pytest.skip("no make here")
-    ours = 0
-    for line in [*(f"make {t}" for t in targets), *(t for t in lines if t.startswith("make "))]:
-        words = [w for w in shlex.split(line, comments=True)]
-        more = {"capture_output": True, "text": True, "timeout": PATIENCE}
-        dry = subprocess.run([*words, "-n"], cwd=HERE, **more)
-        assert dry.returncode == 0, (line, dry.stderr)
-        ours += sum(check_command(t) for t in dry.stdout.replace("\\\n", " ").splitlines())
-    assert ours >= 5
-
-
-def test_the_readmes_python_runs(ckpt):
-    (block,) = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.S)
-    names = {}
-    exec(block.replace("checkpoint/v3/last.pt", str(ckpt)), names)
-    assert names["x"].shape == (16, 3, 16, 16)
-
-
 # what each script must name in its --help
 FLAGS = {
     "infogan.py": ("--data", "--n-cat", "--out"),
@@ -2048,3 +2013,137 @@ def test_help_of_every_script_names_its_flags(path, tmp_path):
 def test_every_script_of_data_is_asked_for_help():
     scripts = {path.name for path in (HERE / "data").glob("*.py")} - {"test_data.py"}
     assert scripts <= {Path(name).name for name in FLAGS}
+
+
+# pages, Makefile ----------------------------------------------------------------------------------
+
+PAGES = [path for path in (HERE / "README.md", HERE / "checkpoint/README.md") if path.exists()]
+each_page = pytest.mark.parametrize(
+    "page", PAGES, ids=lambda page: page.relative_to(HERE).as_posix()
+)
+TARGETS = re.findall(r"^([a-z0-9-]+):", (HERE / "Makefile").read_text(), re.M)
+
+
+def commands_of(page: Path) -> list[str]:
+    """The lines of a page's shell blocks, and what its text names as `python …` or `make …`."""
+    text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+    lines = [
+        line.strip()
+        for block in re.findall(r"^```(?:sh|bash)\n(.*?)^```", text, re.S | re.M)
+        for line in block.splitlines()
+    ]
+    text = re.sub(r"^```.*?^```", "", text, flags=re.S | re.M)
+    return [line for line in lines if line] + re.findall(r"`((?:python|make) [^`]+)`", text)
+
+
+class Parsed(Exception):
+    """A script has taken its flags, and need do no more."""
+
+
+def check_commands(line: str) -> int:
+    """How many of our scripts a line runs; their flags must parse."""
+    lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
+    lexer.whitespace_split, found = True, 0
+    words, scripts = list(lexer), {path.name: path for path in SCRIPTS}
+    for i, word in enumerate(words):
+        name, before = Path(word).name, [Path(w).name for w in words[:i]]
+        if name in scripts and any(re.match("python|torchrun", w) for w in before):
+            found += 1
+            argv = list(itertools.takewhile(lambda w: not set(w) <= set("();<>|&"), words[i + 1 :]))
+            check_flags(scripts[name], argv)
+    return found
+
+
+def check_flags(path: Path, argv: list[str]) -> None:
+    if path.parent == HERE:
+        {"infogan.py": infogan, "generate.py": generate}[path.name].parse_args(argv)
+        return
+    real = argparse.ArgumentParser.parse_args
+
+    def only_parse(self, *given):
+        real(self, *given)
+        raise Parsed
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Parsed):
+        patch.setattr(argparse.ArgumentParser, "parse_args", only_parse)
+        patch.setattr(sys, "argv", [str(path), *argv])
+        runpy.run_path(str(path), run_name="__main__")
+
+
+def dry_run(line: str) -> list[str]:
+    """The commands that a line of make would run."""
+    if shutil.which("make") is None:
+        pytest.skip("no make here")
+    more = {"capture_output": True, "text": True, "timeout": PATIENCE}
+    done = subprocess.run([*shlex.split(line, comments=True), "-n"], cwd=HERE, **more)
+    assert done.returncode == 0, (line, done.stderr)
+    return done.stdout.replace("\\\n", " ").splitlines()
+
+
+@each_page
+def test_every_command_of_a_page_parses(page):
+    assert sum(map(check_commands, commands_of(page))) >= (8 if page.parent == HERE else 1)
+
+
+@each_page
+def test_every_make_command_of_a_page_would_run(page):
+    lines = [line for line in commands_of(page) if line.startswith("make ")]
+    named = {shlex.split(line)[1] for line in lines}
+    main = {"demo", "test", "train-v1", "train-v2", "train-v3"} if page.parent == HERE else set()
+    assert main <= named <= {*TARGETS}
+    for line in lines:
+        for command in dry_run(line):
+            check_commands(command)
+
+
+def test_every_command_of_the_makefile_parses():
+    assert sum(check_commands(line) for name in TARGETS for line in dry_run(f"make {name}")) >= 12
+
+
+def links_of(page: Path) -> list[tuple[str, Path, str]]:
+    """Each link and picture of a page that is no web address: as written, the file, the heading."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.S | re.M)
+    text = re.sub(r"`[^`\n]*`", "", text)
+    found = re.findall(r"\]\(<?([^)>\s]+)", text) + re.findall(r"^\[[^]]+\]:\s*(\S+)", text, re.M)
+    found += re.findall(r"""(?:src|href)=["']([^"']+)""", text)
+    parts = [(link, *unquote(link).partition("#")[::2]) for link in found]
+    return [
+        (link, Path(os.path.normpath(page.parent / name)) if name else page, heading)
+        for link, name, heading in parts
+        if not re.match(r"[A-Za-z][\w+.-]*:|//", link)
+    ]
+
+
+def headings_of(page: Path) -> set[str]:
+    """As GitHub links to them."""
+    titles = re.findall(r"^#+ +(.*?) *$", page.read_text(encoding="utf-8"), re.M)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@each_page
+def test_every_picture_and_link_of_a_page_exists(page):
+    links = links_of(page)
+    assert links and not [link for link, path, _ in links if not path.exists()]
+    assert not [
+        link for link, path, heading in links if heading and heading not in headings_of(path)
+    ]
+
+
+@each_page
+def test_every_picture_and_link_of_a_page_is_in_git(page):
+    if not (HERE / ".git").exists() or shutil.which("git") is None:
+        pytest.skip("no git checkout")
+    more = {"capture_output": True, "text": True, "timeout": PATIENCE}
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=HERE, **more)
+    if listed.returncode:
+        pytest.skip(f"git lists no files: {listed.stderr}")
+    files = {HERE / name for name in listed.stdout.split("\0") if name}
+    known = files | {folder for path in files for folder in path.parents}
+    assert not [link for link, path, _ in links_of(page) if path not in known]
+
+
+def test_the_readmes_python_runs(ckpt):
+    (block,) = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.S)
+    names = {}
+    exec(re.sub(r"[\w./-]+\.pt\b", str(ckpt), block), names)
+    assert names["x"].shape == (16, 3, 16, 16)
