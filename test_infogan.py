@@ -2021,7 +2021,9 @@ PAGES = [path for path in (HERE / "README.md", HERE / "checkpoint/README.md") if
 each_page = pytest.mark.parametrize(
     "page", PAGES, ids=lambda page: page.relative_to(HERE).as_posix()
 )
-TARGETS = re.findall(r"^([a-z0-9-]+):", (HERE / "Makefile").read_text(), re.M)
+MAKEFILE = (HERE / "Makefile").read_text()
+TARGETS = re.findall(r"^([a-z0-9-]+):", MAKEFILE, re.M)
+GIVEN = {"MAKEFLAGS", "MFLAGS", *re.findall(r"^(\w+) *\?=", MAKEFILE, re.M)}  # to this make test
 
 
 def commands_of(page: Path) -> list[str]:
@@ -2074,7 +2076,8 @@ def dry_run(line: str) -> list[str]:
     """The commands that a line of make would run."""
     if shutil.which("make") is None:
         pytest.skip("no make here")
-    more = {"capture_output": True, "text": True, "timeout": PATIENCE}
+    plain = {name: value for name, value in os.environ.items() if name not in GIVEN}
+    more = {"capture_output": True, "text": True, "timeout": PATIENCE, "env": plain}
     done = subprocess.run([*shlex.split(line, comments=True), "-n"], cwd=HERE, **more)
     assert done.returncode == 0, (line, done.stderr)
     return done.stdout.replace("\\\n", " ").splitlines()
