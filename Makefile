@@ -84,7 +84,7 @@ browser:
 
 # skipped, with the reason, where there is no browser and none can be installed
 test-browser: $(READY) browser  ## the explorer in headless Chromium, Debian's where there is none
-	$(PY) -m pytest -q -rs test_infogan.py -k browser $(ARGS)
+	$(PY) -m pytest -q -rs test_infogan.py -k explorer $(ARGS)
 
 # kills, garbled files by the ten thousand, memory; under fifteen minutes
 torture: $(READY)  ## the long tests of what a run survives

@@ -178,7 +178,7 @@ def left(folder):
 
 
 @pytest.mark.parametrize("cut, ranges", [(250_000, True), (250_000, False), (None, True)])
-def test_download(tmp_path, capsys, serve, cut, ranges):
+def test_a_download_goes_on_where_it_stopped(tmp_path, capsys, serve, cut, ranges):
     out, part = tmp_path / "anime", tmp_path / "anime.zip.part"
     for folder in (out, tmp_path / "anime.unpacking"):  # the second as a killed run leaves it
         folder.mkdir()
@@ -207,13 +207,15 @@ BAD += [(make_zip("a.png").replace(NOISE, NOISE[::-1]), "CRC"), (make_zip(*"abcd
     *((dict(body=body), word) for body, word in BAD),
     (dict(code=404), "404"), (dict(hang=True), "timed out"),
 ])  # fmt: skip
-def test_download_failures(tmp_path, capsys, serve, monkeypatch, answer, word):
+def test_a_failed_download_leaves_nothing_and_says_why(
+    tmp_path, capsys, serve, monkeypatch, answer, word
+):
     monkeypatch.setattr(download, "MAX_ENTRIES", 3)
     code, said = get(serve(**answer), tmp_path / "anime", capsys)
     assert code == 2 and word in said and list(tmp_path.iterdir()) == []
 
 
-def torture_a_million_entries(tmp_path, capsys, serve):
+def torture_a_zip_of_a_million_entries_is_refused(tmp_path, capsys, serve):
     """Packed by hand: zipfile would take minutes for it."""
     import resource
 
