@@ -14,6 +14,7 @@ else
 PY := $(VENV)/bin/python
 endif
 READY := $(VENV)/.ready
+TESTS := test_infogan.py data/test_data.py
 
 .DEFAULT_GOAL := help
 .PHONY: help setup drawn demo data faces train-v1 train-v2 train-v3 generate explorer compare \
@@ -74,7 +75,7 @@ compare: drawn  ## the notebook's recipe beside ours, short: table and picture o
 		--versus checkpoint/compare/notebook/last.pt --data "$(COMPARED)"
 
 test: $(READY)  ## the tests: no network, no GPU, under four minutes
-	$(PY) -m pytest -q test_infogan.py $(ARGS)
+	$(PY) -m pytest -q $(TESTS) $(ARGS)
 
 browser:
 	@command -v chromium chromedriver >/dev/null 2>&1 || { apt-get -qq update && \
@@ -83,15 +84,15 @@ browser:
 
 # skipped, with the reason, where there is no browser and none can be installed
 test-browser: $(READY) browser  ## the explorer in headless Chromium, Debian's where there is none
-	$(PY) -m pytest -q -rs test_infogan.py -k browser $(ARGS)
+	$(PY) -m pytest -q -rs test_infogan.py -k explorer $(ARGS)
 
 # kills, garbled files by the ten thousand, memory; under fifteen minutes
 torture: $(READY)  ## the long tests of what a run survives
-	$(PY) -m pytest -q test_infogan.py -o "python_functions=torture_*" $(ARGS)
+	$(PY) -m pytest -q $(TESTS) -o "python_functions=torture_*" $(ARGS)
 
 # start, input path and whole steps as ratios in one run, and where a step's time goes; three minutes
 bench: $(READY)  ## speed on this machine, GPU or not
-	$(PY) test_infogan.py bench
+	$(PY) data/bench.py $(ARGS)
 
 lint: $(READY)  ## format and lint by ruff
 	$(PY) -m pip install --quiet --disable-pip-version-check "ruff>=0.6"
