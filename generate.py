@@ -3,84 +3,59 @@
     python generate.py --ckpt checkpoint/v3/last.pt                   sheets and table of all codes
     python generate.py --ckpt checkpoint/v3/last.pt --codes cat0,cont3 --gif
     python generate.py --ckpt checkpoint/v3/last.pt --explorer        a web page that moves codes
-    python generate.py --ckpt checkpoint/v3/last.pt --sort ~/faces    real faces, by what Q reads
+    python generate.py --ckpt checkpoint/v3/last.pt --sort ~/faces    real faces, by their codes
     python generate.py --ckpt checkpoint/v3/last.pt --samples 10000   pictures, for FID tools
     python generate.py --ckpt A/last.pt --versus B/last.pt --data ~/faces   two runs side by side
 
-The architecture comes from the checkpoint. Along a row of a sheet one code moves, all else stays.
+The architecture comes from the checkpoint. Along a row of a sheet only one code changes.
 """
 
 from __future__ import annotations
 
 import argparse
 import base64
+import csv
+import io
 import json
 import math
 import os
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor, nn
-from torchvision.transforms.functional import to_pil_image
+from torch.nn.utils import fuse_conv_bn_eval
 
-from infogan import (
-    DATA,
-    DEVICES,
-    FORMAT,
-    NAMED_SETS,
-    Codes,
-    CodeSpec,
-    Encoder,
-    Generator,
-    Parser,
-    Problem,
-    load_checkpoint,
-    load_encoder,
-    load_generator,
-    load_pictures,
-    make_batch,
-    mutual_information,
-    pack,
-    pick_device,
-    replacing,
-    run,
-    save_picture,
-    save_table,
-)
+import infogan
+from infogan import Codes, CodeSpec, Generator, UserError, load_pictures, replacing, save_picture
 
 N_MEASURED = 1000  # samples behind every figure of the table
+N_DIRECTIONS, N_PATCHES = 512, 32  # of the Wasserstein distance; patches of each picture
 MOST_SHOWN = 100  # categories on one sheet
+PAGE = Path(__file__).parent / "data/explorer.html"
+PAGE_MB = 6  # the most that a page may weigh: it must open, and follow a slider, at once
 
-# codes and pictures -------------------------------------------------------------------------------
-
-
-def locate(name: str) -> tuple[str, slice]:
-    """The field of Codes and its columns: of a code ("cat0"), or a group ("z", "cat", "cont")."""
-    kind = name.rstrip("0123456789")
-    j = int(name[len(kind) :] or -1)
-    columns = slice(None) if j < 0 else slice(j, j + 1)
-    return {"z": "z", "cat": "c_cat", "cont": "c_cont"}[kind], columns
+# drawing and saving -------------------------------------------------------------------------------
 
 
-def put(codes: Codes, name: str, values: Tensor) -> Codes:
-    """codes with values (n, 1) or (n, columns) in place of one code or group."""
-    where, columns = locate(name)
-    changed = getattr(codes, where).clone()
-    changed[:, columns] = values.to(changed)
-    return codes._replace(**{where: changed})
+class Model(NamedTuple):
+    """A trained checkpoint: generator, encoder, its codes, and the checkpoint's contents."""
+
+    G: Generator
+    Q: infogan.Encoder
+    spec: CodeSpec
+    ckpt: dict
 
 
-def traverse(base: Codes, name: str, values: Sequence[float]) -> Codes:
-    """Each of n base codes len(values) times, one code or group set to every value in turn."""
-    rows = Codes(*(c.repeat_interleave(len(values), 0) for c in base))
-    return put(rows, name, torch.tensor(values).repeat(len(base.z))[:, None])
+def load_model(path: str, device: str) -> Model:
+    G, spec = infogan.load_generator(path, device)
+    return Model(G, infogan.load_encoder(path, device)[0], spec, infogan.load_checkpoint(path))
 
 
 @torch.no_grad()
@@ -90,14 +65,26 @@ def draw(G: Generator, spec: CodeSpec, codes: Codes, batch_size: int) -> Tensor:
     return torch.cat([G(part.to(device)).cpu() for part in spec.join(codes).split(batch_size)])
 
 
+def save_table(path: Path, lines: Iterable[Iterable[object]]) -> None:
+    """A CSV, complete or not at all."""
+    with replacing(path) as file:
+        text = io.TextIOWrapper(file, "utf-8", "surrogateescape", newline="")
+        csv.writer(text, lineterminator="\n").writerows(lines)
+        text.detach()  # `replacing` flushes and closes the file itself
+
+
 # names --------------------------------------------------------------------------------------------
 
 
-def read_names(args: argparse.Namespace, spec: CodeSpec, ckpt: dict) -> dict[str, str]:
-    """What people call the codes: by --names, or names.json beside the checkpoint, or within it.
+def check_codes(spec: CodeSpec, where: str, codes: Iterable[str]) -> None:
+    """Raises UserError for a code that spec does not have."""
+    if unknown := [code for code in codes if code not in spec.names]:
+        known = ", ".join(spec.names) or "no codes"
+        raise UserError(f"{where}: {unknown[0]!a}: this checkpoint has {known}")
 
-    Raises Problem for what is no table of known codes, like {"cont3": "tilt"}.
-    """
+
+def read_names(args: argparse.Namespace, spec: CodeSpec, ckpt: dict) -> dict[str, str]:
+    """What people call the codes: by --names, names.json beside the checkpoint, or within it."""
     path = Path(args.names or Path(args.ckpt).with_name("names.json"))
     names = ckpt.get("names", {})
     if args.names or path.exists():
@@ -105,19 +92,14 @@ def read_names(args: argparse.Namespace, spec: CodeSpec, ckpt: dict) -> dict[str
             names = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
             why = getattr(error, "strerror", None) or error
-            raise Problem(f"--names {path}: cannot be read as JSON: {why}") from error
+            raise UserError(f"--names {path}: cannot be read as JSON: {why}") from error
     if not isinstance(names, dict):
-        raise Problem(f'--names {path}: must be a table like {{"cont3": "tilt"}}')
+        raise UserError(f'--names {path}: must be a table like {{"cont3": "tilt"}}')
+    check_codes(spec, f"--names {path}", names)
     for code, name in names.items():
-        if code not in spec.names:
-            raise Problem(f"--names {path}: {code!a}: {codes_of(spec)}")
         if not isinstance(name, str) or not name.isprintable() or not 0 < len(name) <= 40:
-            raise Problem(f"--names {path}: {code}: must be a line of 1 to 40 letters")
+            raise UserError(f"--names {path}: {code}: must be a line of 1 to 40 letters")
     return names
-
-
-def codes_of(spec: CodeSpec) -> str:
-    return f"this checkpoint has {', '.join(spec.names) or 'no codes'}"
 
 
 def label(code: str, names: dict[str, str]) -> str:
@@ -153,8 +135,9 @@ def effect(x: Tensor, x_redrawn: Tensor) -> float:
 
 
 @torch.no_grad()
-def measure(G: Generator, Q: Encoder, spec: CodeSpec, args: argparse.Namespace) -> list[Row]:
+def measure(model: Model, args: argparse.Namespace) -> list[Row]:
     """Rows for z and each kind of code together, then for every code, strongest effect first."""
+    G, Q, spec, _ = model
     rng, batch_size = torch.Generator().manual_seed(args.seed), args.batch_size
     codes, other = spec.sample(N_MEASURED, rng), spec.sample(N_MEASURED, rng)
     x = draw(G, spec, codes, batch_size)
@@ -163,15 +146,13 @@ def measure(G: Generator, Q: Encoder, spec: CodeSpec, args: argparse.Namespace) 
     for i in range(0, N_MEASURED, batch_size):
         part = Codes(*(c[i : i + batch_size].to(device) for c in codes))
         q = Q.D(x[i : i + batch_size].to(device))[1]
-        L_I += mutual_information(spec, q, part).cpu() * len(part.z) / N_MEASURED
+        L_I += infogan.mutual_information(spec, q, part).cpu() * len(part.z) / N_MEASURED
 
     def row(name: str, *known: float | None) -> Row:
-        where, columns = locate(name)
-        y = draw(G, spec, put(codes, name, getattr(other, where)[:, columns]), batch_size)
+        y = draw(G, spec, spec.replace(codes, name, other), batch_size)
         return Row(name, *known, effect(x, y), effect(x_edges, edge_map(y)))
 
-    sizes = {"z": spec.z_dim, "cat": spec.n_cat, "cont": spec.n_cont}
-    groups = [name for name, size in sizes.items() if size]
+    groups = (["z"] if spec.z_dim else []) + [*spec.kinds]
     each = [row(*known) for known in zip(spec.names, L_I.tolist(), spec.ceilings, strict=True)]
     return [row(name, None, None) for name in groups] + sorted(each, key=lambda r: -r.effect)
 
@@ -184,9 +165,6 @@ def print_table(rows: list[Row], names: dict[str, str]) -> None:
     for r, name in zip(rows, told, strict=True):
         known = "" if r.L_I is None else f"{r.L_I:.2f} / {r.ceiling:.2f}"
         print(f"{name:{width}} {known:>12}  {r.effect:.4f}  {r.edges:.4f}")
-
-
-N_DIRECTIONS, N_PATCHES = 512, 32  # of the Wasserstein distance; patches of each picture
 
 
 def patches(x: Tensor, rng: torch.Generator) -> list[Tensor]:
@@ -206,11 +184,7 @@ def patches(x: Tensor, rng: torch.Generator) -> list[Tensor]:
 
 
 def sliced_wasserstein(x: Tensor, y: Tensor, rng: torch.Generator) -> list[float]:
-    """Distance of the patches of two equal numbers of pictures, for each level, finest first.
-
-    0 for equal distributions (1710.10196, section 5): the mean over random directions of the
-    distance between sorted projections.
-    """
+    """Distance of the patches of equally many pictures, level by level (1710.10196, section 5)."""
     distances = []
     for a, b in zip(patches(x, rng), patches(y, rng), strict=True):
         to = F.normalize(torch.randn(a.shape[1], N_DIRECTIONS, generator=rng), dim=0)
@@ -221,18 +195,13 @@ def sliced_wasserstein(x: Tensor, y: Tensor, rng: torch.Generator) -> list[float
 # sheets -------------------------------------------------------------------------------------------
 
 
-def tile(x: Tensor, zoom: int) -> Image.Image:
-    """One picture (channels, size, size), enlarged to 64 at least, so that labels fit."""
-    image = to_pil_image(x.add(1).div(2).clamp(0, 1)).convert("RGB")
-    k = max(1, 64 // image.width) * zoom
-    return image.resize((image.width * k, image.height * k), Image.Resampling.NEAREST)
-
-
 def sheet(
     title: str, x: Tensor, above: Sequence[str], left: Sequence[str] = (), zoom: int = 1
 ) -> Image.Image:
     """len(above) pictures in a row, labels above the columns and left of the rows."""
-    tiles, columns = [tile(picture, zoom) for picture in x], len(above)
+    images, columns = [infogan.to_image(picture).convert("RGB") for picture in x], len(above)
+    k = max(1, 64 // x.shape[3]) * zoom  # 64 pixels at least, so that labels fit
+    tiles = [ImageOps.scale(image, k, Image.Resampling.NEAREST) for image in images]
     font, small = ImageFont.load_default(15 * zoom), ImageFont.load_default(12 * zoom)
     gap, edge, top = 2 * zoom, 12 * zoom, (54 if any(above) else 40) * zoom
     step, lines = tiles[0].width + gap, [line for text in left for line in text.split("\n")]
@@ -261,13 +230,13 @@ def beside(pages: list[Image.Image]) -> Image.Image:
     return whole
 
 
-def write_sheets(
-    G: Generator, spec: CodeSpec, args: argparse.Namespace, rows: list[Row], out: Path
-) -> None:
-    """A sheet (and a GIF) per chosen code, all-categoricals, cat-by-cont, overview and samples.
-
-    Nothing is picked out: all are drawn from the first latents of the seed.
-    """
+def write_sheets(model: Model, args: argparse.Namespace, out: Path) -> str:
+    """The table, a sheet per code, sheets of several codes; nothing selected: the seed's first."""
+    G, spec, rows = model.G, model.spec, measure(model, args)
+    print_table(rows, args.names)
+    figures = [[r.code, *("" if v is None else f"{v:.5f}" for v in r[1:])] for r in rows]
+    named = [[*row, args.names.get(row[0], "")] for row in figures]
+    save_table(out / "table.csv", [[*Row._fields, "name"], *named])
     rng = torch.Generator().manual_seed(args.seed)
     base, each_z = spec.sample(args.rows, rng), [f"z {i}" for i in range(args.rows)]
     first = Codes(*(c[:1] for c in base))
@@ -277,7 +246,7 @@ def write_sheets(
 
     def pictures(codes: Codes, name: str) -> Tensor:
         values = every if name.startswith("cat") else smooth
-        return draw(G, spec, traverse(codes, name, values), args.batch_size)
+        return draw(G, spec, spec.traverse(codes, name, values), args.batch_size)
 
     def save(name: str, *contents: object) -> None:
         save_picture(out / name, sheet(*contents, zoom=args.zoom))
@@ -298,52 +267,50 @@ def write_sheets(
         strips.append(torch.cat([strip, blank]))
         told.append(f"{name}\nL_I {row.L_I:.2f}\neffect {row.effect:.3f}")
     if strips:
-        heads = [f"{k} / {v}" if k in every else v for k, v in enumerate(each)]
-        title = "strongest code first (category / value); along a row all else stays"
-        heads = heads if spec.n_cat else each
-        save("overview.png", title, torch.cat(strips), heads, told)
+        title = "strongest code first (category / value); along a row only this code changes"
+        both = [f"{k} / {v}" if k in every and spec.n_cat else v for k, v in enumerate(each)]
+        save("overview.png", title, torch.cat(strips), both, told)
     if spec.n_cat:
         title = "all categoricals together (columns); z and continuous codes (rows)"
         save("all-categoricals.png", title, pictures(base, "cat"), numbers, each_z)
     if spec.n_cat and spec.n_cont:
-        pages, categories = [], traverse(first, "cat0", every)
+        pages, categories = [], spec.traverse(first, "cat0", every)
         for name in ("cont0", "cont1")[: spec.n_cont]:
             title = f"cat0 (rows) by {name} (columns)"
             pages.append(sheet(title, pictures(categories, name), each, numbers, args.zoom))
         save_picture(out / "cat-by-cont.png", beside(pages))
     x = draw(G, spec, spec.sample(100, rng.manual_seed(args.seed)), args.batch_size)
-    save("samples.png", f"100 samples, seed {args.seed}, none picked out", x, [""] * 10)
+    save("samples.png", f"100 samples, seed {args.seed}, nothing selected", x, [""] * 10)
+    return f"{out} has sheets and table.csv"
 
 
-def save_gif(
-    path: Path, title: str, x: Tensor, values: Sequence[str], back: bool, zoom: int
-) -> None:
-    """A loop over a traversal's columns, its rows side by side; `back` runs it forth and back."""
+def save_gif(path: Path, title: str, x: Tensor, values: list[str], back: bool, zoom: int) -> None:
+    """A loop over a traversal's columns, its rows side by side; `back` runs it there and back."""
     steps = zip(x.unflatten(0, (-1, len(values))).unbind(1), values, strict=True)
     frames = [sheet(title, faces, [value] * len(faces), zoom=zoom) for faces, value in steps]
     frames += frames[-2:0:-1] if back else []
-    pause = 100 if back else 500  # milliseconds
-    with replacing(path) as file:
-        frames[0].save(file, "gif", save_all=True, append_images=frames[1:], duration=pause, loop=0)
+    how = {"duration": 100 if back else 500, "loop": 0, "save_all": True}
+    save_picture(path, frames[0], append_images=frames[1:], **how)
 
 
-def write_samples(G: Generator, spec: CodeSpec, args: argparse.Namespace, out: Path) -> None:
+def write_samples(model: Model, args: argparse.Namespace, out: Path) -> str:
     """000000.png, … and codes.csv with the codes each was drawn from."""
+    G, _, spec, _ = model
     names = [f"{i:06d}.png" for i in range(args.samples)]
     if others := {p.name for p in out.glob("*.png")} - set(names):
-        raise Problem(f"--out {out}: holds {len(others):,} other pictures; give an empty folder")
+        raise UserError(f"--out {out}: holds {len(others):,} other pictures; give an empty folder")
     rng, table = torch.Generator().manual_seed(args.seed), [["file", *spec.names]]
 
     def write(x: Tensor, name: str) -> None:
         # lossless at any level; more would take four times as long for files as large
-        to_pil_image(x).save(out / name, compress_level=1)
+        infogan.to_image(x).save(out / name, compress_level=1)
 
     written = iter(())
     with ThreadPoolExecutor() as pool:  # Pillow compresses without the interpreter's lock
         for start in range(0, args.samples, args.batch_size):
             part = names[start : start + args.batch_size]
             codes = spec.sample(len(part), rng)
-            x = draw(G, spec, codes, args.batch_size).add_(1).mul_(127.5).round_().byte()
+            x = draw(G, spec, codes, args.batch_size)
             list(written)  # the batch before, which the threads wrote while this one was drawn
             written = pool.map(write, x, part)
             cont = ([f"{v:.4f}" for v in row] for row in codes.c_cont.tolist())
@@ -351,6 +318,7 @@ def write_samples(G: Generator, spec: CodeSpec, args: argparse.Namespace, out: P
             table += [[name, *c_cat, *c_cont] for name, c_cat, c_cont in known]
         list(written)  # raises what a thread could not write
     save_table(out / "codes.csv", table)
+    return f"{out} has {args.samples:,} pictures and codes.csv"
 
 
 # two runs -----------------------------------------------------------------------------------------
@@ -368,96 +336,58 @@ def summarise(rows: list[Row]) -> dict[str, str]:
     return told
 
 
-def strongest(
-    G: Generator, spec: CodeSpec, args: argparse.Namespace, rows: list[Row], title: str
-) -> Image.Image:
+def strongest(model: Model, args: argparse.Namespace, rows: list[Row], title: str) -> Image.Image:
     """A page with all categoricals moved together and, below, the strongest continuous code."""
+    G, _, spec, _ = model
     base = spec.sample(-(-args.rows // 2), torch.Generator().manual_seed(args.seed))
     columns = min(spec.cat_dim, MOST_SHOWN) if spec.n_cat else args.steps
     x, left, above = [], [], [str(k) for k in range(columns)]
     values = {"cat": range(columns), "cont": torch.linspace(*args.range, columns).tolist()}
     conts = [r.code for r in rows if r.code.startswith("cont") and r.L_I is not None]
     for code in ["cat"] * (spec.n_cat > 0) + conts[:1]:
-        moved = traverse(base, code, list(values[code.rstrip("0123456789")]))
+        moved = spec.traverse(base, code, list(values[code.rstrip("0123456789")]))
         x.append(draw(G, spec, moved, args.batch_size))
         left += [code.replace("cat", "all cat")] * len(base.z)
     return sheet(title, torch.cat(x), above, left, args.zoom)
 
 
-def compare(args: argparse.Namespace, out: Path) -> None:
-    """Two runs in one table and, drawn from the same z and codes, in comparison.png.
-
-    With --data the table has their distance to real pictures. Raises Problem when the runs have
-    other codes or pictures of another size.
-    """
-    told, pages, real, first = {}, [], None, None
-    for path in (args.ckpt, args.versus):
-        G, spec = load_generator(path, args.device)
-        rng = torch.Generator().manual_seed(args.seed)
-        x = draw(G, spec, spec.sample(N_MEASURED, rng), args.batch_size)
+def compare(model: Model, args: argparse.Namespace, out: Path) -> str:
+    """Two runs in one table, with their distance to --data, and side by side in comparison.png."""
+    columns, pages, real, first = {}, [], None, None
+    for path, one in (args.ckpt, model), (args.versus, load_model(args.versus, args.device)):
+        spec, rng = one.spec, torch.Generator().manual_seed(args.seed)
+        x = draw(one.G, spec, spec.sample(N_MEASURED, rng), args.batch_size)
         if first not in (None, (spec, x.shape)):
-            raise Problem(f"--versus {path}: has other codes or pictures than {args.ckpt}")
+            raise UserError(f"--versus {path}: has other codes or pictures than {args.ckpt}")
         if args.data and real is None:
             some = load_pictures(args.data, x.shape[2], x.shape[1]).x
             some = some[torch.randperm(len(some), generator=rng)[:N_MEASURED]]
-            real = make_batch(some, False, rng, torch.device("cpu"))
-        first, rows = (spec, x.shape), measure(G, load_encoder(path, args.device)[0], spec, args)
-        told[path] = summarise(rows)
+            real = infogan.make_batch(some, False, rng, torch.device("cpu"))
+        first, rows = (spec, x.shape), measure(one, args)
+        columns[path] = summarise(rows)
         if real is not None:
             swd = sliced_wasserstein(real, x[: len(real)], rng.manual_seed(args.seed))
-            told[path]["SWD x 1000, fine to coarse"] = " / ".join(f"{1000 * d:.0f}" for d in swd)
-        pages.append(strongest(G, spec, args, rows, path))
-    width = max(16, *map(len, told))
-    for name in ("", *told[args.ckpt]):
-        cells = [column.get(name, run) for run, column in told.items()]
+            columns[path]["SWD x 1000, fine to coarse"] = " / ".join(f"{1000 * d:.0f}" for d in swd)
+        pages.append(strongest(one, args, rows, path))
+    width = max(16, *map(len, columns))
+    for name in ("", *columns[args.ckpt]):
+        cells = [column.get(name, path) for path, column in columns.items()]
         print(f"{name:33}" + "".join(f"  {cell:>{width}}" for cell in cells))
     save_picture(out / "comparison.png", beside(pages))
+    return f"{out} has comparison.png"
 
 
 # real pictures by code ----------------------------------------------------------------------------
 
 
-def assign(cost: list[list[float]]) -> list[int]:
-    """Each row's own column, such that the sum of their costs is least; no more rows than columns.
-
-    The Hungarian method: rows join one by one along the cheapest path of reassignments, and the
-    potentials u and v keep every cost[i][j] - u[i] - v[j] at 0 or above.
-    """
-    n, m = len(cost), len(cost[0])
-    u, v, row_of = [0.0] * (n + 1), [0.0] * (m + 1), [n] * (m + 1)  # n: no row; m: the path's start
-    for i in range(n):
-        row_of[m], j, free = i, m, set(range(m))
-        best, before = [math.inf] * m, [m] * m
-        while row_of[j] != n:
-            i = row_of[j]
-            for k in free:
-                if (reduced := cost[i][k] - u[i] - v[k]) < best[k]:
-                    best[k], before[k] = reduced, j
-            nearest = min(free, key=best.__getitem__)
-            step = best[nearest]
-            for k in range(m + 1):
-                if k in free:
-                    best[k] -= step
-                else:
-                    u[row_of[k]] += step
-                    v[k] -= step
-            free.remove(nearest)
-            j = nearest
-        while j != m:
-            row_of[j], j = row_of[before[j]], before[j]
-    return [row_of.index(i, 0, m) for i in range(n)]
-
-
 def agreement(categories: Sequence[int], labels: Sequence[str]) -> tuple[float, float]:
-    """(error, NMI): of the best one-to-one match of categories with labels, 0 for a perfect one.
+    """The best one-to-one match's error, and I(a; b) / mean(H(a), H(b)): 1 perfect, 0 chance."""
+    import networkx  # comes with torch
 
-    NMI is I(a; b) over the mean of H(a) and H(b); 1 when either tells the other, 0 for chance.
-    """
-    n, pairs = len(labels), Counter(zip(categories, labels, strict=True))
-    a, b = sorted(set(categories)), sorted(set(labels))
-    few, many = (a, b) if len(a) <= len(b) else (b, a)
-    cost = [[-max(pairs[i, j], pairs[j, i]) for j in many] for i in few]
-    matched = -sum(row[j] for row, j in zip(cost, assign(cost), strict=True))
+    n, pairs, graph = len(labels), Counter(zip(categories, labels, strict=True)), networkx.Graph()
+    for (category, label), count in pairs.items():
+        graph.add_edge(("category", category), ("label", label), weight=count)
+    matched = sum(graph.edges[pair]["weight"] for pair in networkx.max_weight_matching(graph))
     H = [-sum(c / n * math.log(c / n) for c in Counter(x).values()) for x in (categories, labels)]
     H_both = -sum(c / n * math.log(c / n) for c in pairs.values())
     return 1 - matched / n, 2 * (sum(H) - H_both) / sum(H) if sum(H) else 1.0
@@ -468,25 +398,21 @@ def labels_of(data: str, names: list[str]) -> list[str]:
     if data in ("mnist", "fashion-mnist"):
         from torchvision.datasets.mnist import read_label_file
 
-        known = DATA / NAMED_SETS[data] / "raw/train-labels-idx1-ubyte"
+        known = infogan.DATA / infogan.NAMED_SETS[data][1].replace("images-idx3", "labels-idx1")
         labels = read_label_file(str(known)).tolist() if known.exists() else []
         return [str(labels[int(name)]) for name in names] if labels else []
     folders = [str(Path(name).parent) for name in names]
     return folders if "." not in folders and len(set(folders)) > 1 else []
 
 
-def sort_pictures(args: argparse.Namespace, spec: CodeSpec, shape: dict, out: Path) -> None:
-    """Sheets of real pictures by the codes that Q reads from them, codes.csv, and how they agree.
-
-    A categorical's rows are its categories, the most certain picture first. A continuous code's
-    columns go from the lowest to the highest.
-    """
-    Q, _ = load_encoder(args.ckpt, args.device)
-    pictures = load_pictures(args.sort, shape["image_size"], shape["channels"])
+def sort_pictures(model: Model, args: argparse.Namespace, out: Path) -> str:
+    """Sheets of real pictures by the codes that Q reads from them; codes.csv; how they agree."""
+    _, Q, spec, ckpt = model
+    pictures = load_pictures(args.sort, ckpt["args"]["image_size"], ckpt["args"]["channels"])
     files = pictures.names
-    if args.sort not in NAMED_SETS:
+    if args.sort not in infogan.NAMED_SETS:
         files = [os.path.relpath(name, Path(args.sort).expanduser().resolve()) for name in files]
-    x = make_batch(pictures.x, False, torch.Generator(), torch.device("cpu"))
+    x = infogan.make_batch(pictures.x, False, torch.Generator(), torch.device("cpu"))
     with torch.no_grad():
         read = [Q(part.to(args.device)) for part in x.split(args.batch_size)]
     p, mu, sigma = (torch.cat(parts).cpu() for parts in zip(*read, strict=True))
@@ -501,208 +427,177 @@ def sort_pictures(args: argparse.Namespace, spec: CodeSpec, shape: dict, out: Pa
 
     n, columns, labels = len(x), args.steps, labels_of(args.sort, files)
     for code in args.codes:
-        name, j = label(code, args.names), locate(code)[1].start
-        if code.startswith("cat"):
+        name, j = label(code, args.names), spec.names.index(code)
+        if j < spec.n_cat:
             order, left, rows = sure[:, j].argsort(descending=True), [], []
             for k in range(min(spec.cat_dim, MOST_SHOWN)):
                 mine = order[c_cat[order, j] == k]
                 left.append(f"{k}\n{len(mine):,}")
                 blank = torch.ones_like(x[:1]).expand(max(0, columns - len(mine)), -1, -1, -1)
                 rows.append(torch.cat([x[mine[:columns]], blank]))
-            title = f"{name}: category and how many it has; the surest first"
+            title = f"{name}: category, its number of pictures; the most certain first"
             page = sheet(title, torch.cat(rows), [""] * columns, left, args.zoom)
             if labels:
                 error, nmi = agreement(c_cat[:, j].tolist(), labels)
                 told = f"{error:.1%} error, NMI {nmi:.3f}"
                 print(f"{name}: {told} (matched one to one with {len(set(labels))} labels)")
         else:
+            values = mu[:, j - spec.n_cat]
             rows = min(args.rows, n)  # neighbours in rank, below each other
             start = torch.linspace(0, n - rows, columns).round().long()
-            chosen = mu[:, j].argsort()[start + torch.arange(rows)[:, None]]
-            above = [f"{v:+.2f}" for v in mu[chosen, j].mean(0).tolist()]
+            chosen = values.argsort()[start + torch.arange(rows)[:, None]]
+            above = [f"{v:+.2f}" for v in values[chosen].mean(0).tolist()]
             title = f"{name}: lowest to highest, as Q reads it"
             page = sheet(title, x[chosen.flatten()], above, zoom=args.zoom)
         save_picture(out / f"{code}.png", page)
+    return f"{out} has sheets and codes.csv"
 
 
 # for other programs -------------------------------------------------------------------------------
 
-PAGE = Path(__file__).parent / "data/explorer.html"
-PAGE_MB = 6  # the most that a page may weigh: it must open, and follow a slider, at once
+
+def folded(G: Generator) -> list[nn.ConvTranspose2d]:
+    """G's convolutions, each with the batch norm that follows it in its weights and bias."""
+    convs = [m for m in G.layers if isinstance(m, nn.ConvTranspose2d)]
+    norms = [m for m in G.layers if isinstance(m, nn.BatchNorm2d)]
+    fused = [fuse_conv_bn_eval(*pair, transpose=True) for pair in zip(convs, norms, strict=False)]
+    return [*fused, convs[-1]]
 
 
-def folded(G: Generator) -> list[tuple[Tensor, Tensor]]:
-    """(weight (inputs, outputs, 4, 4), bias) of each transposed convolution, batch norm within."""
-    layers = []
-    for m in G.layers:
-        if isinstance(m, nn.ConvTranspose2d):
-            w = m.weight.double().cpu()
-            layers.append((w, w.new_zeros(w.shape[1]) if m.bias is None else m.bias.double().cpu()))
-        elif isinstance(m, nn.BatchNorm2d):
-            gain, shift, mean, var = (
-                t.double().cpu() for t in (m.weight, m.bias, m.running_mean, m.running_var)
-            )
-            gain, (w, b) = gain / (var + m.eps).sqrt(), layers[-1]
-            layers[-1] = w * gain[:, None, None], (b - mean) * gain + shift
-    return layers
-
-
-def write_explorer(
-    G: Generator, Q: Encoder, spec: CodeSpec, args: argparse.Namespace, title: str, path: Path
-) -> None:
-    """One HTML file that draws by itself; its first z are those of the sheets.
-
-    Raises Problem for a generator too large for a page.
-    """
-    layers = folded(G)
-    weights = torch.cat([t.flatten() for layer in layers for t in layer]).half()
+def write_explorer(model: Model, args: argparse.Namespace, out: Path) -> str:
+    """One HTML file that draws by itself; its first z are those of the sheets."""
+    spec, path, layers = model.spec, Path(args.ckpt), folded(model.G)
+    weights = torch.cat([t.flatten() for m in layers for t in (m.weight, m.bias)]).cpu().half()
     if not weights.isfinite().all():
-        raise Problem("--explorer: this generator's weights do not fit half precision")
+        raise UserError("--explorer: this generator's weights do not fit half precision")
     encoded = base64.b64encode(weights.numpy().astype("<f2").tobytes()).decode()
     if len(encoded) > PAGE_MB * 1e6:
         much = f"its page would have {len(encoded) / 1e6:.1f} MB, and {PAGE_MB} are the most"
-        raise Problem(f"--explorer: this generator is too large: {much}; train with less --width")
-    rows = measure(G, Q, spec, args)
+        raise UserError(f"--explorer: this generator is too large: {much}; train with less --width")
+    rows = measure(model, args)
     print_table(rows, args.names)
     z = spec.sample(args.rows, torch.Generator().manual_seed(args.seed)).z
     data = {
-        "title": title,
+        "title": f"{path.parent.name}/{path.name}, step {model.ckpt['step']:,}",
         "spec": vars(spec),
         "range": sorted(args.range),
-        "maps": [len(bias) for _, bias in layers],
+        "maps": [m.out_channels for m in layers],
         "codes": [r._asdict() | {"name": args.names.get(r.code)} for r in rows if r.ceiling],
         "z": [[round(v, 4) for v in row] for row in z.tolist()],
         "weights": encoded,
     }
     filled = json.dumps(data).replace("<", "\\u003c")  # a name must not end the script
     page = PAGE.read_text(encoding="utf-8").replace("data = null;", f"data = {filled};")
-    with replacing(path) as file:
+    with replacing(out / "explorer.html") as file:
         file.write(page.encode())
+    return f"{out} has explorer.html"
 
 
-def write_onnx(G: Generator, spec: CodeSpec, path: Path) -> None:
+def write_onnx(model: Model, args: argparse.Namespace, out: Path) -> str:
     """G as ONNX, from "codes" (n, spec.dim) to "x" (n, channels, size, size) in [-1, 1]."""
     try:
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise Problem("--onnx: wants `pip install onnx onnxscript`") from error
-    G = G.cpu().to(memory_format=torch.contiguous_format)
-    names = {"input_names": ["codes"], "output_names": ["x"]}
-    shapes = ({0: torch.export.Dim("n")},)
-    some = (torch.zeros(2, spec.dim),)
-    program = torch.onnx.export(G, some, dynamic_shapes=shapes, dynamo=True, verbose=False, **names)
-    with replacing(path) as file:
+        raise UserError("--onnx: needs `pip install onnx onnxscript`") from error
+    G = model.G.cpu().to(memory_format=torch.contiguous_format)
+    how = {"input_names": ["codes"], "output_names": ["x"], "dynamo": True, "verbose": False}
+    how["dynamic_shapes"] = ({0: torch.export.Dim("n")},)
+    program = torch.onnx.export(G, (torch.zeros(2, model.spec.dim),), **how)
+    with replacing(out / "generator.onnx") as file:
         file.write(program.model_proto.SerializeToString())
+    return f"{out} has generator.onnx"
 
 
-def shrink(ckpt: dict, names: dict[str, str], path: Path) -> None:
-    """A checkpoint to hand on: what the loaders need, in half precision, with the codes' names."""
+def shrink(model: Model, args: argparse.Namespace, _out: Path) -> str:
+    """A checkpoint to share: what the loaders need, in half precision, with the codes' names."""
+    ckpt, path = model.ckpt, Path(args.shrink)
     small = {key: ckpt.get(key) for key in ("spec", "args", "step", "minutes")}
     for net in ("G_ema", "D"):  # vectors stay: they are small, and variances may be tiny
         small[net] = {k: w.half() if w.dim() > 1 else w for k, w in ckpt[net].items()}
-    pack(path, small | {"format": FORMAT, "names": names})
+    infogan.save_file(path, small | {"format": infogan.FORMAT, "names": args.names})
+    return f"{path} has {path.stat().st_size / 1e6:.1f} MB"
 
 
 # flags --------------------------------------------------------------------------------------------
 
-
-LIMITS = {
-    "rows": (1, 100),
-    "steps": (2, 100),
-    "samples": (1, 10**7),
-    "zoom": (1, 8),
-    "seed": (0, 2**63 - 1),
-    "batch_size": (1, 65_536),
+MODES = {  # a flag, what it does in place of sheets, and the folder beside the checkpoint
+    "explorer": (write_explorer, "traversals"),
+    "sort": (sort_pictures, "sorted"),
+    "samples": (write_samples, "generated"),
+    "versus": (compare, "traversals"),
+    "onnx": (write_onnx, "traversals"),
+    "shrink": (shrink, ""),
 }
-MODES = ("explorer", "sort", "samples", "versus", "onnx", "shrink")
+# fmt: off
+FLAGS = {  # as in infogan.py
+"sheets": [
+    ("--ckpt", None, "FILE", "such as checkpoint/v3/last.pt"),
+    ("--out", None, "FOLDER", "where the pictures go (default: traversals, sorted for --sort,"
+     " generated for --samples, by the checkpoint)"),
+    ("--codes", None, "NAMES", "such as cat0,cont3 (default: every code)"),
+    ("--rows", 8, (1, 100), "rows of a sheet"),
+    ("--steps", 11, (2, 100), "values of a continuous code"),
+    ("--zoom", 1, (1, 8), "enlarge sheets N times"),
+    ("--gif", False, bool, "also write an animated GIF for each code"),
+    ("--names", None, "FILE", "names for codes, JSON (default: names.json beside the checkpoint)"),
+    ("--seed", 0, (0, 2**63 - 1), "seed of z and codes"),
+    ("--batch-size", 250, (1, 65_536), "pictures drawn at once"),
+    ("--device", "auto", infogan.DEVICES, "auto takes the fastest"),
+], "instead of sheets": [
+    ("--explorer", False, bool, "write explorer.html, a page to move the codes"),
+    ("--sort", None, "FOLDER", "sort real pictures by the codes that Q reads: a folder or mnist"),
+    ("--samples", None, (1, 10**7), "write N single PNGs and codes.csv, for FID tools"),
+    ("--versus", None, "FILE", "compare with this checkpoint"),
+    ("--data", None, "FOLDER", "real pictures to measure both against"),
+    ("--onnx", False, bool, "write generator.onnx, for other runtimes"),
+    ("--shrink", None, "FILE", "write a checkpoint in half precision, to share"),
+]}
+# fmt: on
+LIMITS = infogan.limits_of(FLAGS)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The flags. Raises Problem in one line for what is out of range."""
-    p = Parser("generate.py", LIMITS, __doc__)
-    p.add("--ckpt", None, "such as checkpoint/v3/last.pt", metavar="FILE", required=True)
-    beside = "default: traversals, sorted for --sort, generated for --samples, by the checkpoint"
-    p.add("--out", None, f"where the pictures go ({beside})", metavar="FOLDER")
-    p.add("--codes", None, "such as cat0,cont3 (default: every code)", metavar="NAMES")
-    p.add("--rows", 8, "rows of a sheet")
-    p.add("--steps", 11, "values of a continuous code")
-    low_high = {"type": float, "nargs": 2, "metavar": ("LOW", "HIGH")}
-    p.add("--range", (-1.0, 1.0), "of these values; training draws from -1 to 1", **low_high)
-    p.add("--zoom", 1, "sheets this many times as large")
-    p.add("--gif", False, "also an animated loop per code", action="store_true")
-    p.add("--names", None, "what codes are called (default: names.json beside the checkpoint)",
-        metavar="FILE")  # fmt: skip
-    p.add("--seed", 0, "of z and codes")
-    p.add("--batch-size", 250, "pictures drawn at once")
-    p.add("--device", "auto", "auto takes the fastest", choices=DEVICES)
-    p.group = p.add_argument_group("instead of sheets")
-    p.add("--explorer", False, "explorer.html, to move codes by hand", action="store_true")
-    p.add("--sort", None, "real pictures by the codes Q reads: a folder or mnist", metavar="FOLDER")
-    p.add("--samples", None, "write N single PNGs and codes.csv, for FID tools")
-    p.add("--versus", None, "compare with this checkpoint", metavar="FILE")
-    p.add("--data", None, "real pictures to measure both against", metavar="FOLDER")
-    p.add("--onnx", False, "generator.onnx, for other runtimes", action="store_true")
-    p.add("--shrink", None, "write a checkpoint in half precision, to hand on", metavar="FILE")
-    args = p.check(p.parse_args(argv))
+    """The flags. Raises UserError in one line for what is out of range."""
+    p = infogan.Parser("generate.py", __doc__, FLAGS)
+    low_high = {"type": float, "nargs": 2, "metavar": ("LOW", "HIGH"), "default": (-1.0, 1.0)}
+    p.add_argument(
+        "--range",
+        help="range of a continuous code's values (default -1 1, as in training)",
+        **low_high,
+    )
+    args = p.parse_args(argv)
+    if not args.ckpt:
+        raise UserError("--ckpt: give a checkpoint, such as checkpoint/v3/last.pt; see --help")
     if not all(math.isfinite(v) and abs(v) <= 1000 for v in args.range):
-        raise Problem("--range: must be two numbers from -1000 to 1000")
+        raise UserError("--range: must be two numbers from -1000 to 1000")
     if len(given := [mode for mode in MODES if getattr(args, mode)]) > 1:
-        raise Problem(f"--{given[0]} and --{given[1]}: one at a time")
+        raise UserError(f"--{given[0]} and --{given[1]}: give only one of them")
     if args.data and not args.versus:
-        raise Problem("--data: measures two runs, so give --versus too")
+        raise UserError("--data: measures two runs, so give --versus too")
     return args
 
 
 def show(args: argparse.Namespace) -> int:
-    """Writes what was asked for and says where it lies."""
-    args.device, path = str(pick_device(args.device)), Path(args.ckpt)
-    G, spec = load_generator(path, args.device)
-    args.codes = args.codes.split(",") if args.codes else spec.names
-    if unknown := [code for code in args.codes if code not in spec.names]:
-        raise Problem(f"--codes {unknown[0]}: {codes_of(spec)}")
-    ckpt = load_checkpoint(path)
-    args.names = read_names(args, spec, ckpt)
-    if args.shrink:
-        shrink(ckpt, args.names, Path(args.shrink))
-        print(f"{args.shrink} has {Path(args.shrink).stat().st_size / 1e6:.1f} MB")
-        return 0
-    folder = "generated" if args.samples else "sorted" if args.sort else "traversals"
+    """Writes what was asked for and says where it is."""
+    args.device, path = str(infogan.pick_device(args.device)), Path(args.ckpt)
+    model = load_model(args.ckpt, args.device)
+    args.codes = args.codes.split(",") if args.codes else model.spec.names
+    check_codes(model.spec, "--codes", args.codes)
+    args.names = read_names(args, model.spec, model.ckpt)
+    given = [MODES[name] for name in MODES if getattr(args, name)]
+    write, folder = given[0] if given else (write_sheets, "traversals")
     folder = folder if path.name == "last.pt" else f"{path.stem}-{folder}"
     out = Path(args.out) if args.out else path.parent / folder
-    out.mkdir(parents=True, exist_ok=True)
-    if args.samples:
-        write_samples(G, spec, args, out)
-        made = f"{args.samples:,} pictures and codes.csv"
-    elif args.sort:
-        sort_pictures(args, spec, ckpt["args"], out)
-        made = "sheets and codes.csv"
-    elif args.onnx:
-        write_onnx(G, spec, out / "generator.onnx")
-        made = "generator.onnx"
-    elif args.versus:
-        compare(args, out)
-        made = "comparison.png"
-    elif args.explorer:
-        title = f"{path.parent.name}/{path.name}, step {ckpt['step']:,}"
-        Q, _ = load_encoder(path, args.device)
-        write_explorer(G, Q, spec, args, title, out / "explorer.html")
-        made = "explorer.html"
-    else:
-        rows = measure(G, load_encoder(path, args.device)[0], spec, args)
-        print_table(rows, args.names)
-        figures = [[r.code, *("" if v is None else f"{v:.5f}" for v in r[1:])] for r in rows]
-        named = [[*row, args.names.get(row[0], "")] for row in figures]
-        save_table(out / "table.csv", [[*Row._fields, "name"], *named])
-        write_sheets(G, spec, args, rows, out)
-        made = "sheets and table.csv"
-    print(f"{out} has {made}")
+    if write is not shrink:
+        out.mkdir(parents=True, exist_ok=True)
+    print(write(model, args, out))
     return 0
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit codes: 0 done, 2 something to mend."""
-    return run("generate.py", lambda: show(parse_args(argv)))
+    """Exit codes: 0 done, 2 an error that the user can fix."""
+    return infogan.run("generate.py", lambda: show(parse_args(argv)))
 
 
 if __name__ == "__main__":

@@ -6,9 +6,23 @@ from x. With L_I, a lower bound of the mutual information I(c; x) (Eqs. 5 and 6)
 
     min over G and Q, max over D:  V(D, G) - lambda L_I(G, Q),   L_I(G, Q) = E[log Q(c|x)] + H(c)
 
-    python infogan.py --data ~/faces                         train; the same command again goes on
-    python infogan.py --n-cat 10 --n-cont 20 --epochs 360    10 categorical and 20 continuous codes
-    python generate.py --ckpt checkpoint/cat1-cont2/last.pt  look at what each code does
+    python infogan.py --data ~/faces                          any folder of pictures
+    python infogan.py --n-cat 10 --n-cont 20 --epochs 360     the third version, on data/anime
+    python infogan.py --data mnist --n-cat 1 --n-cont 2       digits, downloaded by torchvision
+    python infogan.py --data ~/faces --image-size 32 --width 32 --max-minutes 20    on a laptop
+    python infogan.py --recipe notebook --out checkpoint/notebook    to compare with
+    python generate.py --ckpt checkpoint/cat1-cont2/last.pt   look at what each code does
+The same command given again resumes the run.
+
+Sections, the paper first (search for "# step ---"):
+    codes, networks    CodeSpec draws, joins and moves codes; Generator; Discriminator with Q's head
+    objective, step    the losses, L_I and its lambda; train_step: D and Q, then G
+    pictures           any folder or a named set, decoded once into a cache
+    checkpoint         saving, and loading of files that may be damaged or from strangers
+    run folder         lock, resume, signals
+    display            grids, animation, log.csv, curves.png, TensorBoard
+    processes, loop    several processes on one batch; train: set up or resume; loop
+    flags              a table with limits, errors in one line, main
 
 Left out on purpose: labels, learning-rate schedules, growing networks, loader processes, configs.
 """
@@ -17,7 +31,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import csv
 import hashlib
 import io
 import json
@@ -31,81 +44,23 @@ import time
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from itertools import chain, count, cycle
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, TextIO
 
-try:
-    import fcntl
-except ImportError:  # Windows: nothing there stops a second run in the same folder
-    fcntl = None
-
+import filelock
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor, nn
-from torchvision.transforms.functional import pil_to_tensor, to_pil_image
-from torchvision.utils import make_grid
+from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
-
-LIMITS = {  # of every number that a flag or a checkpoint may ask for
-    "n_cat": (0, 64),
-    "cat_dim": (2, 1000),
-    "n_cont": (0, 256),
-    "z_dim": (0, 10_000),
-    "image_size": (16, 256),
-    "width": (1, 1024),
-    "channels": (1, 3),
-    "lam_cat": (0.0, 1000.0),
-    "lam_cont": (0.0, 1000.0),
-    "enough": (0.0, 3.0),
-    "q_view": (0.0, 3.0),
-    "r1": (0.0, 1000.0),
-    "ema": (0.0, 1.0),
-    "epochs": (1, 10**9),
-    "batch_size": (2, 65_536),
-    "lr_g": (0.0, 1.0),
-    "lr_d": (0.0, 1.0),
-    "seed": (0, 2**63 - 1),
-    "max_steps": (1, 10**12),
-    "max_minutes": (0.001, 1e7),
-    "save_every": (1, 10**9),
-    "sample_every": (1, 10**9),
-}
-SHAPE = ("n_cat", "cat_dim", "n_cont", "z_dim", "image_size", "width", "channels")
-
-
-class Problem(Exception):
-    """What a user can mend, in one line: what is wrong, where, what to do. Becomes exit code 2."""
-
-    code = 2
-
-
-class Diverged(Problem):
-    """The training itself went wrong: NaN or infinity. Becomes exit code 1."""
-
-    code = 1
-
-
-def check_limits(values: dict, limits: dict = LIMITS) -> None:
-    """Raises Problem when a value named in limits has another type or lies outside."""
-    for name, (low, high) in limits.items():
-        if name not in values:
-            continue
-        value, flag = values[name], "--" + name.replace("_", "-")
-        if type(value) is not type(low) or not low <= value <= high:
-            kind = "a whole number" if type(low) is int else "a number"
-            raise Problem(f"{flag} {value}: must be {kind} from {low} to {high}")
-        if name == "image_size" and value & (value - 1):
-            raise Problem(f"{flag} {value}: must be 16, 32, 64, 128 or 256")
-        if name == "channels" and value == 2:
-            raise Problem(f"{flag} {value}: must be 1 (grey) or 3 (colour)")
-
 
 # codes --------------------------------------------------------------------------------------------
 
@@ -113,7 +68,7 @@ def check_limits(values: dict, limits: dict = LIMITS) -> None:
 class Codes(NamedTuple):
     """What G draws n pictures from."""
 
-    z: Tensor  # (n, z_dim), N(0, 1): what no code has to explain
+    z: Tensor  # (n, z_dim), N(0, 1): all that no code explains
     c_cat: Tensor  # (n, n_cat), whole numbers from 0 to cat_dim - 1
     c_cont: Tensor  # (n, n_cont), uniform in [-1, 1]
 
@@ -126,12 +81,12 @@ class QOutput(NamedTuple):
     q_logvar: Tensor  # (n, n_cont)
 
 
-SIGMA_MIN = 0.1  # of Q's Gaussian: without a floor it pays for precision that nobody sees
+SIGMA_MIN = 0.1  # of Q's Gaussian: without a floor it rewards precision that nobody can see
 
 
 @dataclass(frozen=True)
 class CodeSpec:
-    """How many codes of which kind (paper, section 4). Raises Problem outside LIMITS."""
+    """How many codes of which kind (paper, section 4). Raises UserError outside LIMITS."""
 
     n_cat: int = 1
     cat_dim: int = 10
@@ -141,7 +96,7 @@ class CodeSpec:
     def __post_init__(self) -> None:
         check_limits(asdict(self))
         if not self.dim:
-            raise Problem("--z-dim 0: without codes G needs noise, give --z-dim 100")
+            raise UserError("--z-dim 0: without codes G needs noise, give --z-dim 100")
 
     @property
     def dim(self) -> int:
@@ -157,6 +112,17 @@ class CodeSpec:
     def names(self) -> list[str]:
         """cat0, cat1, …, cont0, cont1, …: the order of all figures per code."""
         return [f"cat{k}" for k in range(self.n_cat)] + [f"cont{j}" for j in range(self.n_cont)]
+
+    @property
+    def kinds(self) -> dict[str, slice]:
+        """ "cat" and "cont" where there are any: their places in the figures per code."""
+        places = {"cat": slice(self.n_cat), "cont": slice(self.n_cat, None)}
+        return {kind: place for kind, place in places.items() if self.names[place]}
+
+    @property
+    def metrics(self) -> list[str]:
+        """The figures that train_step returns, in order."""
+        return ["loss_D", "loss_G", "D_real", "D_fake", *self.names]
 
     @property
     def entropies(self) -> list[float]:
@@ -186,324 +152,20 @@ class CodeSpec:
         variance = SIGMA_MIN**2 + (1 - SIGMA_MIN**2) * raw.sigmoid()
         return QOutput(logits.unflatten(1, (self.n_cat, self.cat_dim)), mu, variance.log())
 
+    def replace(self, codes: Codes, name: str, other: Codes) -> Codes:
+        """codes with one code ("cat0") or group ("z", "cat", "cont") taken from other."""
+        kind = name.rstrip("0123456789")
+        field, number = {"z": "z", "cat": "c_cat", "cont": "c_cont"}[kind], name[len(kind) :]
+        columns = [int(number)] if number else slice(None)
+        changed = getattr(codes, field).clone()
+        changed[:, columns] = getattr(other, field)[:, columns]
+        return codes._replace(**{field: changed})
 
-# processes ----------------------------------------------------------------------------------------
-# All draw the same chances for the whole batch and each works on its own rows of it, so a run does
-# not depend on how many there are, and may go on with another number.
-
-
-@contextmanager
-def joined_processes() -> Iterator[None]:
-    """Joins what torchrun started together; one process alone has nothing to join."""
-    if not (dist.is_available() and dist.is_torchelastic_launched()):
-        yield
-        return
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(hours=6))  # while process 0 decodes a set
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
-
-
-def place() -> tuple[int, int]:
-    """This process's number, and how many there are. Number 0 alone writes and talks."""
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
-
-
-def mine(whole: Tensor) -> Tensor:
-    """This process's rows of what was drawn for the whole batch."""
-    rank, ranks = place()
-    return whole.unflatten(0, (ranks, -1))[rank]
-
-
-def agree(*flags: int) -> list[int]:
-    """The largest of each flag over all processes: they do the same things at the same step."""
-    if place()[1] == 1:
-        return [*flags]
-    whole = torch.tensor(flags)
-    dist.all_reduce(whole, dist.ReduceOp.MAX)  # of the CPUs: no GPU is waited for
-    return whole.tolist()
-
-
-def average(tensors: list[Tensor]) -> None:
-    """Makes each tensor its mean over all processes, in one message."""
-    if (ranks := place()[1]) > 1:
-        whole = torch.cat([t.flatten() for t in tensors])
-        dist.all_reduce(whole)
-        parts = whole.div_(ranks).split([t.numel() for t in tensors])
-        torch._foreach_copy_(tensors, [p.view_as(t) for p, t in zip(parts, tensors, strict=True)])
-
-
-@contextmanager
-def in_turn() -> Iterator[None]:
-    """Process 0 goes first; where it fails, the others stop without a word of their own."""
-    rank, failed = place()[0], 1
-    if rank and agree(0)[0]:
-        raise Problem("process 0 has failed")
-    try:
-        yield
-        failed = 0
-    finally:
-        if not rank:
-            agree(failed)
-
-
-# pictures -----------------------------------------------------------------------------------------
-
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif"}
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")  # Pillow knows some that start a program
-MOST_PIXELS, MOST_BYTES = 2**25, 2**28  # of one file: what decoding may take is bounded
-DATA = Path("data")  # where torchvision keeps the named sets
-HOW = "give a folder of pictures, or `make data` gets faces, or `make demo` draws some"
-NAMED_SETS = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "svhn": "SVHN", "celeba": "CelebA"}
-
-
-class Pictures(NamedTuple):
-    """A training set, decoded once."""
-
-    x: Tensor  # uint8 (N, channels, size, size), channels_last, in a file that is read as needed
-    fingerprint: str  # of its contents: a run goes on only with the pictures it began with
-    names: list[str]  # paths, or numbers in a named set
-
-
-def open_picture(raw: bytes) -> Image.Image:
-    """The picture in a file's bytes, not yet decoded. Raises Pillow's errors."""
-    image = Image.open(io.BytesIO(raw), formats=FORMATS)
-    if image.width * image.height > MOST_PIXELS:
-        raise Image.DecompressionBombError
-    return image
-
-
-def to_square(image: Image.Image, size: int, channels: int) -> Tensor:
-    """uint8 (channels, size, size) of any picture: upright, on white, scaled, centre cropped."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16 bit, which convert() would clip instead of scale
-        image = image.convert("I").point(lambda v: v * (1 / 257)).convert("L")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image.convert("L" if channels == 1 else "RGB")
-    return pil_to_tensor(ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR))
-
-
-def find_pictures(folder: Path) -> list[Path]:
-    """All picture files below a folder, in an order that only their names decide.
-
-    A folder that cannot be looked into is among them, so that it is told like an unreadable file.
-    """
-    closed: list[Path] = []
-    walk = os.walk(folder, onerror=lambda error: closed.append(Path(error.filename)))
-    found = [Path(at, name) for at, _, names in walk for name in names]
-    found = [p for p in found if p.suffix.lower() in SUFFIXES and not p.name.startswith(".")]
-    return sorted(found + closed)
-
-
-def read_file(path: Path) -> bytes:
-    """What a file of bounded size holds. Raises OSError; a pipe could be read for ever."""
-    if not path.is_file():
-        raise FileNotFoundError
-    if path.stat().st_size > MOST_BYTES:
-        raise Image.DecompressionBombError
-    return path.read_bytes()
-
-
-@contextmanager
-def by_torchvision(name: str) -> Iterator[None]:
-    """Raises Problem offline, or when torchvision wants a package for the set that is missing."""
-    try:
-        yield
-    except (RuntimeError, OSError, ImportError, zipfile.BadZipFile) as error:
-        why = " ".join(str(error).split()) or type(error).__name__
-        wants = {
-            "svhn": "; it wants `pip install scipy`",
-            "celeba": "; it wants `pip install gdown`",
-        }
-        why += wants.get(name, "")
-        raise Problem(f"--data {name}: torchvision could not get it into {DATA}/: {why}") from error
-
-
-def get_named_set(name: str) -> Path:
-    """The file or folder of a set below data/, which torchvision downloads where it is not yet."""
-    from torchvision import datasets
-
-    here = DATA / {"celeba": "celeba/img_align_celeba", "svhn": "train_32x32.mat"}.get(
-        name, f"{NAMED_SETS[name]}/raw/train-images-idx3-ubyte"
-    )
-    with by_torchvision(name):
-        if not here.exists():
-            getattr(datasets, NAMED_SETS[name])(DATA, download=True)
-    return here
-
-
-def open_named_set(name: str, file: Path) -> list[Image.Image]:
-    """The pictures of a set that is one file."""
-    from torchvision import datasets
-
-    with by_torchvision(name):
-        if name == "svhn":
-            return [*map(Image.fromarray, datasets.SVHN(DATA).data.transpose(0, 2, 3, 1))]
-        return [*map(Image.fromarray, datasets.mnist.read_image_file(str(file)).numpy())]
-
-
-DECODED_AT_ONCE = 512  # so memory stays flat however large a set is
-DECODER = 1  # counts up whenever to_square makes something else of a picture
-
-
-def decode(
-    data: str, items: list[Path] | list[Image.Image], size: int, channels: int, file: BinaryIO
-) -> dict[str, object]:
-    """Writes pictures to file, (size, size, channels) bytes each; returns what is known of them.
-
-    Exact copies and unreadable files are left out. Raises Problem when fewer than two remain.
-    """
-
-    def read(item: Path | Image.Image) -> tuple[str, Tensor | None]:
-        try:
-            raw = read_file(item) if isinstance(item, Path) else item.tobytes()
-            image = open_picture(raw) if isinstance(item, Path) else item
-            return hashlib.sha256(raw).hexdigest(), to_square(image, size, channels)
-        except Exception as error:  # decoders raise whatever they like; it is told below
-            return f"{item} ({type(error).__name__})", None
-
-    kept, skipped, checksum, grey = {}, [], 0, True
-    Image.init()  # loads Pillow's formats, for which threads would race
-    bar = tqdm(desc="pictures", total=len(items), leave=False, disable=None)
-    with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool, bar:
-        warnings.simplefilter("ignore")  # of Pillow's about files that it reads all the same
-        for start in range(0, len(items), DECODED_AT_ONCE):
-            part = items[start : start + DECODED_AT_ONCE]
-            for i, (key, x) in enumerate(pool.map(read, part), start):  # decoders run unlocked
-                bar.update()
-                if x is None:
-                    skipped.append(key)
-                elif key not in kept:
-                    kept[key] = str(items[i]) if isinstance(items[i], Path) else str(i)
-                    raw = x.permute(1, 2, 0).numpy().tobytes()
-                    file.write(raw)
-                    checksum, grey = zlib.crc32(raw, checksum), grey and bool((x == x[:1]).all())
-    told = f"{len(kept):,} pictures in {data}"
-    if copies := len(items) - len(skipped) - len(kept):
-        told += f", {copies:,} exact copies dropped"
-    if skipped:
-        named = ", ".join(skipped[:10]) + (", …" if len(skipped) > 10 else "")
-        told += f", {len(skipped):,} unreadable files skipped: {ascii(named)}"
-    if len(kept) < 2:
-        raise Problem(f"--data {data}: {told}, at least 2 are needed; {HOW}")
-    fingerprint = hashlib.sha256("".join(kept).encode()).hexdigest()[:16]
-    known = {"n": len(kept), "told": told, "fingerprint": fingerprint, "checksum": checksum}
-    return known | {"grey": grey, "names": "\0".join(kept.values())}
-
-
-class Cache(NamedTuple):
-    """Where a decoded set is kept: its bytes, then what is known of it as JSON, then its length."""
-
-    path: Path
-    key: str  # changes with every name, size and time of the files, and with the decoder
-    shape: tuple[int, int, int]  # of a picture: size, size, channels
-
-    def read(self) -> tuple[Tensor, dict] | None:
-        """(N, *shape), mapped into memory, and what is known; None where it is not as written."""
-        try:
-            with open(self.path, "rb") as file:
-                file.seek(-8, os.SEEK_END)
-                length = int.from_bytes(file.read(), "little")
-                size = file.seek(-8 - length, os.SEEK_END)
-                known = json.loads(file.read(length))
-            if known["key"] != self.key or size != known["n"] * math.prod(self.shape):
-                return None
-            x = torch.from_file(str(self.path), shared=False, size=size, dtype=torch.uint8)
-            whole = zlib.crc32(x.numpy()) == known["checksum"]
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError):
-            return None
-        return (x.view(-1, *self.shape), known) if whole else None
-
-    def write(self, data: str, items: list[Path] | list[Image.Image]) -> tuple[Tensor, dict]:
-        """Decodes items. Where the cache cannot be written they stay in memory, which is told."""
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(self.path) as file:
-                known = decode(data, items, *self.shape[1:], file)
-                tail = json.dumps(known | {"key": self.key}).encode()
-                file.write(tail + len(tail).to_bytes(8, "little"))
-            if written := self.read():
-                return written
-            why = "damaged as soon as it was written"
-        except OSError as error:
-            why = error.strerror or str(error)
-        print(f"{self.path}: {why}; pictures are not cached, each start decodes them")
-        memory = io.BytesIO()
-        known = decode(data, items, *self.shape[1:], memory)
-        return torch.frombuffer(memory.getbuffer(), dtype=torch.uint8).view(-1, *self.shape), known
-
-
-def cache_folder() -> Path:
-    """The user's own: a folder of pictures may be read-only, or shared, or walked by others."""
-    return Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")) / "infogan"
-
-
-def cache_of(sources: list[Path], folder: Path, size: int, channels: int) -> Cache:
-    """One file for each folder and way to decode it, so what a changed set leaves is replaced."""
-    key = hashlib.sha256(str(DECODER).encode())
-    for path in sources:
-        key.update(os.fsencode(path))
-        with suppress(OSError):  # an unreadable one counts by its name
-            now = path.stat()
-            key.update(f" {now.st_size} {now.st_mtime_ns}\0".encode())
-    where = hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]
-    name = f"{where}-{size}x{size}x{channels}"
-    return Cache(cache_folder() / name, key.hexdigest(), (size, size, channels))
-
-
-def load_pictures(data: str, size: int, channels: int | None = None) -> Pictures:
-    """A folder or a named set, decoded once: later starts map the cache's file into memory.
-
-    channels None takes what the set has: 1 when every picture is grey, else 3. Exact copies and
-    unreadable files are left out, and told. Raises Problem when fewer than two pictures remain.
-    """
-    folder = get_named_set(data) if data in NAMED_SETS else Path(data).expanduser()
-    if data not in NAMED_SETS and not folder.is_dir():
-        raise Problem(f"--data {data}: no such folder; {HOW}")
-    folder = folder.resolve()  # one set, however its path is written
-    sources = find_pictures(folder) if folder.is_dir() else [folder]
-    cache = cache_of(sources, folder, size, 3)
-    found = cache.read()
-    if channels == 1 and not (found and found[1]["grey"]):
-        cache = cache_of(sources, folder, size, 1)
-        found = cache.read()
-    if not found:
-        items = sources if folder.is_dir() else open_named_set(data, folder)
-        found = cache.write(data, items)
-    x, known = found
-    print(known["told"])
-    x = x.permute(0, 3, 1, 2)
-    x = x[:, :1] if known["grey"] and channels != 3 else x
-    return Pictures(x, known["fingerprint"], known["names"].split("\0"))
-
-
-def pick(x: Tensor, which: Tensor) -> Tensor:
-    """Some of many pictures, in their own layout: rows are copied whole, where [] goes by bytes."""
-    return x.permute(0, 2, 3, 1).index_select(0, which.to(x.device)).permute(0, 3, 1, 2)
-
-
-def nearest(x: Tensor, device: torch.device) -> Tensor:
-    """The set on a GPU where it takes less than half of what is free there, else as it is."""
-    fits = device.type == "cuda" and x.nbytes < torch.cuda.mem_get_info(device)[0] // 2
-    return x.to(device) if fits else x
-
-
-def make_batch(x: Tensor, flip: bool, rng: torch.Generator, device: torch.device) -> Tensor:
-    """uint8 pictures as floats in [-1, 1] on the device; flip mirrors half of them."""
-    if device.type == "cuda" and x.device.type == "cpu":
-        x = x.pin_memory()  # so that copying does not wait for what the device still computes
-    x = x.to(device, non_blocking=True)
-    if flip:
-        mirrored = mine(torch.rand(len(x) * place()[1], 1, 1, 1, generator=rng) < 0.5)
-        x = torch.where(mirrored.to(device, non_blocking=True), x.flip(3), x)
-    x = x.contiguous(memory_format=torch.channels_last).float()  # moved as bytes, a quarter
-    return torch.add(x.new_full((), -1.0), x, alpha=1 / 127.5, out=x)  # x / 127.5 - 1 in one pass
+    def traverse(self, codes: Codes, name: str, values: Sequence[float]) -> Codes:
+        """Each of n codes len(values) times, one code or group set to every value in turn."""
+        rows = Codes(*(c.repeat_interleave(len(values), 0) for c in codes))
+        every = torch.tensor(values).repeat(len(codes.z))[:, None]
+        return self.replace(rows, name, Codes(*(every.to(c).expand_as(c) for c in rows)))
 
 
 # networks -----------------------------------------------------------------------------------------
@@ -512,27 +174,27 @@ Q_HIDDEN = 256
 
 
 def layer_widths(image_size: int, width: int) -> list[int]:
-    """Maps after each halving of image_size down to 4; at 64 and width 64: 64, 128, 256, 512."""
+    """Channels after each halving of image_size down to 4; at 64, width 64: 64, 128, 256, 512."""
     return [width * min(2**i, 8) for i in range(int(math.log2(image_size)) - 2)]
 
 
-def flat(x: Tensor) -> Tensor:
-    """(n, maps, h, w) as (n, h w maps): a view where the layout is channels_last."""
+def flatten_hwc(x: Tensor) -> Tensor:
+    """(n, channels, h, w) as (n, h w channels): a view where the layout is channels_last."""
     return x.permute(0, 2, 3, 1).flatten(1)
 
 
-class ToPoint(nn.Conv2d):
+class Conv2dToPixel(nn.Conv2d):
     """A convolution as large as its input: a matrix product, ten times as fast on a CPU."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(flat(x), flat(self.weight), self.bias)[:, :, None, None]
+        return F.linear(flatten_hwc(x), flatten_hwc(self.weight), self.bias)[:, :, None, None]
 
 
-class FromPoint(nn.ConvTranspose2d):
-    """The same from a single pixel (n, maps, 1, 1) to the kernel's size."""
+class ConvTranspose2dFromPixel(nn.ConvTranspose2d):
+    """The same from a single pixel (n, channels, 1, 1) to the kernel's size."""
 
     def forward(self, x: Tensor) -> Tensor:
-        y = x.flatten(1) @ flat(self.weight)
+        y = x.flatten(1) @ flatten_hwc(self.weight)
         return y.unflatten(1, (*self.kernel_size, -1)).permute(0, 3, 1, 2)
 
 
@@ -543,7 +205,7 @@ class Generator(nn.Module):
         super().__init__()
         check_limits({"image_size": image_size, "width": width, "channels": channels})
         widths = layer_widths(image_size, width)[::-1]
-        layers = [FromPoint(spec.dim, widths[0], 4, bias=False)]
+        layers = [ConvTranspose2dFromPixel(spec.dim, widths[0], 4, bias=False)]
         for now, then in zip(widths, [*widths[1:], channels], strict=True):
             layers += [nn.BatchNorm2d(now), nn.ReLU(True)]
             layers += [nn.ConvTranspose2d(now, then, 4, 2, 1, bias=then == channels)]
@@ -566,25 +228,25 @@ class Discriminator(nn.Module):
             layers += [nn.BatchNorm2d(then), nn.LeakyReLU(0.2, True)]
         self.spec = spec
         self.trunk = nn.Sequential(*layers)
-        self.d_head = ToPoint(widths[-1], 1, 4)
+        self.d_head = Conv2dToPixel(widths[-1], 1, 4)
         self.q_head = nn.Sequential(
-            ToPoint(widths[-1], Q_HIDDEN, 4, bias=False),
+            Conv2dToPixel(widths[-1], Q_HIDDEN, 4, bias=False),
             nn.BatchNorm2d(Q_HIDDEN),
             nn.LeakyReLU(0.1, True),
-            ToPoint(Q_HIDDEN, max(spec.q_dim, 1), 1),
+            Conv2dToPixel(Q_HIDDEN, max(spec.q_dim, 1), 1),
         )
 
     def forward(self, x: Tensor) -> tuple[Tensor, QOutput]:
         """D's logits (n,) and Q(c|x) of pictures in [-1, 1], in one pass of the trunk."""
         h = self.trunk(x)  # (n, 8 width, 4, 4)
-        return self.judge(h), self.read(h)
+        return self.d_logits(h), self.q_output(h)
 
-    def judge(self, h: Tensor) -> Tensor:
-        """D's logits, from the trunk's output."""
+    def d_logits(self, h: Tensor) -> Tensor:
+        """D's logits (n,) from the trunk's output."""
         return self.d_head(h).flatten().float()
 
-    def read(self, h: Tensor) -> QOutput:
-        """Q(c|x), from the trunk's output."""
+    def q_output(self, h: Tensor) -> QOutput:
+        """Q(c|x) from the trunk's output."""
         return self.spec.split(self.q_head(h)[:, : self.spec.q_dim, 0, 0].float())
 
 
@@ -624,15 +286,6 @@ def g_loss(d_fake: Tensor) -> Tensor:
     return F.softplus(-d_fake).mean()
 
 
-R1_EVERY = 16  # steps; a lazy R1 costs a sixteenth and does the same (1912.04958, appendix B)
-
-
-def r1_penalty(d_real: Tensor, x: Tensor) -> Tensor:
-    """R1 = E[|dD(x)/dx|^2] / 2 on real pictures: keeps D from winning (1801.04406, Eq. 9)."""
-    (slope,) = torch.autograd.grad(d_real.sum(), x, create_graph=True)
-    return slope.square().sum((1, 2, 3)).mean() / 2
-
-
 def log_q(q: QOutput, codes: Codes) -> Tensor:
     """log Q(c|x) of each code in nats, (n, n_cat + n_cont)."""
     cat = q.q_logits.log_softmax(2).gather(2, codes.c_cat[:, :, None])[:, :, 0]
@@ -645,15 +298,61 @@ def mutual_information(spec: CodeSpec, q: QOutput, codes: Codes) -> Tensor:
     return log_q(q, codes).mean(0) + torch.tensor(spec.entropies, device=q.q_mu.device)
 
 
-def weigh(spec: CodeSpec, L_I: Tensor, args: argparse.Namespace) -> Tensor:
+def lambda_L_I(spec: CodeSpec, L_I: Tensor, args: argparse.Namespace) -> Tensor:
     """lambda L_I, with one lambda for each kind of code (paper, section 7.2)."""
     return args.lam_cat * L_I[: spec.n_cat].sum() + args.lam_cont * L_I[spec.n_cat :].sum()
 
 
-def enough(spec: CodeSpec, L_I: Tensor, args: argparse.Namespace) -> Tensor:
-    """L_I as G is paid for it: a continuous code that Q reads well need not take more of x."""
+def cap_cont(spec: CodeSpec, L_I: Tensor, args: argparse.Namespace) -> Tensor:
+    """L_I as G is rewarded for it: a continuous code that Q reads well need not grow further."""
     cat, cont = L_I.split([spec.n_cat, spec.n_cont])
-    return torch.cat([cat, cont.clamp(max=args.enough)])
+    return torch.cat([cat, cont.clamp(max=args.cap_cont)])
+
+
+R1_EVERY = 16  # steps; a lazy R1 costs a sixteenth and does the same (1912.04958, appendix B)
+
+
+def r1_penalty(d_real: Tensor, x: Tensor) -> Tensor:
+    """R1 = E[|dD(x)/dx|^2] / 2 on real pictures: keeps D from winning (1801.04406, Eq. 9)."""
+    (gradient,) = torch.autograd.grad(d_real.sum(), x, create_graph=True)
+    return gradient.square().sum((1, 2, 3)).mean() / 2
+
+
+def augment(x: Tensor, strength: float, rng: torch.Generator) -> Tensor:
+    """Pictures (n, channels, h, w) warped, blurred and in another light, each in its own way.
+
+    At strength 1: turned up to 17 degrees, 30% larger or smaller, moved by 15% of the width, half
+    as much light or half as much again.
+    """
+    seed = int(torch.randint(2**62, (), generator=rng))  # the rest is drawn on x's device
+    at = {"generator": torch.Generator(x.device).manual_seed(seed), "device": x.device}
+    n = len(x) * rank_and_world()[1]
+    warp = 0.3 * strength * (2 * my_rows(torch.rand(n, 2, 3, **at)) - 1)
+    where = F.affine_grid(torch.eye(2, 3, device=x.device) + warp, x.shape, align_corners=False)
+    y = F.grid_sample(x, where, padding_mode="border", align_corners=False)
+    y = F.avg_pool2d(F.pad(y, [1] * 4, mode="replicate"), 3, 1)
+    light = torch.rand(2, n, 1, 1, 1, **at).transpose(0, 1)
+    gain, shift = 0.5 * strength * (2 * my_rows(light).transpose(0, 1) - 1)
+    y = (gain.exp() * (y + shift)).clamp(-1, 1)
+    return y.contiguous(memory_format=torch.channels_last)
+
+
+def d_and_q(
+    D: Discriminator, x: Tensor, strength: float, rng: torch.Generator
+) -> tuple[Tensor, QOutput]:
+    """D's logits of x and Q(c|x); with a strength Q reads the categoricals from augmented x.
+
+    What a category means must then survive the augmentation: it is not pose, stroke or light.
+    """
+    d, q = D(x)
+    if strength and D.spec.n_cat:
+        norms = [m for m in D.modules() if isinstance(m, (nn.BatchNorm2d, nn.SyncBatchNorm))]
+        for m in norms:
+            m.momentum = 0.0  # its average stays that of pictures as they are, which Q is used on
+        q = q._replace(q_logits=D.q_output(D.trunk(augment(x, strength, rng))).q_logits)
+        for m in norms:
+            m.momentum = 0.1
+    return d, q
 
 
 # step ---------------------------------------------------------------------------------------------
@@ -665,35 +364,15 @@ class State:
 
     spec: CodeSpec
     G: Generator
-    G_ema: Generator  # the average of G, which is shown and used
+    G_ema: Generator  # the average of G's weights over time, which is shown and used
     D: Discriminator
     opt_G: torch.optim.Optimizer
     opt_D: torch.optim.Optimizer
-    rng: torch.Generator  # the run's only source of chance; on the CPU, so a run can change devices
+    rng: torch.Generator  # the run's only randomness; on the CPU, so a run can change devices
     sums: Tensor  # metrics added up since the last logged step
-    epoch_seed: int = 0  # draws the order of this epoch's pictures, also after a restart
+    epoch_seed: int = 0  # draws the order of this epoch's pictures, also after a resume
     step: int = 0
     minutes: float = 0.0  # of training, over all starts
-    order: Tensor | None = None  # drawn from epoch_seed, so never saved
-
-
-COMPILE = {"mode": "reduce-overhead"}  # CUDA graphs: no kernel waits for Python
-
-
-def compile_nets(state: State) -> None:
-    """By torch.compile, at the first step; what checkpoints hold stays as it is."""
-    for net in (state.G.layers, state.D.trunk, state.D.q_head):
-        net.compile(**COMPILE)
-
-
-def metric_names(spec: CodeSpec) -> list[str]:
-    """The figures of a step, in train_step's order."""
-    return ["loss_D", "loss_G", "D_real", "D_fake", *spec.names]
-
-
-def spec_of(args: argparse.Namespace) -> CodeSpec:
-    """The codes that a run's flags ask for."""
-    return CodeSpec(args.n_cat, args.cat_dim, args.n_cont, args.z_dim)
 
 
 def new_state(args: argparse.Namespace, device: torch.device) -> State:
@@ -704,7 +383,7 @@ def new_state(args: argparse.Namespace, device: torch.device) -> State:
     for net in (G, D):
         init_weights(net, rng)
         net.to(device, memory_format=torch.channels_last)
-    if device.type == "cuda" and place()[1] > 1:  # gloo has none; R1 could not go through it
+    if device.type == "cuda" and rank_and_world()[1] > 1:  # gloo has none; R1 cannot go through it
         G = nn.SyncBatchNorm.convert_sync_batchnorm(G)
         D = D if args.r1 else nn.SyncBatchNorm.convert_sync_batchnorm(D)
     heads = {"trunk": [D.trunk, D.d_head, D.q_head], "head": [D.trunk, D.d_head]}[args.info_to]
@@ -714,113 +393,59 @@ def new_state(args: argparse.Namespace, device: torch.device) -> State:
     opt_G = torch.optim.Adam(with_G, args.lr_g, **adam)
     opt_D = torch.optim.Adam(with_D, args.lr_d, **adam)
     G_ema = copy.deepcopy(G).eval().requires_grad_(False)
-    sums = torch.zeros(len(metric_names(spec)), device=device)
+    sums = torch.zeros(len(spec.metrics), device=device)
     return State(spec, G, G_ema, D, opt_G, opt_D, rng, sums)
 
 
-def next_batch(state: State, n: int, batch_size: int) -> Tensor:
-    """Which of n pictures come next: each epoch in a new order, without the rest below a batch."""
-    place = state.step % (n // batch_size)
-    if place == 0:
-        state.epoch_seed = int(torch.randint(2**62, (), generator=state.rng))
-    if place == 0 or state.order is None:
-        state.order = torch.randperm(n, generator=torch.Generator().manual_seed(state.epoch_seed))
-    return state.order[place * batch_size : (place + 1) * batch_size]
-
-
-def view(x: Tensor, strength: float, rng: torch.Generator) -> Tensor:
-    """Pictures turned, sheared, scaled, moved, out of focus and in another light, each its own way.
-
-    At strength 1 up to 17 degrees, 30% in size, 15% of the width to a side and half of the light.
-    """
-    seed = int(torch.randint(2**62, (), generator=rng))  # drawn here, so the rest can be there
-    at = {"generator": torch.Generator(x.device).manual_seed(seed), "device": x.device}
-    n = len(x) * place()[1]
-    warp = 0.3 * strength * (2 * mine(torch.rand(n, 2, 3, **at)) - 1)
-    where = F.affine_grid(torch.eye(2, 3, device=x.device) + warp, x.shape, align_corners=False)
-    y = F.grid_sample(x, where, padding_mode="border", align_corners=False)
-    y = F.avg_pool2d(F.pad(y, [1] * 4, mode="replicate"), 3, 1)
-    light = torch.rand(2, n, 1, 1, 1, **at).transpose(0, 1)
-    gain, shift = 0.5 * strength * (2 * mine(light).transpose(0, 1) - 1)
-    y = (gain.exp() * (y + shift)).clamp(-1, 1)
-    return y.contiguous(memory_format=torch.channels_last)
-
-
-@contextmanager
-def unrecorded(net: nn.Module) -> Iterator[None]:
-    """Batch norm normalises as it would, but its running statistics learn nothing."""
-    norms = [m for m in net.modules() if isinstance(m, (nn.BatchNorm2d, nn.SyncBatchNorm))]
-    before = [m.momentum for m in norms]
-    for m in norms:
-        m.momentum = 0.0
-    yield
-    for m, momentum in zip(norms, before, strict=True):
-        m.momentum = momentum
-
-
-def judge_and_read(
-    D: Discriminator, x: Tensor, strength: float, rng: torch.Generator
-) -> tuple[Tensor, QOutput]:
-    """D's logits of x and Q(c|x); with a strength Q reads the categoricals from views of x.
-
-    What a category is must then survive the view, so it is neither pose nor thickness nor light.
-    """
-    d, q = D(x)
-    if strength and D.spec.n_cat:
-        with unrecorded(D):  # whoever reads codes later reads pictures as they are
-            q = q._replace(q_logits=D.read(D.trunk(view(x, strength, rng))).q_logits)
-    return d, q
-
-
-def descend(opt: torch.optim.Optimizer, loss: Tensor) -> None:
-    """One step of opt against loss, on the whole batch's gradient."""
-    opt.zero_grad()
-    loss.backward()
-    mean = [p.grad for group in opt.param_groups for p in group["params"]]
-    average([g for g in mean if g is not None])
-    opt.step()
-
-
 def train_step(state: State, args: argparse.Namespace, x: Tensor, codes: Codes) -> Tensor:
-    """One step of D, then of G, on n real pictures and n drawn codes; returns the metrics.
+    """One step of D, then of G, on n real pictures x and n drawn codes; returns the metrics.
 
     L_I always trains G. It trains Q together with D's trunk in D's step (args.info_to "trunk", as
     the paper's own code does), or Q's head alone in G's step ("head", the notebook).
     """
     spec, G, D, to_trunk = state.spec, state.G, state.D, args.info_to == "trunk"
     mixed = torch.autocast(x.device.type, torch.bfloat16, enabled=args.amp)
-    lazily = args.r1 > 0 and state.step % R1_EVERY == 0
-    x = x.detach().requires_grad_(lazily)
-
+    with_r1 = args.r1 > 0 and state.step % R1_EVERY == 0
+    x = x.detach().requires_grad_(with_r1)
     if args.compile:
         torch.compiler.cudagraph_mark_step_begin()
+
     D.requires_grad_(True)
     with mixed:
-        x_fake = G(spec.join(codes))  # drawn once, judged twice
-        trunk = D.trunk.forward if lazily else D.trunk  # nobody compiles a gradient's gradient
-        d_real = D.judge(trunk(x))  # Q's batch norm sees generated pictures only
-        d_fake, q = judge_and_read(D, x_fake.detach(), args.q_view, state.rng)
+        x_fake = G(spec.join(codes))  # drawn once, for both steps
+        trunk = D.trunk.forward if with_r1 else D.trunk  # torch.compile has no double backward
+        d_real = D.d_logits(trunk(x))  # Q's batch norm sees generated pictures only
+        d_fake, q = d_and_q(D, x_fake.detach(), args.q_augment, state.rng)
     loss_D = loss = d_loss(d_real, d_fake)
-    if to_trunk:
-        loss = loss - weigh(spec, mutual_information(spec, q, codes), args)  # -V - lambda L_I
-    if lazily:
+    if to_trunk:  # -V - lambda L_I, which trains Q and the trunk
+        loss = loss - lambda_L_I(spec, mutual_information(spec, q, codes), args)
+    if with_r1:
         loss = loss + R1_EVERY * args.r1 * r1_penalty(d_real, x)
     descend(state.opt_D, loss)
 
     D.requires_grad_(False)  # G's step needs no gradient of D's weights
     D.q_head.requires_grad_(not to_trunk)
     with mixed:
-        d_fake_G, q = judge_and_read(D, x_fake, args.q_view, state.rng)
+        d_fake_G, q = d_and_q(D, x_fake, args.q_augment, state.rng)
     loss_G = g_loss(d_fake_G)
     L_I = mutual_information(spec, q, codes)
-    # V - lambda L_I (Eq. 6)
-    descend(state.opt_G, loss_G - weigh(spec, enough(spec, L_I, args), args))
+    # V - lambda L_I (Eq. 6): here L_I reaches G
+    descend(state.opt_G, loss_G - lambda_L_I(spec, cap_cont(spec, L_I, args), args))
 
     state.step += 1
     # a half-life that grows with training fits a run of any length (2312.02696, section 3.1)
     update_ema(state.G_ema, G, 0.5 ** (1 / (args.ema * state.step)) if args.ema else 0.0)
-    opinions = [d_real.sigmoid().mean(), d_fake.sigmoid().mean()]
-    return torch.cat([torch.stack([loss_D, loss_G, *opinions]), L_I]).detach()
+    d_mean = [d_real.sigmoid().mean(), d_fake.sigmoid().mean()]
+    return torch.cat([torch.stack([loss_D, loss_G, *d_mean]), L_I]).detach()
+
+
+def descend(opt: torch.optim.Optimizer, loss: Tensor) -> None:
+    """One step of opt against loss; the gradient is the mean over all processes."""
+    opt.zero_grad()
+    loss.backward()
+    gradients = [p.grad for group in opt.param_groups for p in group["params"]]
+    all_mean_([g for g in gradients if g is not None])
+    opt.step()
 
 
 @torch.no_grad()
@@ -834,26 +459,223 @@ def update_ema(G_ema: nn.Module, G: nn.Module, beta: float) -> None:
             e.copy_(g)
 
 
+# pictures -----------------------------------------------------------------------------------------
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif"}
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")  # Pillow knows some that start a program
+MAX_PIXELS, MAX_BYTES = 2**25, 2**28  # of one file: decoding takes bounded memory
+DATA = Path("data")  # where torchvision keeps the named sets
+NAMED_SETS = {  # torchvision's class, a file or folder of the set, a package that it needs
+    "mnist": ("MNIST", "MNIST/raw/train-images-idx3-ubyte", None),
+    "fashion-mnist": ("FashionMNIST", "FashionMNIST/raw/train-images-idx3-ubyte", None),
+    "svhn": ("SVHN", "train_32x32.mat", "scipy"),
+    "celeba": ("CelebA", "celeba/img_align_celeba", "gdown"),
+}
+GET_PICTURES = "give a folder of pictures; `make data` downloads faces, `make demo` draws some"
+DECODED_AT_ONCE = 512  # so memory stays flat however large a set is
+DECODER = 1  # counts up whenever to_square changes its result
+
+
+class Pictures(NamedTuple):
+    """A training set, decoded once."""
+
+    x: Tensor  # uint8 (N, size, size, channels), mapped from a file and read as needed
+    fingerprint: str  # of its contents: a run resumes only with the same pictures
+    names: list[str]  # paths, or numbers in a named set
+
+
+def find_pictures(folder: Path) -> list[Path]:
+    """All picture files below a folder, sorted; also folders that cannot be opened."""
+    closed: list[Path] = []  # they are reported like unreadable files
+    walk = os.walk(folder, onerror=lambda error: closed.append(Path(error.filename)))
+    found = [Path(at, name) for at, _, names in walk for name in names]
+    found = [p for p in found if p.suffix.lower() in SUFFIXES and not p.name.startswith(".")]
+    return sorted(found + closed)
+
+
+def get_named_set(name: str, opened: bool = False) -> Path | list[Image.Image]:
+    """The file or folder of a set, downloaded if it is missing; or the pictures in its file."""
+    kind, path, package = NAMED_SETS[name]
+    path = DATA / path
+    try:
+        if opened or not path.exists():
+            from torchvision import datasets  # takes a second, so only here
+        if not path.exists():
+            getattr(datasets, kind)(DATA, download=True)
+        if not opened:
+            return path
+        if name == "svhn":
+            return [*map(Image.fromarray, datasets.SVHN(DATA).data.transpose(0, 2, 3, 1))]
+        return [*map(Image.fromarray, datasets.mnist.read_image_file(str(path)).numpy())]
+    except (RuntimeError, OSError, ImportError, zipfile.BadZipFile) as error:
+        why = " ".join(str(error).split()) or type(error).__name__
+        why += f"; it needs `pip install {package}`" if package else ""
+        raise UserError(f"--data {name}: torchvision cannot get it into {DATA}/: {why}") from error
+
+
+def to_square(image: Image.Image, size: int, channels: int) -> Image.Image:
+    """Any picture as (size, size) in 1 or 3 channels: upright, on white, scaled, centre cropped."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16 bit, which convert() would clip instead of scale
+        image = image.convert("I").point(lambda v: v * (1 / 257)).convert("L")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = image.convert("L" if channels == 1 else "RGB")
+    return ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
+
+
+def read_picture(item: Path | Image.Image, size: int, channels: int) -> tuple[str, bytes | None]:
+    """A picture's hash and its (size, size, channels) bytes; or what is wrong with it, and None."""
+    try:
+        if isinstance(item, Image.Image):
+            raw, image = item.tobytes(), item
+        elif not item.is_file():  # a pipe would never end
+            raise FileNotFoundError
+        elif item.stat().st_size > MAX_BYTES:
+            raise Image.DecompressionBombError
+        else:
+            raw = item.read_bytes()
+            image = Image.open(io.BytesIO(raw), formats=FORMATS)  # decodes nothing yet
+        if image.width * image.height > MAX_PIXELS:
+            raise Image.DecompressionBombError
+        return hashlib.sha256(raw).hexdigest(), to_square(image, size, channels).tobytes()
+    except Exception as error:  # decoders raise anything; load_pictures reports it
+        return f"{item} ({type(error).__name__})", None
+
+
+def decode(data: str, items: list, size: int, channels: int, file: BinaryIO) -> dict[str, object]:
+    """Writes (size, size, channels) bytes for each picture to file; returns facts about the set."""
+    kept, skipped, checksum, grey = {}, [], 0, True
+    Image.init()  # loads Pillow's formats, which threads must not do at the same time
+    with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
+        warnings.simplefilter("ignore")  # Pillow's, about files that it can read all the same
+        parts = (items[i : i + DECODED_AT_ONCE] for i in range(0, len(items), DECODED_AT_ONCE))
+        read = (pool.map(lambda p: read_picture(p, size, channels), part) for part in parts)
+        read = tqdm(chain.from_iterable(read), "pictures", len(items), leave=False, disable=None)
+        for i, (key, x) in enumerate(read):  # decoders release the GIL
+            if x is None:
+                skipped.append(key)
+            elif key not in kept:
+                kept[key] = str(items[i] if isinstance(items[i], Path) else i)
+                file.write(x)
+                checksum = zlib.crc32(x, checksum)
+                grey = grey and all(x[::channels] == x[c::channels] for c in range(channels))
+    summary = f"{len(kept):,} pictures in {data}"
+    if copies := len(items) - len(skipped) - len(kept):
+        summary += f", {copies:,} exact copies dropped"
+    if skipped:
+        named = ", ".join(skipped[:10]) + (", …" if len(skipped) > 10 else "")
+        summary += f", {len(skipped):,} unreadable files skipped: {ascii(named)}"
+    if len(kept) < 2:
+        raise UserError(f"--data {data}: {summary}, at least 2 are needed; {GET_PICTURES}")
+    fingerprint = hashlib.sha256("".join(kept).encode()).hexdigest()[:16]
+    facts = {"n": len(kept), "told": summary, "fingerprint": fingerprint, "checksum": checksum}
+    return facts | {"grey": grey, "names": "\0".join(kept.values())}
+
+
+def cache_folder() -> Path:
+    """The user's own: a folder of pictures may be read-only, or shared."""
+    return Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")) / "infogan"
+
+
+def read_cache(path: Path, key: str, shape: tuple[int, ...]) -> tuple[Tensor, dict] | None:
+    """(N, *shape), mapped into memory, and facts; None where the file is not as it was written."""
+    # it holds the pictures' bytes, then the facts as JSON, then the JSON's length
+    with suppress(OSError, ValueError, KeyError, TypeError, RuntimeError), open(path, "rb") as file:
+        file.seek(-8, os.SEEK_END)
+        length = int.from_bytes(file.read(), "little")
+        size = file.seek(-8 - length, os.SEEK_END)
+        facts = json.loads(file.read(length))
+        if facts["key"] == key and size == facts["n"] * math.prod(shape):
+            x = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
+            if zlib.crc32(x.numpy()) == facts["checksum"]:
+                return x.view(-1, *shape), facts
+    return None
+
+
+def load_pictures(data: str, size: int, channels: int | None = None) -> Pictures:
+    """A folder or a named set, decoded once: later starts map the cache's file into memory.
+
+    channels None takes what the set has: 1 when every picture is grey, else 3. Exact copies and
+    unreadable files are left out and counted. Raises UserError when fewer than two remain.
+    """
+    folder = get_named_set(data) if data in NAMED_SETS else Path(data).expanduser()
+    if data not in NAMED_SETS and not folder.is_dir():
+        raise UserError(f"--data {data}: no such folder; {GET_PICTURES}")
+    folder = folder.resolve()  # one set, however its path is written
+    files = find_pictures(folder) if folder.is_dir() else [folder]
+    contents = hashlib.sha256(str(DECODER).encode())  # changes with every name, size and time
+    for path in files:
+        contents.update(os.fsencode(path))
+        with suppress(OSError):  # an unreadable one counts by its name
+            now = path.stat()
+            contents.update(f" {now.st_size} {now.st_mtime_ns}\0".encode())
+    # one file for each folder and way to decode it, so that a changed set replaces the old one
+    where, key = hashlib.sha256(os.fsencode(folder)).hexdigest()[:16], contents.hexdigest()
+    for depth in (3, 1):
+        path, shape = cache_folder() / f"{where}-{size}x{size}x{depth}", (size, size, depth)
+        found = read_cache(path, key, shape)
+        if channels != 1 or (found and found[1]["grey"]):
+            break
+    if not found:
+        items = files if folder.is_dir() else get_named_set(data, opened=True)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(path) as file:
+                facts = decode(data, items, size, depth, file)
+                tail = json.dumps(facts | {"key": key}).encode()
+                file.write(tail + len(tail).to_bytes(8, "little"))
+            found = read_cache(path, key, shape)
+            why = "damaged as soon as it was written"
+        except OSError as error:
+            why = error.strerror or str(error)
+        if not found:
+            print(f"{path}: {why}; pictures are not cached, each start decodes them")
+            memory = io.BytesIO()
+            facts = decode(data, items, size, depth, memory)
+            x = torch.frombuffer(memory.getbuffer(), dtype=torch.uint8)
+            found = x.view(-1, *shape), facts
+    x, facts = found
+    print(facts["told"])
+    x = x[..., :1] if facts["grey"] and channels != 3 else x
+    return Pictures(x, facts["fingerprint"], facts["names"].split("\0"))
+
+
+def make_batch(x: Tensor, flip: bool, rng: torch.Generator, device: torch.device) -> Tensor:
+    """uint8 (n, h, w, channels) as floats (n, channels, h, w) in [-1, 1]; flip mirrors half."""
+    if device.type == "cuda" and x.device.type == "cpu":
+        x = x.pin_memory()  # so that the copy does not wait for the device's earlier work
+    x = x.to(device, non_blocking=True)
+    if flip:
+        mirrored = my_rows(torch.rand(len(x) * rank_and_world()[1], 1, 1, 1, generator=rng) < 0.5)
+        x = torch.where(mirrored.to(device, non_blocking=True), x.flip(2), x)
+    x = x.contiguous().permute(0, 3, 1, 2).float()  # moved as bytes; its layout is channels_last
+    return torch.add(x.new_full((), -1.0), x, alpha=1 / 127.5, out=x)  # x / 127.5 - 1 in one pass
+
+
 # checkpoint ---------------------------------------------------------------------------------------
 
 FORMAT = 1
-BROKEN = (AttributeError, EOFError, KeyError, OSError, TypeError, ValueError)  # by a damaged file
-NEW_RUN = "--restart moves the old run aside, another --out starts beside it"
-MAY_DIFFER = ("data", "out", "epochs", "max_steps", "max_minutes", "device", "amp", "restart")
-MAY_DIFFER += ("compile", "save_every", "sample_every")
+SHAPE = ("n_cat", "cat_dim", "n_cont", "z_dim", "image_size", "width", "channels")
+RENAMED = {"enough": "cap_cont", "q_view": "q_augment"}  # flags of older checkpoints
+NETS, OPTIMISERS = ("G", "G_ema", "D"), ("opt_G", "opt_D")  # names in State and in the file
+PICKLED = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2"}
+PICKLED |= {f"torch {kind}Storage" for kind in ("Float", "Half", "Long", "Byte")}
+BROKEN = (AttributeError, EOFError, KeyError, OSError, RuntimeError, TypeError, ValueError)
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file that appears whole under its name or not at all, whatever happens meanwhile."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")  # two may write at once
+    """A file that appears under its name complete or not at all."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")  # two processes may write at once
     try:
         with open(part, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-    except OSError as error:  # that of a full disk names no file
+    except OSError as error:  # a full disk names no file
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         part.unlink(missing_ok=True)
@@ -863,96 +685,47 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         os.close(folder)
 
 
-def check_finite(state: State, metrics: list[float]) -> None:
-    """Raises Diverged that names the first metric which is NaN or infinite."""
-    for name, value in zip(metric_names(state.spec), metrics, strict=True):
-        if not math.isfinite(value):
-            raise Diverged(f"step {state.step}: {name} is {value}")
-
-
-def save_checkpoint(path: Path, state: State, args: argparse.Namespace, pictures: Pictures) -> None:
-    """All a run needs to go on bit for bit, plain values only. Raises Diverged on NaN.
-
-    Every process calls it, number 0 writes.
-    """
-    average([state.sums])
-    check_finite(state, state.sums.tolist())
-    kept = {name: getattr(state, name).state_dict() for name in ("G", "G_ema", "D")}
-    for name, weights in kept.items():
-        if not all(w.isfinite().all() for w in weights.values()):
-            raise Diverged(f"step {state.step}: {name} has weights that are not finite")
-    kept |= {name: getattr(state, name).state_dict() for name in ("opt_G", "opt_D")}
-    kept |= {name: getattr(state, name) for name in ("sums", "epoch_seed", "step", "minutes")}
-    kept |= {"format": FORMAT, "spec": asdict(state.spec), "args": vars(args)}
-    kept |= {"rng": state.rng.get_state(), "fingerprint": pictures.fingerprint}
-    if place()[0] == 0:
-        pack(path, kept)
-
-
-def pack(path: Path, contents: dict) -> None:
-    """A file for unpack, whole or not at all."""
-    packed = io.BytesIO()  # torch would call a full disk an internal error
-    torch.save(contents, packed)
+def save_file(path: Path, contents: dict) -> None:
+    """Writes contents for torch.load, complete or not at all."""
+    buffer = io.BytesIO()  # torch.save reports a full disk as an internal error
+    torch.save(contents, buffer)
     with replacing(path) as file:
-        file.write(packed.getbuffer())
-
-
-PICKLED = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2"}
-PICKLED |= {f"torch {kind}Storage" for kind in ("Float", "Half", "Long", "Byte")}
-
-
-def claimed_bytes(value: object) -> int:
-    """What copies of all tensors in nested dicts and lists would take."""
-    if isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, (list, tuple)):
-        return sum(map(claimed_bytes, value))
-    return value.nbytes if isinstance(value, Tensor) else 0
-
-
-def unpack(path: Path) -> object:
-    """What torch.save put into a file; runs nothing, takes no more memory than the file has bytes.
-
-    Raises whatever zipfile, pickle and torch do: torch alone would verify no checksum.
-    """
-    size = path.stat().st_size
-    with zipfile.ZipFile(path) as packed:
-        entries = packed.infolist()
-        if sum(entry.file_size for entry in entries) > size or packed.testzip():
-            raise zipfile.BadZipFile
-        pickles = [packed.read(entry) for entry in entries if entry.filename.endswith(".pkl")]
-    ops = (op for raw in pickles for op in pickletools.genops(raw))
-    if not {name for op, name, _ in ops if op.name.endswith("GLOBAL")} <= PICKLED:
-        raise pickle.UnpicklingError
-    contents = torch.load(path, map_location="cpu", weights_only=True)
-    if claimed_bytes(contents) > size:  # one number stretched over a huge shape
-        raise pickle.UnpicklingError
-    return contents
+        file.write(buffer.getbuffer())
 
 
 def load_checkpoint(path: str | Path) -> dict:
     """A checkpoint's contents on the CPU: "args" (a dict of the flags), "spec", "step", "G_ema", …
 
-    Runs nothing that the file holds. Raises Problem for whatever is no checkpoint of ours.
+    Runs no code from the file, takes no more memory than it has bytes, verifies its checksums.
+    Raises UserError for a file that is not a checkpoint of ours.
     """
     path = Path(path)
     if not path.is_file():
-        raise Problem(f"{path}: no such checkpoint; infogan.py leaves last.pt in a run's folder")
+        raise UserError(f"{path}: no such checkpoint; infogan.py saves last.pt in a run's folder")
     try:
-        ckpt = unpack(path)
-    except Exception as error:  # they raise whatever they like, the file is at fault
-        kind = type(error).__name__
-        raise Problem(f"{path}: broken, or no checkpoint of infogan.py ({kind})") from error
-    if not isinstance(ckpt, dict) or not isinstance(ckpt.get("args"), dict):
-        raise Problem(f"{path}: no checkpoint of infogan.py")
-    written = ckpt.get("format")
-    if type(written) is not int or not 1 <= written <= FORMAT:
-        raise Problem(f"{path}: format {written}, but this infogan.py knows 1 to {FORMAT} only")
-    try:
-        check_limits({name: ckpt["args"].get(name) for name in SHAPE})
-    except Problem as problem:
-        raise Problem(f"{path}: {problem}") from None
-    return ckpt
+        size = path.stat().st_size
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+            if sum(entry.file_size for entry in entries) > size or archive.testzip():
+                raise zipfile.BadZipFile
+            pickles = [archive.read(entry) for entry in entries if entry.filename.endswith(".pkl")]
+        ops = (op for raw in pickles for op in pickletools.genops(raw))
+        if not {name for op, name, _ in ops if op.name.endswith("GLOBAL")} <= PICKLED:
+            raise pickle.UnpicklingError
+        ckpt = torch.load(path, map_location="cpu", weights_only=True)
+        tensors = [leaf for leaf in tree_leaves(ckpt) if isinstance(leaf, Tensor)]
+        if sum(t.nbytes for t in tensors) > size:  # one number stretched over a huge shape
+            raise pickle.UnpicklingError
+        if (written := int(ckpt["format"])) not in range(1, FORMAT + 1):
+            raise UserError(f"format {written}, but this infogan.py knows only 1 to {FORMAT}")
+        args = {RENAMED.get(name, name): value for name, value in ckpt["args"].items()}
+        check_limits({name: args.get(name) for name in SHAPE})
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    except Exception as error:  # of any kind: the file is at fault
+        why = f"broken, or not a checkpoint of infogan.py ({type(error).__name__})"
+        raise UserError(f"{path}: {why}") from error
+    return ckpt | {"args": args}
 
 
 def load_net(path: str | Path, kind: type, key: str, device: str) -> nn.Module:
@@ -964,10 +737,10 @@ def load_net(path: str | Path, kind: type, key: str, device: str) -> nn.Module:
     try:
         weights = {k: w.float() if w.is_floating_point() else w for k, w in weights.items()}
         net.load_state_dict(weights, assign=True)
-    except (RuntimeError, *BROKEN) as error:
-        raise Problem(f"{path}: its {key} does not fit the flags that it names") from error
+    except BROKEN as error:
+        raise UserError(f"{path}: its {key} does not fit its own flags") from error
     if not all(w.isfinite().all() for w in weights.values()):
-        raise Problem(f"{path}: its {key} has weights that are not finite")
+        raise UserError(f"{path}: its {key} has weights that are not finite")
     net.spec = spec_of(args)
     return net.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
 
@@ -984,79 +757,144 @@ def load_encoder(path: str | Path, device: str = "cpu") -> tuple[Encoder, CodeSp
     return Encoder(D).eval(), D.spec
 
 
-def go_on(state: State, args: argparse.Namespace, ckpt: dict, pictures: Pictures) -> None:
-    """Puts a checkpoint's contents into state. Raises Problem where the run was another."""
+def check_finite(state: State, metrics: list[float]) -> None:
+    """Raises Diverged that names the first metric which is NaN or infinite."""
+    for name, value in zip(state.spec.metrics, metrics, strict=True):
+        if not math.isfinite(value):
+            raise Diverged(f"step {state.step}: {name} is {value}")
+
+
+def gather_checkpoint(state: State, args: argparse.Namespace, fingerprint: str) -> dict:
+    """All that a run needs to resume bit for bit; all processes call it, to average the metrics."""
+    all_mean_([state.sums])
+    check_finite(state, state.sums.tolist())
+    ckpt = {name: getattr(state, name).state_dict() for name in NETS + OPTIMISERS}
+    for name in NETS:
+        if not all(w.isfinite().all() for w in ckpt[name].values()):
+            raise Diverged(f"step {state.step}: {name} has weights that are not finite")
+    ckpt |= {name: getattr(state, name) for name in ("sums", "epoch_seed", "step", "minutes")}
+    ckpt |= {"format": FORMAT, "spec": asdict(state.spec), "args": vars(args)}
+    return ckpt | {"rng": state.rng.get_state(), "fingerprint": fingerprint}
+
+
+def restore(state: State, ckpt: dict, out: Path) -> None:
+    """Puts the contents of out's checkpoint into state. Raises UserError where they do not fit."""
     if "opt_G" not in ckpt:
-        raise Problem(f"{args.out}: its checkpoint has weights only, made to look at; {NEW_RUN}")
-    for name, now in vars(args).items():
-        then = ckpt["args"].get(name)
-        if name in ckpt["args"] and name not in MAY_DIFFER and then != now:
-            flag = "--" + name.replace("_", "-")
-            raise Problem(f"{args.out} was begun with {flag} {then}, not {now}; {NEW_RUN}")
-    if ckpt.get("fingerprint") != pictures.fingerprint:
-        raise Problem(f"{args.out} was begun with other pictures than {args.data}; {NEW_RUN}")
+        raise UserError(f"{out}: its checkpoint is for generate.py only (by --shrink); {NEW_RUN}")
     try:
-        for name in ("G", "G_ema", "D", "opt_G", "opt_D"):
+        for name in NETS + OPTIMISERS:
             getattr(state, name).load_state_dict(ckpt[name])
         moments = [*state.opt_G.state.items(), *state.opt_D.state.items()]
         if any(v.dim() and v.shape != p.shape for p, kept in moments for v in kept.values()):
             raise ValueError
-        for name, kind in (("epoch_seed", int), ("step", int), ("minutes", float)):
-            setattr(state, name, kind(ckpt[name]))
+        state.epoch_seed, state.step = int(ckpt["epoch_seed"]), int(ckpt["step"])
+        state.minutes = float(ckpt["minutes"])
         state.sums.copy_(ckpt["sums"])
         state.rng.set_state(ckpt["rng"])
-    except (RuntimeError, *BROKEN) as error:
-        raise Problem(f"{args.out}: its checkpoint cannot be gone on from; {NEW_RUN}") from error
+    except BROKEN as error:
+        raise UserError(f"{out}: training cannot resume from its checkpoint; {NEW_RUN}") from error
 
 
-# loop ---------------------------------------------------------------------------------------------
+# run folder ---------------------------------------------------------------------------------------
 
-LOG_EVERY = 20  # steps between two rows of log.csv, and between two waits for the device
-SAVE_MINUTES = 10.0
+NEW_RUN = "--restart moves the old run aside, another --out starts beside it"
+MAY_DIFFER = {"data", "out", "epochs", "max_steps", "max_minutes", "device", "amp", "restart"}
+MAY_DIFFER |= {"compile", "save_every", "sample_every"}
 SIGNALS = [getattr(signal, s) for s in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, s)]
 
 
 @contextmanager
-def listening() -> Iterator[list[int]]:
+def locked(out: Path) -> Iterator[None]:
+    """A run's folder, made if missing, for this process alone: the lock ends with the process."""
+    used = out.exists() and (not out.is_dir() or any(p.name[0] != "." for p in out.iterdir()))
+    if used and not (out / "args.json").exists():
+        raise UserError(f"--out {out}: not empty, and not a run of infogan.py; give another folder")
+    out.mkdir(parents=True, exist_ok=True)
+    lock, pid = out / ".lock", out / ".pid"
+    try:
+        with filelock.FileLock(lock, timeout=0):
+            pid.write_text(str(os.getpid()))
+            for part in [*out.glob(".*.part"), *out.glob("samples/.*.part")]:
+                part.unlink()  # from a process that was killed while it wrote
+            try:
+                yield
+            finally:
+                with suppress(OSError):
+                    pid.unlink(missing_ok=True)
+                    lock.unlink()
+                    out.rmdir()  # only if it is empty: a start that failed
+    except filelock.Timeout:
+        holder = pid.read_text() if pid.exists() else "of another program"
+        raise UserError(f"--out {out}: process {holder} is training there") from None
+
+
+def find_checkpoint(args: argparse.Namespace) -> dict | None:
+    """last.pt, else the newest that can be read, if the run was started with the same flags."""
+    out = Path(args.out)
+    kept = sorted(out.glob("epoch_*.pt"), key=lambda p: (len(p.name), p.name), reverse=True)
+    found = [path for path in [out / "last.pt", *kept] if path.exists()]
+    for path in found:
+        try:
+            ckpt = load_checkpoint(path)
+        except UserError as error:
+            print(error, file=sys.stderr)
+            continue
+        print(f"resuming from {path}, step {ckpt['step']:,}")
+        args.channels = args.channels or ckpt["args"]["channels"]
+        for name, now in vars(args).items():
+            then, flag = ckpt["args"].get(name, now), "--" + name.replace("_", "-")
+            if now != then and name not in MAY_DIFFER:
+                raise UserError(f"{out} was started with {flag} {then}, not {now}; {NEW_RUN}")
+        return ckpt
+    if found:
+        raise UserError(f"{out}: none of its checkpoints can be read; {NEW_RUN}")
+    return None
+
+
+@contextmanager
+def caught_signals() -> Iterator[list[int]]:
     """Collects signals that ask a run to stop; a second one of the same kind stops it at once."""
-    heard, before = [], {}
-    ignored = signal.SIG_IGN  # by nohup, or by a shell for what runs in the background
+    caught, before = [], {}
 
     def note(number: int, _frame: object) -> None:
-        heard.append(number)
+        caught.append(number)
         signal.signal(number, before[number])
 
-    for number in [s for s in SIGNALS if signal.getsignal(s) != ignored]:
-        before[number] = signal.signal(number, note)
+    for number in SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup does, or a shell for a job with &
+            before[number] = signal.signal(number, note)
     try:
-        yield heard
+        yield caught
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def save_picture(path: Path, image: Image.Image) -> None:
-    """A PNG, whole or not at all."""
+# display ------------------------------------------------------------------------------------------
+
+
+def to_image(x: Tensor) -> Image.Image:
+    """A picture (channels, h, w) in [-1, 1] as 8 bits a channel."""
+    x = ((x + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0).cpu()
+    return Image.fromarray((x if x.shape[2] == 3 else x[:, :, 0]).numpy())
+
+
+def make_grid(x: Tensor, columns: int = 8, gap: int = 2) -> Tensor:
+    """Pictures (n, channels, h, w) as one (channels, H, W), black between them."""
+    columns = min(columns, len(x))
+    x = F.pad(x, (gap, 0, gap, 0, 0, 0, 0, -len(x) % columns), value=-1.0)
+    rows = x.unflatten(0, (-1, columns)).permute(2, 0, 3, 1, 4)
+    return F.pad(rows.flatten(3).flatten(1, 2), (0, gap, 0, gap), value=-1.0)
+
+
+def save_picture(path: Path, image: Image.Image, **how: object) -> None:
+    """A PNG or a GIF, by the path's ending, complete or not at all."""
     with replacing(path) as file:
-        image.save(file, "png")
-
-
-def save_table(path: Path, lines: Iterable[Iterable[object]]) -> None:
-    """A CSV, whole or not at all."""
-    with replacing(path) as file:
-        text = io.TextIOWrapper(file, "utf-8", "surrogateescape", newline="")
-        csv.writer(text, lineterminator="\n").writerows(lines)
-        text.detach()  # `replacing` flushes and closes the file itself
-
-
-def save_grid(path: Path, x: Tensor) -> None:
-    """Pictures in [-1, 1] as one PNG, eight in a row."""
-    grid = make_grid(x.cpu(), 8, normalize=True, value_range=(-1, 1))
-    save_picture(path, to_pil_image(grid))
+        image.save(file, path.suffix[1:], **how)
 
 
 def save_animation(out: Path) -> None:
-    """training.gif: the run's grids one after the other, the epoch above each; the last rests."""
+    """training.gif: the run's grids one after the other with their epoch; the last stays longer."""
     frames = []
     for path in sorted(out.glob("samples/epoch_*.png"), key=lambda p: int(p.stem[6:])):
         grid = Image.open(path).convert("RGB")
@@ -1065,79 +903,70 @@ def save_animation(out: Path) -> None:
         ImageDraw.Draw(frame).text((6, 4), f"epoch {int(path.stem[6:])}", "black", font)
         frames.append(frame.quantize(128))
     if len(frames) > 1:
-        with replacing(out / "training.gif") as file:
-            rest = {"duration": [250] * (len(frames) - 1) + [2000], "loop": 0}
-            frames[0].save(file, "gif", save_all=True, append_images=frames[1:], **rest)
+        how = {"duration": [250] * (len(frames) - 1) + [2000], "loop": 0, "save_all": True}
+        save_picture(out / "training.gif", frames[0], append_images=frames[1:], **how)
 
 
 @torch.no_grad()
-def strongest_codes(G: Generator, spec: CodeSpec, joined: Tensor) -> Tensor:
-    """A grid (3, H, W) from 0 to 1: one latent (1, spec.dim) along the codes that change it most.
-
-    A row for each of the eight strongest: its categories in turn, or its values from -1 to 1.
-    """
-    rows, n_hot = [], spec.n_cat * spec.cat_dim
-    for k in range(spec.n_cat):
-        row = joined.repeat(8, 1)
-        each = torch.arange(8, device=row.device) % spec.cat_dim
-        one_hot = row[:, spec.z_dim : spec.z_dim + n_hot].unflatten(1, (spec.n_cat, -1))
-        one_hot[:, k] = F.one_hot(each, spec.cat_dim).to(row)
-        rows.append(G(row))
-    for j in range(spec.n_cont):
-        row = joined.repeat(8, 1)
-        row[:, spec.z_dim + n_hot + j] = torch.linspace(-1, 1, 8)
-        rows.append(G(row))
+def strongest_codes(G: Generator, spec: CodeSpec, codes: Codes) -> Tensor:
+    """A grid of one latent along each of the eight codes that change the picture most."""
+    rows, smooth = [], torch.linspace(-1, 1, 8).tolist()
+    for name in spec.names:
+        values = [k % spec.cat_dim for k in range(8)] if name.startswith("cat") else smooth
+        rows.append(G(spec.join(spec.traverse(codes, name, values))))
     rows.sort(key=lambda x: -x.var(0).sum().item())
-    return make_grid(torch.cat(rows[:8]).cpu(), 8, normalize=True, value_range=(-1, 1))
+    return make_grid(torch.cat(rows[:8]))
 
 
 class Log:
-    """log.csv, curves.png and TensorBoard's events of a run; rows past `step` are cut."""
+    """log.csv, curves.png and TensorBoard's events of a run; rows after `step` are removed."""
 
     def __init__(self, out: Path, spec: CodeSpec, step: int):
-        from torch.utils.tensorboard import SummaryWriter
+        from torch.utils.tensorboard import SummaryWriter  # takes a second, so only here
 
         self.path, self.spec = out / "log.csv", spec
-        self.head = ["step", "epoch", "minutes", *metric_names(spec)]
+        head = ["step", "epoch", "minutes", *spec.metrics]
         old = self.path.read_text().splitlines()[1:] if self.path.exists() else []
-        rows = [line.split(",") for line in old if line.count(",") == len(self.head) - 1]
-        self.rows = [[float(v) for v in row] for row in rows if int(row[0]) <= step]
-        save_table(self.path, [self.head, *rows[: len(self.rows)]])
+        rows = [row for row in (line.split(",") for line in old) if len(row) == len(head)]
+        self.rows = [head, *(row for row in rows if int(row[0]) <= step)]
+        with replacing(self.path) as file:
+            file.writelines(f"{','.join(row)}\n".encode() for row in self.rows)
         self.board = SummaryWriter(str(out), purge_step=step + 1)
 
     def add(self, step: int, epoch: float, minutes: float, values: list[float]) -> None:
-        figures = [f"{epoch:.4f}", f"{minutes:.3f}", *(f"{v:.5f}" for v in values)]
+        row = [str(step), f"{epoch:.4f}", f"{minutes:.3f}", *(f"{v:.5f}" for v in values)]
         with open(self.path, "a") as file:
-            file.write(",".join([str(step), *figures]) + "\n")
-        self.rows.append([step, *map(float, figures)])
-        for name, value in zip(metric_names(self.spec), values, strict=True):
+            file.write(",".join(row) + "\n")
+        self.rows.append(row)
+        for name, value in zip(self.spec.metrics, values, strict=True):
             group = "L_I" if name in self.spec.names else "GAN"
             self.board.add_scalar(f"{group}/{name}", value, step)
 
+    def add_grid(self, name: str, x: Tensor, epoch: int) -> None:
+        self.board.add_image(name, x.cpu().add(1).div(2).clamp(0, 1), epoch)
+
     def draw(self) -> None:
-        """curves.png: losses, D's opinions, and each code's L_I below its ceiling, over epochs."""
-        if len(self.rows) < 2:
+        """curves.png: losses, D's mean probabilities, and each code's L_I below its ceiling."""
+        if len(self.rows) < 3:
             return
-        panels = {"losses of D (blue) and G (red)": (["loss_D", "loss_G"], 0.0)}
-        panels["D(x) (blue) and D(G(z, c)) (red)"] = (["D_real", "D_fake"], 1.0)
-        for kind in ("cat", "cont"):
-            most = dict(zip(self.spec.names, self.spec.ceilings, strict=True))
-            if names := [name for name in most if name.startswith(kind)]:
-                top = most[names[0]]
-                panels[f"L_I of {kind}, nats, at most {top:.2f}"] = (names, top)
+        columns = {name: [*map(float, v)] for name, *v in zip(*self.rows, strict=True)}
+        panels = [("losses of D (blue) and G (red)", ["loss_D", "loss_G"], 0.0)]
+        panels += [("D(x) (blue) and D(G(z, c)) (red)", ["D_real", "D_fake"], 1.0)]
+        for kind, part in self.spec.kinds.items():
+            top = self.spec.ceilings[part][0]
+            panels.append((f"L_I of {kind}, nats, at most {top:.2f}", self.spec.names[part], top))
         page = Image.new("RGB", (640, 200 * len(panels)), "white")
-        for i, (title, (names, most)) in enumerate(panels.items()):
-            x = [row[1] for row in self.rows]
-            lines = [[row[self.head.index(name)] for row in self.rows] for name in names]
-            page.paste(draw_panel(title, x, lines, most), (0, 200 * i))
+        for i, (title, names, top) in enumerate(panels):
+            lines = [columns[name] for name in names]
+            page.paste(draw_panel(title, columns["epoch"], lines, top), (0, 200 * i))
         save_picture(self.path.with_name("curves.png"), page)
 
 
-def draw_panel(title: str, x: list[float], lines: list[list[float]], most: float) -> Image.Image:
-    """A chart of 640x200 that shows zero, `most` and all but the wildest 2% of the values."""
+def draw_panel(title: str, x: list[float], lines: list[list[float]], top: float) -> Image.Image:
+    """A chart of 640x200 that shows zero, `top` and all but the most extreme 2% of the values."""
     colours = ("#1f77b4", "#d62728", "#2ca02c", "#ff7f0e", "#9467bd", "#8c564b", "#e377c2")
     values = sorted(v for line in lines for v in line)
-    low, high = min(0.0, values[len(values) // 50]), max(most, values[-1 - len(values) // 50])
+    low, high = min(0.0, values[len(values) // 50]), max(top, values[-1 - len(values) // 50])
     panel, font = Image.new("RGB", (640, 200), "white"), ImageFont.load_default(13)
     pen = ImageDraw.Draw(panel)
 
@@ -1148,397 +977,420 @@ def draw_panel(title: str, x: list[float], lines: list[list[float]], most: float
     for v in {0.0, high, low if low < -0.08 * high else 0.0}:  # labels that do not overlap
         pen.line([at(x[0], v), at(x[-1], v)], "#dddddd")
         pen.text((44, at(x[0], v)[1]), f"{v:.2f}", "black", font, anchor="rm")
-    for i, line in enumerate(lines):
-        pen.line([at(*point) for point in zip(x, line, strict=True)], colours[i % len(colours)], 2)
-    for place, text in ((50, 8), title), ((50, 180), f"epoch {x[0]:.1f} to {x[-1]:.1f}"):
-        pen.text(place, text, "black", font)
+    for line, colour in zip(lines, cycle(colours), strict=False):
+        pen.line([at(*point) for point in zip(x, line, strict=True)], colour, 2)
+    pen.text((50, 8), title, "black", font)
+    pen.text((50, 180), f"epoch {x[0]:.1f} to {x[-1]:.1f}", "black", font)
     return panel
 
 
 def describe(spec: CodeSpec, values: list[float]) -> str:
-    """The progress line: losses, and the mean L_I of each kind of code beside its ceiling."""
-    told, L_I = f"D {values[0]:.2f}  G {values[1]:.2f}", values[len(values) - len(spec.names) :]
-    for name, part in ("  L_I cat", slice(spec.n_cat)), ("  L_I cont", slice(spec.n_cat, None)):
-        if some := L_I[part]:
-            told += f"{name} {sum(some) / len(some):.2f}/{spec.ceilings[part][0]:.2f}"
-    return told
+    """For the progress line: losses, and the mean L_I of each kind of code beside its ceiling."""
+    text = f"  D {values[0]:.2f}  G {values[1]:.2f}" if values else ""
+    for kind, place in spec.kinds.items() if values else ():
+        L_I = values[-len(spec.names) :][place]
+        text += f"  L_I {kind} {sum(L_I) / len(L_I):.2f}/{spec.ceilings[place][0]:.2f}"
+    return text
 
 
-def find_run(out: Path) -> dict | None:
-    """The checkpoint that the run in a folder goes on from, or None where one begins.
+# processes ----------------------------------------------------------------------------------------
+# Each draws the same random numbers for the whole batch and works on its own rows of it, so a run
+# does not depend on how many there are, and may resume with another number.
 
-    A broken last.pt falls back on the newest checkpoint that can be read, and says so. Raises
-    Problem where there are some and none can be.
-    """
-    kept = sorted(out.glob("epoch_*.pt"), key=lambda p: (len(p.name), p.name), reverse=True)
-    found = [path for path in [out / "last.pt", *kept] if path.exists()]
-    for path in found:
-        try:
-            ckpt = load_checkpoint(path)
-            print(f"going on from {path}, step {ckpt['step']:,}")
-            return ckpt
-        except Problem as problem:
-            print(problem, file=sys.stderr)
-    if found:
-        raise Problem(f"{out}: none of its checkpoints can be read; {NEW_RUN}")
-    return None
+
+def rank_and_world() -> tuple[int, int]:
+    """This process's rank, and how many there are."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def is_main() -> bool:
+    """Whether this is rank 0, which alone writes files and prints."""
+    return rank_and_world()[0] == 0
+
+
+def my_rows(batch: Tensor) -> Tensor:
+    """This process's rows of what was drawn for the whole batch."""
+    rank, world = rank_and_world()
+    return batch.unflatten(0, (world, -1))[rank]
+
+
+def all_max(*values: int) -> list[int]:
+    """The largest of each value over all processes, so that all act alike at the same step."""
+    whole = torch.tensor(values)  # between the CPUs: it waits for no GPU
+    if rank_and_world()[1] > 1:
+        dist.all_reduce(whole, dist.ReduceOp.MAX)
+    return whole.tolist()
+
+
+def all_mean_(tensors: list[Tensor]) -> None:
+    """Replaces each tensor by its mean over all processes, in one message."""
+    if (world := rank_and_world()[1]) > 1:
+        whole = torch.cat([t.flatten() for t in tensors])
+        dist.all_reduce(whole)
+        parts = whole.div_(world).split([t.numel() for t in tensors])
+        torch._foreach_copy_(tensors, [p.view_as(t) for p, t in zip(parts, tensors, strict=True)])
 
 
 @contextmanager
-def locked(out: Path) -> Iterator[None]:
-    """A run's folder, made where there is none, for this process alone.
-
-    Raises Problem for a folder that is no run's, and while another process trains there; the
-    system drops the lock with the process, however that ends.
-    """
-    ours = not out.exists() or (out / "args.json").exists()
-    if not ours and (not out.is_dir() or any(path.name[0] != "." for path in out.iterdir())):
-        raise Problem(f"--out {out}: is no run of infogan.py, and not empty; give another folder")
-    out.mkdir(parents=True, exist_ok=True)
-    lock = out / ".lock"
-    with open(lock, "a+") as file:
-        try:
-            if fcntl:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise Problem(f"--out {out}: process {file.read()} trains there now") from None
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        for part in [*out.glob(".*.part"), *out.glob("samples/.*.part")]:
-            part.unlink()  # by a process that was killed while it wrote
-        try:
-            yield
-        finally:
-            with suppress(OSError):
-                lock.unlink()
-                out.rmdir()  # only an empty one goes: a start that came to nothing
+def rank_0_first() -> Iterator[None]:
+    """The others wait until rank 0 is done; where it fails they stop, and it alone says why."""
+    if not is_main() and all_max(0)[0]:
+        raise UserError("process 0 has failed")
+    failed = 1
+    try:
+        yield
+        failed = 0
+    finally:
+        if is_main():
+            all_max(failed)
 
 
-def move_aside(out: Path) -> None:
-    """Gives a folder the first free name of out.old-1, out.old-2, …"""
-    numbered = (out.with_name(f"{out.name}.old-{i}") for i in range(1, 10**6))
-    aside = next(path for path in numbered if not path.exists())
-    out.rename(aside)
-    (aside / ".lock").unlink()
-    print(f"the old run is now {aside}")
+# loop ---------------------------------------------------------------------------------------------
 
-
-DEVICES = ("auto", "cpu", "cuda", "mps")
+LOG_EVERY = 20  # steps between two rows of log.csv, and between two waits for the device
+SAVE_MINUTES = 10.0
+DEVICES = ["auto", "cpu", "cuda", "mps"]
+COMPILE = {"mode": "reduce-overhead"}  # CUDA graphs: no kernel waits for Python
 
 
 def pick_device(name: str) -> torch.device:
-    """The fastest device for "auto". Raises Problem when the one asked for is missing."""
+    """The fastest device for "auto". Raises UserError when the one asked for is missing."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if name == "auto":
         name = next((kind for kind in there if there[kind]), "cpu")
     elif not there.get(name, True):
-        raise Problem(f"--device {name}: not available here; use --device auto")
-    own = name == "cuda" and place()[1] > 1
+        raise UserError(f"--device {name}: not available here; use --device auto")
+    own = name == "cuda" and rank_and_world()[1] > 1
     return torch.device(name, int(os.environ["LOCAL_RANK"])) if own else torch.device(name)
 
 
-def tune(device: torch.device) -> None:
-    """Switches of the whole process that make a GPU faster: TF32, and kernels chosen by trial."""
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")
-        torch.backends.cudnn.benchmark = True
+def speed_up(device: torch.device) -> bool:
+    """Turns on TF32 and a search for the fastest kernels; returns whether bfloat16 is fast too."""
+    if device.type != "cuda":
+        return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    torch.cuda.set_device(device)
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.benchmark = True
+    return torch.cuda.is_bf16_supported(including_emulation=False)  # since Ampere
 
 
-def has_bfloat16(device: torch.device) -> bool:
-    """Whether bfloat16 is faster there: CUDA since Ampere, x86 with AVX512-BF16."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+def to_device_if_it_fits(x: Tensor, device: torch.device) -> Tensor:
+    """The set on a GPU where it takes less than half of the free memory there, else unchanged."""
+    fits = device.type == "cuda" and x.nbytes < torch.cuda.mem_get_info(device)[0] // 2
+    return x.to(device) if fits else x
 
 
-def plan(args: argparse.Namespace, n: int) -> tuple[int, int, int]:
+def compile_nets(state: State) -> None:
+    """By torch.compile, at the first step; checkpoints hold the same names as without."""
+    for net in (state.G.layers, state.D.trunk, state.D.q_head):
+        net.compile(**COMPILE)
+
+
+def schedule(args: argparse.Namespace, n: int) -> tuple[int, int, int]:
     """Pictures in a step, steps in an epoch, and steps in all, for n pictures."""
-    B = min(args.batch_size, n)
+    B, world = min(args.batch_size, n), rank_and_world()[1]
+    if B % world or B // world < 2:
+        raise UserError(f"--batch-size {B}: must be a multiple of {world} processes, 2 for each")
     return B, n // B, min(args.epochs * (n // B), args.max_steps or sys.maxsize)
 
 
-def train(args: argparse.Namespace) -> int:
-    """Trains until --epochs, --max-steps, --max-minutes or a signal, from where args.out stopped.
+def batches(state: State, args: argparse.Namespace, x: Tensor) -> Iterator[tuple[Tensor, Codes]]:
+    """Endless batches from the set x, and codes to draw as many; sets each epoch's epoch_seed."""
+    device, (B, per_epoch, _) = state.sums.device, schedule(args, len(x))
+    while True:
+        if state.step % per_epoch == 0:
+            state.epoch_seed = int(torch.randint(2**62, (), generator=state.rng))
+        order = torch.randperm(len(x), generator=torch.Generator().manual_seed(state.epoch_seed))
+        for i in range(state.step % per_epoch, per_epoch):
+            some = x.index_select(0, my_rows(order[i * B : (i + 1) * B]).to(x.device))
+            real = make_batch(some, args.flip, state.rng, device)
+            codes = state.spec.sample(B, state.rng)
+            yield real, Codes(*(my_rows(c).to(device, non_blocking=True) for c in codes))
 
-    Returns the exit code: 0, or 128 + the signal's number. Raises Problem and Diverged.
-    """
+
+def train(args: argparse.Namespace) -> int:
+    """Trains until --epochs, --max-steps, --max-minutes or a signal; returns the exit code."""
     end = time.monotonic() + 60 * (args.max_minutes or math.inf)
     device, out = pick_device(args.device), Path(args.out)
-    if args.recipe == "notebook":
-        print("--recipe notebook: the notebook's settings, its defects included, to compare with")
-    args.amp = has_bfloat16(device) if args.amp is None else args.amp
-    tune(device)
+    fast = speed_up(device)
+    args.amp = fast if args.amp is None else args.amp
     with ExitStack() as held:
-        with in_turn():
-            first = not place()[0]
-            if first:
+        with rank_0_first():
+            if is_main():
                 held.enter_context(locked(out))
-            ckpt = None if args.restart else find_run(out)
-            args.channels = args.channels or (ckpt["args"]["channels"] if ckpt else None)
+            ckpt = None if args.restart else find_checkpoint(args)
             pictures = load_pictures(args.data, args.image_size, args.channels)
-            if first and args.restart and (out / "args.json").exists():
-                move_aside(out)
+            if ckpt and ckpt.get("fingerprint", pictures.fingerprint) != pictures.fingerprint:
+                raise UserError(
+                    f"{out} was started with other pictures than {args.data}; {NEW_RUN}"
+                )
+            if is_main() and args.restart and (out / "args.json").exists():
+                aside = next(p for i in count(1) if not (p := Path(f"{out}.old-{i}")).exists())
+                out.rename(aside)
+                for name in (".lock", ".pid"):
+                    (aside / name).unlink(missing_ok=True)
+                print(f"the old run is now {aside}")
                 held.enter_context(locked(out))
-        args.channels = pictures.x.shape[1]
-        pictures = pictures._replace(x=nearest(pictures.x, device))
+        args.channels, n = pictures.x.shape[3], len(pictures.x)
         state = new_state(args, device)
         if ckpt:
-            go_on(state, args, ckpt, pictures)
+            restore(state, ckpt, out)
+
+        B, per_epoch, total = schedule(args, n)
+        if state.step >= total:
+            print(
+                f"{out} is finished, {state.step:,} steps; raise --epochs or --max-steps to go on"
+            )
+            return 0
+        if args.recipe == "notebook":
+            print("--recipe notebook: the notebook's settings and its defects, to compare with")
+        if args.batch_size > B:
+            print(f"--batch-size {args.batch_size}: there are only {n} pictures, so a batch is {B}")
         if args.compile:
             compile_nets(state)
-        return begin(state, args, pictures, end)
+        if is_main():
+            (out / "samples").mkdir(exist_ok=True)
+            with replacing(out / "args.json") as file:
+                file.write(json.dumps(vars(args), indent=2).encode() + b"\n")
+        stopped_by = loop(state, args, pictures, end)
 
-
-def begin(state: State, args: argparse.Namespace, pictures: Pictures, end: float) -> int:
-    """Prepares the run's folder, goes through the loop and says how it ended."""
-    out, n, device = Path(args.out), len(pictures.x), state.sums.device
-    B, per_epoch, total = plan(args, n)
-    rank, ranks = place()
-    if B % ranks or B // ranks < 2:
-        raise Problem(f"--batch-size {B}: must be a multiple of {ranks} processes, and 2 for each")
-    if args.batch_size > B:
-        print(f"--batch-size {args.batch_size}: there are only {n} pictures, so a batch is {B}")
+    why, then = "time is up", "the same command resumes"
     if state.step >= total:
-        print(f"{out} is finished, {state.step:,} steps; more --epochs or --max-steps go on")
-        return 0
-
-    beside = torch.Generator().manual_seed(args.seed)  # the same pictures and latents at each start
-    some = pick(pictures.x, torch.randperm(n, generator=beside)[:64])
-    fixed = state.spec.join(state.spec.sample(64, beside)).to(device)
-    if rank == 0:
-        with replacing(out / "args.json") as file:
-            file.write(json.dumps(vars(args), indent=2).encode() + b"\n")
-        (out / "samples").mkdir(exist_ok=True)
-        save_grid(out / "samples/real.png", make_batch(some, False, beside, device))
-        if state.step == 0:
-            save_grid(out / "samples/epoch_0000.png", state.G_ema(fixed))
-    try:
-        why = loop(state, args, pictures, fixed, end)
-    except Diverged as problem:
-        good = out / "last.pt"
-        good = f"{good} is the last good checkpoint" if good.exists() else "nothing was saved yet"
-        raise Diverged(f"{problem}; {good}. Lower --lr-g and --lr-d") from None
+        why, then = "finished", f"see python generate.py --ckpt {out / 'last.pt'}"
+    elif stopped_by:
+        why = signal.Signals(stopped_by).name
     done = f"{state.step:,} steps, {state.step / per_epoch:.1f} epochs, {state.minutes:.1f} minutes"
-    print(f"{why}: {done} in all. {out / 'last.pt'} is saved; ", end="")
-    going = "the same command goes on"
-    print(f"see python generate.py --ckpt {out / 'last.pt'}" if state.step >= total else going)
-    return 128 + signal.Signals[why] if why in signal.Signals.__members__ else 0
+    print(f"{why}: {done} in all. {out / 'last.pt'} is saved; {then}")
+    return 128 + stopped_by if stopped_by else 0
 
 
-def loop(
-    state: State, args: argparse.Namespace, pictures: Pictures, fixed: Tensor, end: float
-) -> str:
-    """Steps, logs, saves until the last step, the time `end` or a signal; returns which it was.
+def loop(state: State, args: argparse.Namespace, pictures: Pictures, end: float) -> int:
+    """Steps, logs, saves until the last step, the time `end` or a signal, which it returns."""
+    out, device, spec, n = Path(args.out), state.sums.device, state.spec, len(pictures.x)
+    B, per_epoch, total = schedule(args, n)
+    rng = torch.Generator().manual_seed(args.seed)  # the same pictures and z at each start
+    some = pictures.x[torch.randperm(n, generator=rng)[:64]]
+    latents = Codes(*(c.to(device) for c in spec.sample(64, rng)))
+    log = Log(out, spec, state.step) if is_main() else None
 
-    With several processes a signal to any of them stops all.
-    """
-    out, device, (B, per_epoch, total) = Path(args.out), fixed.device, plan(args, len(pictures.x))
-    log, told = Log(out, state.spec, state.step) if not place()[0] else None, ""
-    begun, saved = time.monotonic() - 60 * state.minutes, time.monotonic()
-    shape = {"bar_format": "epoch {desc}{rate_fmt}  eta {remaining}", "unit": "img"}
-    shape |= {"mininterval": 0.5 if sys.stderr.isatty() else 30.0, "unit_scale": True}
-    bar = tqdm(total=total * B, initial=state.step * B, **shape)
-    why = "finished"
-    with listening() as heard, bar:
-        while state.step < total:
-            x = pick(pictures.x, mine(next_batch(state, len(pictures.x), B)))
-            x = make_batch(x, args.flip, state.rng, device)
-            codes = state.spec.sample(B, state.rng)
-            codes = Codes(*(mine(c).to(device, non_blocking=True) for c in codes))
-            state.sums += train_step(state, args, x, codes)
+    def save_samples(name: str, x: Tensor | None = None) -> Tensor:
+        grid = make_grid(state.G_ema(spec.join(latents)) if x is None else x)
+        save_picture(out / f"samples/{name}.png", to_image(grid))
+        return grid
+
+    def finish() -> None:
+        save_samples("last")
+        save_animation(out)
+        log.draw()
+        log.board.close()
+
+    if log:
+        save_samples("real", make_batch(some, False, rng, device))
+        if state.step == 0:
+            save_samples("epoch_0000")
+    first, began, values = state.step, time.monotonic(), []
+    start, saved = began - 60 * state.minutes, began
+    line = {"bar_format": "{desc}{rate_fmt}{postfix}", "unit": "img", "unit_scale": True}
+    line["mininterval"] = 0.5 if sys.stderr.isatty() else 30.0
+    x = to_device_if_it_fits(pictures.x, device)
+    with caught_signals() as caught, tqdm(total=total * B, initial=first * B, **line) as bar:
+        for real, codes in batches(state, args, x):
+            state.sums += train_step(state, args, real, codes)
             now = time.monotonic()
-            state.minutes = (now - begun) / 60
-            number, late, due = agree(*heard[:1] or [0], now > end, now - saved > 60 * SAVE_MINUTES)
-            epoch, at_end = state.step // per_epoch, state.step % per_epoch == 0
-
+            state.minutes = (now - start) / 60
+            due = now - saved > 60 * SAVE_MINUTES
+            stopped_by, late, due = all_max(*caught[:1] or [0], now > end, due)
+            epoch, rest = divmod(state.step, per_epoch)
+            done = state.step == total
             if state.step % LOG_EVERY == 0:
-                average([state.sums])
+                all_mean_([state.sums])
                 values = (state.sums / LOG_EVERY).tolist()
                 check_finite(state, values)
                 if log:
                     log.add(state.step, state.step / per_epoch, state.minutes, values)
-                told = describe(state.spec, values)
                 state.sums.zero_()
-            at = f"{state.step / per_epoch:.1f}/{args.epochs}  {told}  "
+            left = min((total - state.step) * (now - began) / (state.step - first), end - now)
+            at = f"epoch {state.step / per_epoch:.1f}/{args.epochs}{describe(spec, values)}  "
             bar.set_description_str(at, refresh=False)
+            bar.set_postfix_str(f"eta {bar.format_interval(max(0, left))}", refresh=False)
             bar.update(B)
 
-            if log and at_end and epoch % args.sample_every == 0:
-                path = out / f"samples/epoch_{epoch:04d}.png"
-                save_grid(path, state.G_ema(fixed))
-                log.board.add_image("samples", pil_to_tensor(Image.open(path)), epoch)
-                if state.spec.names:
-                    moved = strongest_codes(state.G_ema, state.spec, fixed[:1])
-                    log.board.add_image("strongest codes", moved, epoch)
+            if log and rest == 0 and epoch % args.sample_every == 0:
+                log.add_grid("samples", save_samples(f"epoch_{epoch:04d}"), epoch)
+                if spec.names:
+                    one = Codes(*(c[:1] for c in latents))
+                    log.add_grid("strongest codes", strongest_codes(state.G_ema, spec, one), epoch)
                 log.draw()
-            if at_end and epoch % args.save_every == 0:
-                save_checkpoint(out / f"epoch_{epoch:04d}.pt", state, args, pictures)
-            if state.step < total and (at_end or due):
-                save_checkpoint(out / "last.pt", state, args, pictures)
-                saved = now
-            if number:
-                why = signal.Signals(number).name
+            if log and done:  # before last.pt, so that a finished run is complete
+                finish()
+            if rest == 0 or due or stopped_by or late or done:
+                ckpt, saved = gather_checkpoint(state, args, pictures.fingerprint), now
+                if log and rest == 0 and epoch % args.save_every == 0:
+                    save_file(out / f"epoch_{epoch:04d}.pt", ckpt)
+                if log:
+                    save_file(out / "last.pt", ckpt)
+            if stopped_by or late or done:
                 break
-            if late:
-                why = "time is up"
-                break
-        if state.step < total:  # whoever asked to stop may not wait
-            save_checkpoint(out / "last.pt", state, args, pictures)
-        if log:
-            save_grid(out / "samples/last.png", state.G_ema(fixed))
-            save_animation(out)
-            log.draw()
-        if state.step == total:  # last, so that a finished run has everything
-            save_checkpoint(out / "last.pt", state, args, pictures)
-    if log:
-        log.board.close()
-    return why
+        if log and not done:  # after last.pt: who asked to stop may not wait
+            finish()
+    return stopped_by
 
 
 # flags --------------------------------------------------------------------------------------------
 
-RECIPES = ("default", "notebook")
-# the paper's lr_g, narrow nets, and a z too small to choose the digit in c's place
-DIGITS = {"width": 32, "batch_size": 64, "lr_g": 1e-3, "z_dim": 16, "r1": 0.1}
+# fmt: off
+FLAGS = {  # by group: flag, default (None: parse_args sets it), limits or choices or kind, meaning
+"pictures": [
+    ("--data", "data/anime", "FOLDER", f"a folder, or {', '.join(NAMED_SETS)}"),
+    ("--image-size", None, (16, 256), "16, 32, 64, 128 or 256 (default 64; named sets 32)"),
+    ("--channels", None, (1, 3), "1 grey, 3 colour (default: what the set has)"),
+    ("--flip", None, bool, "mirror half of them (default on; digits and clothes off)"),
+], "codes": [
+    ("--n-cat", 1, (0, 64), "categorical codes, 0 to 64"),
+    ("--cat-dim", 10, (2, 1000), "categories of each, 2 to 1000"),
+    ("--n-cont", 2, (0, 256), "continuous codes in [-1, 1], 0 to 256"),
+    ("--z-dim", None, (0, 10_000), "noise, 0 to 10000 (default 100; mnist 16)"),
+], "networks and objective": [
+    ("--width", None, (1, 1024), "channels of the layer at the picture (default 64; mnist 32)"),
+    ("--recipe", "default", ["default", "notebook"], "notebook: its settings and faults"),
+    ("--lam-cat", None, (0.0, 1000.0), "lambda of each categorical code's L_I (default 1)"),
+    ("--lam-cont", None, (0.0, 1000.0),
+     "lambda of each continuous code's L_I (default 3 / n_cont, at most 0.3)"),
+    ("--cap-cont", None, (0.0, 3.0), "G is rewarded for a continuous code's L_I up to X nats"
+     " (default 1.4; with up to 5 codes 3, which is no limit)"),
+    ("--info-to", None, ["trunk", "head"], "L_I trains Q with D's trunk, or Q's head (notebook)"),
+    ("--q-augment", None, (0.0, 3.0), "how strongly pictures are moved, turned, blurred and"
+     " relit before Q reads categorical codes (default 1 with up to 5 codes, else 0)"),
+    ("--r1", None, (0.0, 1e3), "D's gradient penalty (default 0.3; below 64 pixels 0; mnist 0.1)"),
+    ("--ema", None, (0.0, 1.0),
+     "half-life of G's average, relative to the steps so far (default 0.03)"),
+], "training": [
+    ("--epochs", 150, (1, 10**9), "passes over the pictures"),
+    ("--batch-size", None, (2, 65_536), "pictures in a step (default 128; mnist 64)"),
+    ("--lr-g", None, (0.0, 1.0), "G's learning rate (default 0.0002; mnist 0.001)"),
+    ("--lr-d", None, (0.0, 1.0), "D's learning rate (default 0.0002)"),
+    ("--seed", 0, (0, 2**63 - 1), "seed of all random numbers"),
+    ("--device", "auto", DEVICES, "auto takes the fastest"),
+    ("--amp", None, bool, "bfloat16 convolutions (default: where they are faster)"),
+    ("--compile", False, bool, "torch.compile: a slow start, then faster steps on a GPU"),
+    ("--max-steps", None, (1, 10**12), "finish after N steps in all"),
+    ("--max-minutes", None, (0.001, 1e7), "stop after X minutes; the same command resumes"),
+], "output": [
+    ("--out", None, "FOLDER", "the run (default checkpoint/cat1-cont2, by its codes)"),
+    ("--save-every", 25, (1, 10**9), "epochs between checkpoints that are kept"),
+    ("--sample-every", 5, (1, 10**9), "epochs between grids of samples"),
+    ("--restart", False, bool, "start from step 0; the old run is renamed to OUT.old-1"),
+]}
+# fmt: on
 
 
-def recipe_of(args: argparse.Namespace) -> dict:
-    """What the recipe and the kind of pictures set where no flag does."""
-    plain = {"width": 64, "batch_size": 128, "lr_g": 2e-4, "lr_d": 2e-4, "z_dim": 100}
-    plain |= {"enough": 3.0, "q_view": 0.0, "r1": 0.0}  # 3 nats: more than there are
-    plain["flip"] = args.data not in ("mnist", "fashion-mnist", "svhn")  # no mirrored digits
-    if args.recipe == "notebook":  # its defect: with 20 continuous codes their loss was never added
-        lambdas = {"lam_cat": 1.0, "lam_cont": 0.0 if args.n_cont == 20 else 0.1}
-        return plain | lambdas | {"info_to": "head", "ema": 0.0, "flip": False}
-    # continuous codes divide a share of G's attention; a category saturates and needs no such care
-    ours = {"lam_cat": 1.0, "lam_cont": min(0.3, 3 / max(args.n_cont, 1))}
-    if args.n_cat + args.n_cont <= 5:
-        ours["q_view"] = 1.0  # few codes have room to be large; thirty would wait too long
-    else:
-        ours["enough"] = 1.4  # or the continuous ones go on growing, and take from the categoricals
-    if args.image_size >= 64:
-        ours["r1"] = 0.3  # where D would win without it
-    if args.data == "mnist":
-        ours |= DIGITS
-    return plain | ours | {"info_to": "trunk", "ema": 0.03}
+def limits_of(flags: dict) -> dict[str, tuple]:
+    """(lowest, highest) of every number in a table of flags, by its name in args."""
+    rows = [row for group in flags.values() for row in group if isinstance(row[2], tuple)]
+    return {flag[2:].replace("-", "_"): limits for flag, _, limits, _ in rows}
 
 
-EXAMPLES = """examples:
-  python infogan.py --data ~/faces
-      any folder of pictures; 1 categorical and 2 continuous codes
-  python infogan.py --n-cat 10 --n-cont 20 --epochs 360
-      the third version, on data/anime
-  python infogan.py --data ~/faces --image-size 32 --width 32 --max-minutes 20
-      a quick look on a laptop
-  python infogan.py --data mnist --n-cat 1 --n-cont 2
-      digits, by torchvision
-  python infogan.py --recipe notebook --out checkpoint/notebook
-      what the notebook did, to compare with
-The same command given again goes on where the run stopped.
-"""
+LIMITS = limits_of(FLAGS)  # also of what a checkpoint may ask for
+
+
+class UserError(Exception):
+    """What the user can fix, in one line: what is wrong, where, what to do."""
+
+    code = 2  # of the program's exit
+
+
+class Diverged(UserError):
+    """The training itself went wrong: NaN or infinity."""
+
+    code = 1
+
+    def __init__(self, what: str):
+        super().__init__(f"{what}; last.pt is the last good one, if saved. Lower --lr-g and --lr-d")
+
+
+def check_limits(values: dict, limits: dict = LIMITS) -> None:
+    """Raises UserError when a value named in limits has another type or lies outside."""
+    for name, (low, high) in limits.items():
+        value, kind = values.get(name, low), "a whole number" if type(low) is int else "a number"
+        must = f"{kind} from {low} to {high}"
+        fits = type(value) is type(low) and low <= value <= high
+        if name == "image_size":
+            fits, must = fits and value & (value - 1) == 0, "16, 32, 64, 128 or 256"
+        elif name == "channels":
+            fits, must = fits and value != 2, "1 (grey) or 3 (colour)"
+        if not fits:
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be {must}")
+
+
+def spec_of(args: argparse.Namespace) -> CodeSpec:
+    """The codes that a run's flags ask for."""
+    return CodeSpec(args.n_cat, args.cat_dim, args.n_cont, args.z_dim)
 
 
 class Parser(argparse.ArgumentParser):
-    """Flags with limits; says what is wrong in one line, where argparse would print the usage."""
+    """Flags from a table like FLAGS; errors in one line, where argparse would print the usage."""
 
-    def __init__(self, program: str, limits: dict, description: str, epilog: str = ""):
-        shown = {"formatter_class": argparse.RawDescriptionHelpFormatter, "epilog": epilog}
-        super().__init__(program, description=description, allow_abbrev=False, **shown)
-        self.limits, self.group = limits, self
+    def __init__(self, program: str, about: str | None, flags: dict):
+        raw = argparse.RawDescriptionHelpFormatter
+        super().__init__(program, description=about, formatter_class=raw, allow_abbrev=False)
+        self.limits = limits_of(flags)
+        for title, rows in flags.items():
+            group = self.add_argument_group(title)
+            for flag, default, kind, meaning in rows:
+                if kind is bool:
+                    on_off = argparse.BooleanOptionalAction
+                    how = {"action": on_off if default is None else "store_true"}
+                elif isinstance(kind, tuple):
+                    how = {"type": type(kind[0]), "metavar": "N" if type(kind[0]) is int else "X"}
+                else:
+                    how = {"metavar": kind} if isinstance(kind, str) else {"choices": kind}
+                meaning += "" if default is None or default is False else f" (default {default})"
+                group.add_argument(flag, default=default, help=meaning, **how)
 
-    def add(self, flag: str, default: object, meaning: str, **more: object) -> None:
-        """A flag of the current group; its type is that of its limits, else text."""
-        kind = type(self.limits.get(flag[2:].replace("-", "_"), ("",))[0])
-        if not more.keys() & {"action", "choices"}:
-            more = {"type": kind, "metavar": "N" if kind is int else "X"} | more
-        meaning += "" if default is None or default is False else f" (default {default})"
-        self.group.add_argument(flag, default=default, help=meaning, **more)
-
-    def check(self, args: argparse.Namespace) -> argparse.Namespace:
-        """args, when every given number is within its limits."""
-        given = {name: value for name, value in vars(args).items() if value is not None}
-        check_limits(given, self.limits)
+    def parse_args(self, argv: list[str] | None = None) -> argparse.Namespace:
+        """The flags, when every given number is within its limits."""
+        args = super().parse_args(argv)
+        check_limits({k: v for k, v in vars(args).items() if v is not None}, self.limits)
         return args
 
     def error(self, message: str) -> None:
-        raise Problem(f"{message}; see --help")
+        raise UserError(f"{message}; see --help")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The flags, every default resolved. Raises Problem in one line for what is out of range."""
-    about = "Train an InfoGAN: a GAN that learns without labels what its codes mean."
-    p = Parser("infogan.py", LIMITS, about, EXAMPLES)
-    on_off = argparse.BooleanOptionalAction
-    p.group = p.add_argument_group("pictures")
-    p.add("--data", "data/anime", f"a folder, or {', '.join(NAMED_SETS)}", metavar="FOLDER")
-    p.add("--image-size", None, "16, 32, 64, 128 or 256 pixels (default 64; the named sets 32)")
-    p.add("--channels", None, "1 grey, 3 colour (default: what the set has)")
-    p.add("--flip", None, "mirror half of them (default on; digits, clothes off)", action=on_off)
-    p.group = p.add_argument_group("codes")
-    p.add("--n-cat", 1, "categorical codes, 0 to 64")
-    p.add("--cat-dim", 10, "categories of each, 2 to 1000")
-    p.add("--n-cont", 2, "continuous codes in [-1, 1], 0 to 256")
-    p.add("--z-dim", None, "noise, 0 to 10000 (default 100; mnist 16)")
-    p.group = p.add_argument_group("networks and objective")
-    p.add("--width", None, "maps next to the picture (default 64; mnist 32, three times as fast)")
-    p.add("--recipe", "default", "notebook: its settings and defects, to compare", choices=RECIPES)
-    p.add("--lam-cat", None, "weight of a categorical's L_I (default 1)")
-    p.add("--lam-cont", None, "of a continuous code's L_I (default 3 / n_cont, at most 0.3)")
-    p.add(
-        "--enough",
-        None,
-        "nats of a continuous code's L_I past which G is paid no more (default 1.4; 3, which is"
-        " never, for up to 5 codes)",
-    )
-    p.add("--info-to", None, "L_I trains Q with D's trunk (default), or Q's head with G (notebook)",
-        choices=("trunk", "head"))  # fmt: skip
-    p.add(
-        "--q-view",
-        None,
-        "how far pictures move before Q reads a category (default 1; 0 for over 5 codes)",
-    )
-    p.add("--r1", None, "of D's gradient penalty (default 0.3; 0 below 64 pixels; mnist 0.1)")
-    p.add(
-        "--ema",
-        None,
-        "half-life of G's average, as a share of the steps so far (default 0.03; 0: none)",
-    )
-    p.group = p.add_argument_group("training")
-    p.add("--epochs", 150, "passes over the pictures")
-    p.add("--batch-size", None, "pictures in a step (default 128; mnist 64)")
-    p.add("--lr-g", None, "G's learning rate (default 0.0002; mnist 0.001)")
-    p.add("--lr-d", None, "D's learning rate (default 0.0002)")
-    p.add("--seed", 0, "of all chance")
-    p.add("--device", "auto", "auto takes the fastest", choices=DEVICES)
-    p.add("--amp", None, "bfloat16 convolutions (default: where they are faster)", action=on_off)
-    p.add("--compile", False, "by torch.compile: a slow start, then faster", action="store_true")
-    p.add("--max-steps", None, "finish after N steps in all")
-    p.add("--max-minutes", None, "stop this start after X minutes; the same command goes on")
-    p.group = p.add_argument_group("output")
-    p.add("--out", None, "the run (default checkpoint/cat1-cont2, by its codes)", metavar="FOLDER")
-    p.add("--save-every", 25, "epochs between checkpoints that stay; last.pt follows each")
-    p.add("--sample-every", 5, "epochs between grids of samples")
-    p.add("--restart", False, "begin anew; the old run is moved aside", action="store_true")
-
-    args = p.parse_args(argv)
-    args.image_size = args.image_size or (32 if args.data in NAMED_SETS else 64)
-    defaults = recipe_of(args)
-    defaults["out"] = f"checkpoint/cat{args.n_cat}-cont{args.n_cont}"
-    for name, value in defaults.items():
+    """The flags, every default resolved but --amp's and --channels', which train resolves."""
+    args = Parser("infogan.py", (__doc__ or "").split("\nSections")[0], FLAGS).parse_args(argv)
+    size = args.image_size or (32 if args.data in NAMED_SETS else 64)
+    few = args.n_cat + args.n_cont <= 5
+    unset = {"out": f"checkpoint/cat{args.n_cat}-cont{args.n_cont}", "image_size": size}
+    unset |= {"width": 64, "z_dim": 100, "batch_size": 128, "lr_g": 2e-4, "lr_d": 2e-4}
+    unset |= {"info_to": "trunk", "ema": 0.03}
+    unset["flip"] = args.data not in ("mnist", "fashion-mnist", "svhn")  # no mirrored digits
+    # continuous codes share one weight; a categorical stops by itself once Q reads it
+    unset |= {"lam_cat": 1.0, "lam_cont": min(0.3, 3 / max(args.n_cont, 1))}
+    unset["cap_cont"] = 3.0 if few else 1.4  # else they go on growing, and categoricals fade
+    unset["q_augment"] = 1.0 if few else 0.0  # many codes would be learned too slowly
+    unset["r1"] = 0.3 if size >= 64 else 0.0  # without it D wins
+    if args.recipe == "notebook":  # its defect: with 20 continuous codes their loss was never added
+        unset |= {"lam_cont": 0.0 if args.n_cont == 20 else 0.1, "info_to": "head", "ema": 0.0}
+        unset |= {"cap_cont": 3.0, "q_augment": 0.0, "r1": 0.0, "flip": False}
+    elif args.data == "mnist":
+        # the paper's lr_g, narrow nets, and a z too small to choose the digit in place of c
+        unset |= {"width": 32, "batch_size": 64, "lr_g": 1e-3, "z_dim": 16, "r1": 0.1}
+    for name, value in unset.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    spec_of(p.check(args))
+    spec_of(args)
     return args
 
 
-class Patient:
-    """A stream that outlives its reader: a closed terminal or a dead pipe must not end a run."""
+@dataclass
+class Output:
+    """A stream that survives its reader, as a closed terminal must not end a run; rank 0's only."""
 
-    def __init__(self, stream: TextIO):
-        self.stream = stream
+    stream: TextIO
 
     def __getattr__(self, name: str) -> object:
         return getattr(self.stream, name)
@@ -1546,7 +1398,8 @@ class Patient:
     def write(self, text: str) -> None:
         code = self.stream.encoding or "utf-8"
         with suppress(OSError):
-            self.stream.write(text.encode(code, "backslashreplace").decode(code))
+            if is_main():
+                self.stream.write(text.encode(code, "backslashreplace").decode(code))
 
     def flush(self) -> None:
         with suppress(OSError):
@@ -1554,34 +1407,35 @@ class Patient:
 
 
 def run(program: str, job: Callable[[], int]) -> int:
-    """The job's exit code; what a user can mend becomes one line on stderr and exit code 2."""
-    with ExitStack() as held:
-        out, err = sys.stdout, sys.stderr
-        if place()[0]:  # process 0 says it for all
-            out = err = held.enter_context(open(os.devnull, "w"))
-        held.enter_context(redirect_stdout(Patient(out)))
-        held.enter_context(redirect_stderr(Patient(err)))
+    """The job's exit code; an error that the user can fix is one line on stderr and exit code 2."""
+    with redirect_stdout(Output(sys.stdout)), redirect_stderr(Output(sys.stderr)):
         try:
             return job()
-        except Problem as problem:
-            told, code = str(problem), problem.code
+        except UserError as error:
+            text, code = str(error), error.code
         except OSError as error:
-            told, code = f"{error.filename or ''}: {error.strerror or error}; mend that", 2
-            told += " and give the same command again, what was saved is untouched"
+            text, code = f"{error.filename or ''}: {error.strerror or error}; fix this", 2
+            text += " and run the same command again, saved files are unchanged"
         except (MemoryError, RuntimeError) as error:
             if not isinstance(error, MemoryError) and "allocate" not in str(error):
                 raise
-            told, code = "out of memory; lower --batch-size, --width or --image-size", 2
+            text, code = "out of memory; lower --batch-size, --width or --image-size", 2
         except KeyboardInterrupt:
-            told, code = "stopped", 130
-        print(f"{program}: {told}".replace("\n", " "), file=sys.stderr)
+            text, code = "stopped", 130
+        print(f"{program}: {text}".replace("\n", " "), file=sys.stderr)
         return code
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit codes: 0 done, 1 diverged, 2 something to mend, 128 + signal when stopped."""
-    with joined_processes():
+    """Exit codes: 0 done, 1 diverged, 2 an error that the user can fix, 128 + signal if stopped."""
+    if launched := dist.is_available() and dist.is_torchelastic_launched():  # by torchrun
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=6))  # rank 0 may decode for long
+    try:
         return run("infogan.py", lambda: train(parse_args(argv)))
+    finally:
+        if launched:
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -71,13 +71,13 @@ def bench_pictures(folder: str, device: torch.device) -> None:
     from torch.utils.data import DataLoader
     from torchvision import datasets, transforms
 
-    x = infogan.nearest(infogan.load_pictures(folder, 64).x, device)
+    x = infogan.to_device_if_it_fits(infogan.load_pictures(folder, 64).x, device)
     rng = torch.Generator().manual_seed(0)
     shuffled = torch.randperm(len(x), generator=rng).split(128)[:-1]
 
     def epoch() -> None:
         for which in shuffled:
-            infogan.make_batch(infogan.pick(x, which), False, rng, device)
+            infogan.make_batch(x.index_select(0, which.to(x.device)), False, rng, device)
 
     ours = rate(epoch, 128 * len(shuffled))
     print(f"input path, ours                       {ours:10,.0f} pictures/s")
@@ -91,7 +91,7 @@ def bench_pictures(folder: str, device: torch.device) -> None:
 
 
 V3 = ["--n-cat", "10", "--n-cont", "20", "--channels", "3"]
-BARE = ["--q-view", "0", "--r1", "0", "--ema", "0"]  # the default recipe with nothing added
+BARE = ["--q-augment", "0", "--r1", "0", "--ema", "0"]  # the default recipe with nothing added
 
 
 def bench_steps(device: torch.device) -> None:
@@ -102,12 +102,15 @@ def bench_steps(device: torch.device) -> None:
     codes = Codes(*(c.to(device) for c in spec.sample(B, rng)))
     nets = [Generator(spec).to(device), Discriminator(spec).to(device)]
     for m in (m for net in nets for m in net.modules()):  # the notebook's are plain convolutions
-        plain = {infogan.ToPoint: torch.nn.Conv2d, infogan.FromPoint: torch.nn.ConvTranspose2d}
+        plain = {
+            infogan.Conv2dToPixel: torch.nn.Conv2d,
+            infogan.ConvTranspose2dFromPixel: torch.nn.ConvTranspose2d,
+        }
         m.__class__ = plain.get(type(m), type(m))
     opts = [torch.optim.Adam(net.parameters(), 2e-4, betas=(0.5, 0.999)) for net in nets]
     steps = {"notebook's loop": lambda: plain_step(*nets, *opts, x, codes, spec)}
     x_last = x.contiguous(memory_format=torch.channels_last)
-    fast = infogan.has_bfloat16(device)
+    fast = infogan.speed_up(device)
     ours = {"notebook's mathematics": ["--recipe", "notebook", "--no-amp"]}
     ours |= {"default": ["--no-amp"], "default, bare": ["--no-amp", *BARE]}
     ours |= {"default, bfloat16": ["--amp"]} if fast else {}
@@ -201,7 +204,7 @@ def main(argv: list[str] | None = None) -> None:
     kinds = ", ".join(infogan.DEVICES)
     parser.add_argument("--device", default="auto", help=f"{kinds} (default: the fastest)")
     device = infogan.pick_device(parser.parse_args(argv).device)
-    infogan.tune(device)
+    infogan.speed_up(device)
     device_name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     print(f"torch {torch.__version__}, {device_name}, {torch.get_num_threads()} threads; "
           "v3 at 64x64, width 64, batch 128")  # fmt: skip
