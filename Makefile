@@ -17,8 +17,8 @@ READY := $(VENV)/.ready
 TESTS := test_infogan.py data/test_data.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup drawn demo data faces train-v1 train-v2 train-v3 generate explorer compare \
-	test browser test-browser torture bench lint clean
+.PHONY: help setup drawn demo data faces train-v1 train-v2 train-v3 generate measure explorer \
+	compare test browser test-browser torture bench lint clean
 
 help:  ## this list
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -59,6 +59,9 @@ train-v3: faces  ## 10 categorical and 20 continuous codes, 360 epochs, into che
 
 generate: $(READY)  ## sheets and table of a trained run: make generate CKPT=checkpoint/v1/last.pt
 	$(PY) generate.py --ckpt "$(CKPT)" $(ARGS)
+
+measure: $(READY)  ## what each code of CKPT controls, measured anew
+	$(PY) data/measure.py "$(CKPT)" $(ARGS)
 
 explorer: $(READY)  ## a web page that moves the codes of CKPT by hand
 	$(PY) generate.py --ckpt "$(CKPT)" --explorer $(ARGS)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import http.server
 import io
+import json
+import math
 import random
 import struct
 import sys
@@ -13,14 +15,18 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image, ImageChops
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import download
 import draw_faces
+import measure
 
-from test_infogan import said_one_line
+from infogan import Codes, CodeSpec, Generator
+from test_infogan import said_one_line, seeded
 
 # drawn faces --------------------------------------------------------------------------------------
 
@@ -232,3 +238,252 @@ def torture_a_zip_of_a_million_entries_is_refused(tmp_path, capsys, serve):
     assert code == 2 and "1000000 entries" in said and list(tmp_path.iterdir()) == []
     with capsys.disabled():
         print(f"\na zip of a million entries: refused, {more:,.0f} MB more")
+
+
+# measure.py ---------------------------------------------------------------------------------------
+
+TINY = Path(measure.__file__).with_name("format-1.pt")  # one categorical and one continuous code
+
+
+def blank(codes: Codes) -> Tensor:
+    return torch.zeros(len(codes.z), 3, 16, 16)
+
+
+def grey(codes: Codes, field: str, column: int = 0) -> Tensor:
+    """One code's value as a brightness, (n, 1, 1, 1)."""
+    return getattr(codes, field)[:, column, None, None, None].float()
+
+
+def compare(cat: list[Tensor], cont: list[Tensor], factors: list[Tensor]) -> dict:
+    """compare_factors for columns of codes and of factors."""
+    columns = [torch.stack(c, 1) if c else torch.zeros(len(factors[0]), 0) for c in (cat, cont)]
+    names = [f"cat{k}" for k in range(len(cat))] + [f"cont{j}" for j in range(len(cont))]
+    named = {f"f{i}": measure.labels_of(f.float()) for i, f in enumerate(factors)}
+    return measure.compare_factors(columns[0].long(), columns[1], named, names, seeded())
+
+
+# measure: effects --------------------------------------------------------------------------------
+
+
+def test_effects_of_a_sum_of_parts_are_their_shares_of_the_variance():
+    """z shifts the whole picture, cat0 its left half, cont0 paints stripes; cont1 does nothing."""
+    spec = CodeSpec(n_cat=1, cat_dim=4, n_cont=2, z_dim=1)
+    stripes = torch.tensor([1.0, 1, -1, -1]).repeat(4)
+
+    def draw(codes: Codes) -> Tensor:
+        x = blank(codes) + 0.5 * grey(codes, "z") + stripes * grey(codes, "c_cont")
+        x[..., :8] += 0.5 * grey(codes, "c_cat")
+        return x
+
+    rows = measure.measure_effects(draw, spec, 8000, seeded())
+    # pixels times squared size times the code's variance: 1, (4^2 - 1) / 12 and 1 / 3
+    parts = {"z": 256 * 0.25, "cat0": 128 * 0.25 * 15 / 12, "cont0": 256 / 3}
+    for name, part in parts.items():
+        assert rows[name]["effect"] == pytest.approx(part / sum(parts.values()), abs=0.015)
+    no_stripes = parts["z"] + parts["cat0"]  # four columns, which make one coarse pixel, cancel
+    for name in ("z", "cat0"):
+        assert rows[name]["coarse"] == pytest.approx(parts[name] / no_stripes, abs=0.015)
+    assert rows["cont0"]["coarse"] < 1e-6 and rows["z"]["edges"] < 1e-3 < rows["cat0"]["edges"]
+    assert rows["all cat"] == rows["cat0"] and rows["all cont"] == rows["cont0"]
+    assert rows["cont1"] == {"effect": 0, "edges": 0, "coarse": 0}
+
+
+def test_tint_is_1_for_a_map_of_colours_and_low_for_a_moved_shape():
+    x = torch.rand(8, 3, 16, 16, generator=seeded())
+    turned = torch.einsum("ij,njhw->nihw", torch.rand(3, 3, generator=seeded(1)), x) + 0.3
+    assert measure.tint(x, turned) > 0.999
+    each = torch.rand(8, 3, 1, 1, generator=seeded(2))  # another tint for each face
+    assert measure.tint(x, x + each) > 0.999
+    here, there = torch.zeros(8, 1, 16, 16), torch.zeros(8, 1, 16, 16)
+    here[..., 2:6, 2:6], there[..., 2:6, 9:13] = 1, 1
+    # of 256 pixels 16 are bright, before and after: the best map leaves 16 (1 - 16 / 240) of 32
+    assert measure.tint(here, there) == pytest.approx(1 - (1 - 16 / 240) / 2, abs=0.001)
+    assert measure.tint(x, x.roll(5, 3)) < 0.6
+    assert measure.tint(x, x) == 0
+
+
+def test_tint_of_each_code_comes_from_that_code_alone():
+    """cat0 and cont0 colour the picture, cont1 moves a bar that covers a quarter of it."""
+    spec, noise = CodeSpec(1, 3, 2, 1), torch.rand(3, 16, 16, generator=seeded())
+
+    def draw(codes: Codes) -> Tensor:
+        x = noise * (1 + 0.2 * grey(codes, "c_cat")) + 0.2 * grey(codes, "c_cont")
+        columns = torch.arange(16)
+        bar = (columns >= 6 + 5 * grey(codes, "c_cont", 1)) & (
+            columns < 10 + 5 * grey(codes, "c_cont", 1)
+        )
+        return x + 2 * bar
+
+    tints = measure.measure_tints(draw, spec, 50, seeded())
+    assert tints["cont0"] > 0.99 and tints["cont1"] < 0.7, tints
+
+
+# measure: mutual information ---------------------------------------------------------------------
+
+
+def written(codes: Codes) -> Tensor:
+    """cat0 lights one of four quarters, cont0 sets the rest; cat1 and cont1 are not drawn."""
+    x = blank(codes) + 0.5 * grey(codes, "c_cont")
+    lit = torch.nn.functional.one_hot(codes.c_cat[:, 0], 4).view(-1, 1, 2, 2).float()
+    return x + torch.nn.functional.interpolate(lit, scale_factor=8)
+
+
+def test_a_new_q_reads_what_is_drawn_and_nothing_else():
+    spec = CodeSpec(n_cat=2, cat_dim=4, n_cont=2, z_dim=1)
+    MI, shuffled = measure.measure_MI(written, spec, 1000, 150, 0.2, seeded(), "cpu")
+    assert math.log(4) - 0.1 < MI[0] <= math.log(4)
+    # the best Gaussian of a code that cannot be read has the variance 1/3 of a uniform one
+    unseen = math.log(2) - 0.5 * math.log(2 * math.pi * math.e / 3)
+    assert MI[2] > 0.8 and abs(MI[1]) < 0.05 and MI[3] == pytest.approx(unseen, abs=0.06)
+    assert shuffled[0] < -1 and shuffled[2] < -1 and (shuffled < 0.02).all(), shuffled
+
+
+def test_noise_hides_what_is_faint():
+    spec = CodeSpec(n_cat=2, cat_dim=4, n_cont=2, z_dim=1)
+    MI, _ = measure.measure_MI(written, spec, 500, 60, 40.0, seeded(), "cpu")
+    assert MI[0] < 0.1 and MI[2] < 0.1, MI
+
+
+@pytest.mark.parametrize(
+    "n_cat, n_cont, size, channels", [(0, 2, 16, 1), (2, 0, 32, 3), (0, 0, 64, 3), (1, 1, 256, 3)]
+)
+def test_every_kind_and_size_is_measured(n_cat, n_cont, size, channels):
+    spec = CodeSpec(n_cat, 3, n_cont, z_dim=2)
+    G = Generator(spec, size, 1, channels).eval()
+    draw = torch.no_grad()(lambda codes: G(spec.join(codes)))
+    rows = measure.measure_effects(draw, spec, 4, seeded())
+    kinds = ["all cat"] * (n_cat > 0) + ["all cont"] * (n_cont > 0)
+    assert list(rows) == ["z", *kinds, *spec.names]
+    assert list(measure.measure_tints(draw, spec, 2, seeded())) == spec.names
+    if spec.names:
+        for figure in measure.measure_MI(draw, spec, 1, 1, 0.2, seeded(), "cpu"):
+            assert figure.shape == (len(spec.names),) and figure.isfinite().all()
+
+
+# measure: factors --------------------------------------------------------------------------------
+
+
+def some_factors() -> tuple[Tensor, Tensor]:
+    """A factor of 4 values and a continuous one, 4,000 faces."""
+    return torch.randint(4, (4000,), generator=seeded(1)), torch.rand(4000, generator=seeded(2))
+
+
+def test_codes_that_are_the_factors_score_1_under_any_names_and_scale():
+    kind, tilt = some_factors()
+    for code in (kind, torch.tensor([2, 0, 3, 1])[kind]):
+        for scale in (1, -100):
+            known = compare([code], [scale * tilt], [kind, tilt])
+            assert known["MIG"] > 0.97 and known["FactorVAE"] == 1 and known["found"] == 2
+            assert [row["code"] for row in known["factors"].values()] == ["cat0", "cont0"]
+
+
+def test_codes_that_know_nothing_score_as_chance():
+    kind, tilt = some_factors()
+    known = compare([kind.roll(1)], [tilt.roll(1)], [kind, tilt])
+    assert abs(known["MIG"]) < 0.02 and known["found"] == 0
+    assert 0.4 < known["FactorVAE"] < 0.6  # one of two factors
+
+
+def test_the_votes_that_name_a_factor_are_not_those_that_are_checked(monkeypatch):
+    """With two votes for each of ten codes, those that also named it would nearly all be right."""
+    monkeypatch.setattr(measure, "VOTES", 20)
+    draws = torch.randint(4, (20, 2000), generator=seeded())
+    assert compare([*draws[:10]], [], [*draws[10:]])["FactorVAE"] < 0.4
+
+
+def test_a_factor_split_over_two_codes_has_no_gap():
+    kind, _ = some_factors()
+    known = compare([kind % 2, kind // 2], [], [kind])
+    assert abs(known["MIG"]) < 0.01 and known["found"] == 1
+    assert known["factors"]["f0"]["NMI"] == pytest.approx(0.5, abs=0.01)
+
+
+def test_a_single_code_has_no_rival_and_a_dead_one_no_vote():
+    kind, tilt = some_factors()
+    assert compare([kind], [], [kind])["MIG"] == pytest.approx(1, abs=1e-5)
+    known = compare([kind, torch.zeros(4000)], [tilt, torch.zeros(4000)], [kind, tilt])
+    assert known["MIG"] > 0.97 and known["FactorVAE"] == 1
+
+
+def test_bins_have_equal_numbers():
+    counts = measure.labels_of(torch.randn(4000, generator=seeded())).bincount()
+    assert len(counts) == 20 and counts.min() == counts.max() == 200
+    assert measure.labels_of(torch.tensor([3.0, -1, 3])).tolist() == [1, 0, 1]
+
+
+# measure: files ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def two_factors(tmp_path_factory) -> Path:
+    """200 drawn faces, of which two factors vary."""
+    folder = tmp_path_factory.mktemp("drawn")
+    flags = ["--n", "200", "--size", "16", "--only", "blush,tilt", "--workers", "1"]
+    assert draw_faces.main([str(folder), *flags]) == 0
+    return folder
+
+
+def test_the_command_prints_its_figures_and_writes_the_same(two_factors, tmp_path, capsys):
+    told = []
+    for seed in (1, 2):  # of PyTorch's own chance, which must not count
+        torch.manual_seed(seed)
+        out = tmp_path / "figures.json"
+        flags = ["--n", "50", "--steps", "3", "--faces", str(two_factors), "--device", "cpu"]
+        assert measure.main([str(TINY), *flags, "--json", str(out)]) == 0
+        told.append((capsys.readouterr().out, out.read_text()))
+    assert told[0] == told[1]
+    text, figures = told[0][0], json.loads(told[0][1])
+    lines = {line[:8].strip(): line[8:].split() for line in text.splitlines()}
+    for name, row in figures["codes"].items():
+        assert lines[name] == [f"{value:.3f}" for value in row.values()]
+    assert set(figures["codes"]["cat0"]) == {*lines["code"]} and "MI" in lines["code"]
+    assert set(figures["faces"]["factors"]) == {"blush", "tilt"}  # the others do not vary
+    assert f"MIG {figures['faces']['MIG']:.3f}" in text
+
+
+def test_faces_are_matched_by_their_names(two_factors, tmp_path):
+    """A Q that reads a face's brightness as its continuous code, and no categories."""
+    for name, colour in (("b.png", "white"), ("a.png", "black"), ("c.png", "#808080")):
+        Image.new("RGB", (32, 32), colour).save(tmp_path / name)
+    lines = [
+        ["file", "x"],
+        *([name, i % 2] for i in range(64) for name in ("b.png", "a.png", "c.png")),
+    ]
+    with open(tmp_path / "factors.csv", "w", newline="") as file:
+        csv.writer(file).writerows(lines)
+    files, factors = measure.read_factors(tmp_path)
+
+    def Q(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        mean = x.mean((1, 2, 3))[:, None]
+        return torch.zeros(len(x), 0, 10), mean, mean
+
+    cat, cont = measure.read_codes(Q, files, 1, 16, "cpu")
+    assert cat.shape == (192, 0) and factors["x"].tolist() == [0, 0, 0, 1, 1, 1] * 32
+    assert cont[:3, 0].tolist() == pytest.approx([1, -1, 128 / 127.5 - 1], abs=1e-5)
+
+
+def test_what_a_user_can_mend_is_one_line(two_factors, tmp_path, capsys):
+    def refused(*flags: object) -> bool:
+        return measure.main([str(TINY), "--n", "4", "--steps", "0", *map(str, flags)]) == 2
+
+    assert refused("--faces", tmp_path)
+    said_one_line(capsys, "measure.py", str(tmp_path), "factors.csv", "draw_faces.py")
+    table = tmp_path / "factors.csv"
+    for rows in (
+        "",
+        "file,x",
+        "file,x\n",
+        "file,x\na.png,blue",
+        "file,x\na.png",
+        "file,x\na.png,1\nb.png,2",
+    ):
+        table.write_text(rows)
+        assert refused("--faces", tmp_path), rows
+        said_one_line(capsys, str(tmp_path))
+    table.write_text((two_factors / "factors.csv").read_text())
+    assert refused("--faces", tmp_path)
+    said_one_line(capsys, "000000.png", "draw the folder again")
+    assert refused("--noise", "-1")
+    said_one_line(capsys, "--noise")
+    assert measure.main([str(tmp_path / "none.pt")]) == 2
+    said_one_line(capsys, "none.pt", "no such checkpoint")
