@@ -512,7 +512,8 @@ def write_onnx(model: Model, args: argparse.Namespace, out: Path) -> str:
 def shrink(model: Model, args: argparse.Namespace, _out: Path) -> str:
     """A checkpoint to share: what the loaders need, in half precision, with the codes' names."""
     ckpt, path = model.ckpt, Path(args.shrink)
-    small = {key: ckpt.get(key) for key in ("spec", "args", "step", "minutes")}
+    small = {key: ckpt.get(key) for key in ("spec", "step", "minutes")}
+    small["args"] = ckpt["args"] | {"data": "", "out": ""}  # nobody else's business
     for net in ("G_ema", "D"):  # vectors stay: they are small, and variances may be tiny
         small[net] = {k: w.half() if w.dim() > 1 else w for k, w in ckpt[net].items()}
     infogan.save_file(path, small | {"format": infogan.FORMAT, "names": args.names})
