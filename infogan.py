@@ -16,7 +16,7 @@ The same command given again resumes the run.
 
 Sections, the paper first (search for "# step ---"):
     codes, networks    CodeSpec draws, joins and moves codes; Generator; Discriminator with Q's head
-    objective, step    the losses, L_I and its lambda; train_step: D and Q, then G
+    objective, step    the losses, L_I and its lambda, identity; train_step: D and Q, then G
     pictures           any folder or a named set, decoded once into a cache
     checkpoint         saving, and loading of files that may be damaged or from strangers
     run folder         lock, resume, signals
@@ -309,6 +309,30 @@ def cap_cont(spec: CodeSpec, L_I: Tensor, args: argparse.Namespace) -> Tensor:
     return torch.cat([cat, cont.clamp(max=args.cap_cont)])
 
 
+IDENTITY_FREE = 0.2  # the share of a coarse picture that z and continuous codes may change
+
+
+def identity_loss(x: Tensor) -> Tensor:
+    """How much z and continuous codes change the coarse pictures, where categoricals should.
+
+    Of pictures (n, channels, h, w) each two neighbours share their categories. With p the 4x4
+    averages: E[(p - p')^2] / 2 / Var(p), 0 where p is decided by the categories, 1 where they do
+    not matter; the mean of that of brightness and that of colour, above IDENTITY_FREE.
+    """
+    p = F.adaptive_avg_pool2d(x[: len(x) // 2 * 2], 4)
+    light = p.mean(1, keepdim=True)
+    shares = []
+    for part in (light, p - light)[: p.shape[1]]:  # a grey picture has no colour
+        change = (part[0::2] - part[1::2]).square().mean() / 2
+        shares.append(change / (part.var(0).mean() + 1e-4))
+    return F.relu(torch.stack(shares).mean() - IDENTITY_FREE)
+
+
+def pair(codes: Codes) -> Codes:
+    """The same codes, but each two neighbours share their categories."""
+    return codes._replace(c_cat=codes.c_cat[::2].repeat_interleave(2, 0)[: len(codes.z)])
+
+
 R1_EVERY = 16  # steps; a lazy R1 costs a sixteenth and does the same (1912.04958, appendix B)
 
 
@@ -429,8 +453,11 @@ def train_step(state: State, args: argparse.Namespace, x: Tensor, codes: Codes) 
         d_fake_G, q = d_and_q(D, x_fake, args.q_augment, state.rng)
     loss_G = g_loss(d_fake_G)
     L_I = mutual_information(spec, q, codes)
-    # V - lambda L_I (Eq. 6): here L_I reaches G
-    descend(state.opt_G, loss_G - lambda_L_I(spec, cap_cont(spec, L_I, args), args))
+    loss = loss_G - lambda_L_I(spec, cap_cont(spec, L_I, args), args)  # here L_I reaches G (Eq. 6)
+    if args.lam_identity and spec.n_cat:
+        known = L_I[: spec.n_cat].detach().mean() / spec.entropies[0]  # no identity without codes
+        loss = loss + args.lam_identity * known.clamp(0, 1) ** 4 * identity_loss(x_fake)
+    descend(state.opt_G, loss)
 
     state.step += 1
     # a half-life that grows with training fits a run of any length (2312.02696, section 3.1)
@@ -659,6 +686,7 @@ def make_batch(x: Tensor, flip: bool, rng: torch.Generator, device: torch.device
 FORMAT = 1
 SHAPE = ("n_cat", "cat_dim", "n_cont", "z_dim", "image_size", "width", "channels")
 RENAMED = {"enough": "cap_cont", "q_view": "q_augment"}  # flags of older checkpoints
+ADDED = {"lam_identity": 0.0}  # since then, with the value that stands for how it was
 NETS, OPTIMISERS = ("G", "G_ema", "D"), ("opt_G", "opt_D")  # names in State and in the file
 PICKLED = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2"}
 PICKLED |= {f"torch {kind}Storage" for kind in ("Float", "Half", "Long", "Byte")}
@@ -719,6 +747,7 @@ def load_checkpoint(path: str | Path) -> dict:
         if (written := int(ckpt["format"])) not in range(1, FORMAT + 1):
             raise UserError(f"format {written}, but this infogan.py knows only 1 to {FORMAT}")
         args = {RENAMED.get(name, name): value for name, value in ckpt["args"].items()}
+        args = ADDED | args
         check_limits({name: args.get(name) for name in SHAPE})
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
@@ -843,7 +872,10 @@ def find_checkpoint(args: argparse.Namespace) -> dict | None:
         args.channels = args.channels or ckpt["args"]["channels"]
         for name, now in vars(args).items():
             then, flag = ckpt["args"].get(name, now), "--" + name.replace("_", "-")
-            if now != then and name not in MAY_DIFFER:
+            if now != then and then == ADDED.get(name):
+                setattr(args, name, then)
+                print(f"{flag} {then}: as this run was started")
+            elif now != then and name not in MAY_DIFFER:
                 raise UserError(f"{out} was started with {flag} {then}, not {now}; {NEW_RUN}")
         return ckpt
     if found:
@@ -1107,7 +1139,8 @@ def batches(state: State, args: argparse.Namespace, x: Tensor) -> Iterator[tuple
             some = x.index_select(0, my_rows(order[i * B : (i + 1) * B]).to(x.device))
             real = make_batch(some, args.flip, state.rng, device)
             codes = state.spec.sample(B, state.rng)
-            yield real, Codes(*(my_rows(c).to(device, non_blocking=True) for c in codes))
+            codes = Codes(*(my_rows(c).to(device, non_blocking=True) for c in codes))
+            yield real, pair(codes) if args.lam_identity else codes
 
 
 def train(args: argparse.Namespace) -> int:
@@ -1260,6 +1293,8 @@ FLAGS = {  # by group: flag, default (None: parse_args sets it), limits or choic
      "lambda of each continuous code's L_I (default 3 / n_cont, at most 0.3)"),
     ("--cap-cont", None, (0.0, 3.0), "G is rewarded for a continuous code's L_I up to X nats"
      " (default 1.4; with up to 5 codes 3, which is no limit)"),
+    ("--lam-identity", None, (0.0, 1000.0), "of the identity loss: pictures of the same categories"
+     " must have the same colours in the same places (default 2; mnist 0)"),
     ("--info-to", None, ["trunk", "head"], "L_I trains Q with D's trunk, or Q's head (notebook)"),
     ("--q-augment", None, (0.0, 3.0), "how strongly pictures are moved, turned, blurred and"
      " relit before Q reads categorical codes (default 1 with up to 5 codes, else 0)"),
@@ -1371,14 +1406,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     # continuous codes share one weight; a categorical stops by itself once Q reads it
     unset |= {"lam_cat": 1.0, "lam_cont": min(0.3, 3 / max(args.n_cont, 1))}
     unset["cap_cont"] = 3.0 if few else 1.4  # else they go on growing, and categoricals fade
+    unset["lam_identity"] = 2.0
     unset["q_augment"] = 1.0 if few else 0.0  # many codes would be learned too slowly
     unset["r1"] = 0.3 if size >= 64 else 0.0  # without it D wins
     if args.recipe == "notebook":  # its defect: with 20 continuous codes their loss was never added
         unset |= {"lam_cont": 0.0 if args.n_cont == 20 else 0.1, "info_to": "head", "ema": 0.0}
-        unset |= {"cap_cont": 3.0, "q_augment": 0.0, "r1": 0.0, "flip": False}
+        unset |= {"cap_cont": 3.0, "q_augment": 0.0, "r1": 0.0, "lam_identity": 0.0}
+        unset["flip"] = False
     elif args.data == "mnist":
         # the paper's lr_g, narrow nets, and a z too small to choose the digit in place of c
         unset |= {"width": 32, "batch_size": 64, "lr_g": 1e-3, "z_dim": 16, "r1": 0.1}
+        unset["lam_identity"] = 0.0  # a digit is its stroke
     for name, value in unset.items():
         if getattr(args, name) is None:
             setattr(args, name, value)

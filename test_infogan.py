@@ -392,6 +392,55 @@ def test_G_is_paid_for_a_continuous_code_until_Q_reads_it_well_enough():
     assert L_I.grad.tolist() == pytest.approx([args.lam_cat, 0, args.lam_cont])
 
 
+def test_identity_loss_has_its_closed_forms():
+    """0 where neighbours look alike from afar, 1 less what is free where they share nothing."""
+    whole = 1 - infogan.IDENTITY_FREE
+    coarse = torch.randn(2000, 3, 4, 4, generator=seeded()).mul(0.3)
+    same = coarse[::2].repeat_interleave(2, 0)
+    fine = torch.randn(2000, 3, 32, 32, generator=seeded(1))
+    fine -= F.interpolate(F.adaptive_avg_pool2d(fine, 4), scale_factor=8)
+    large = F.interpolate(coarse, scale_factor=8)
+    assert infogan.identity_loss(large).item() == pytest.approx(whole, abs=0.03)
+    shared = F.interpolate(same, scale_factor=8)
+    assert infogan.identity_loss(shared + fine) == 0, "fine detail is nobody's identity"
+    light = same + coarse.mean(1, keepdim=True) - same.mean(1, keepdim=True)
+    half = infogan.identity_loss(F.interpolate(light, scale_factor=8)).item()
+    assert half == pytest.approx(0.5 - infogan.IDENTITY_FREE, abs=0.03), (
+        "colours the same, light not"
+    )
+    grey = infogan.identity_loss(large[:, :1]).item()
+    assert grey == pytest.approx(whole, abs=0.05)
+
+
+def test_pairs_share_their_categories_and_nothing_else():
+    spec = CodeSpec(3, 10, 2, 4)
+    for n in (8, 7):
+        codes = spec.sample(n, seeded())
+        paired = infogan.pair(codes)
+        assert paired.z.equal(codes.z) and paired.c_cont.equal(codes.c_cont)
+        assert paired.c_cat.shape == codes.c_cat.shape
+        for i in range(0, n - 1, 2):
+            assert paired.c_cat[i].equal(paired.c_cat[i + 1])
+        assert not paired.c_cat[0].equal(paired.c_cat[2])
+
+
+def test_the_identity_loss_moves_G_once_Q_reads_categories():
+    """The less Q reads, the less it counts: before that G has nothing to tell identities by."""
+    ends = {}
+    for lam in ("0", "5"):
+        for known in (False, True):
+            state, args, x, codes = tiny_state("--lam-identity", lam)
+            if known:  # Q that is sure of what G was told
+                sure = F.one_hot(codes.c_cat, 3).float() * 50
+                state.D.q_output = lambda h, D=state.D, sure=sure: D.spec.split(
+                    D.q_head(h)[:, : D.spec.q_dim, 0, 0].float()
+                )._replace(q_logits=sure)
+            infogan.train_step(state, args, x, codes)
+            ends[lam, known] = torch.cat([p.detach().flatten() for p in state.G.parameters()])
+    assert not ends["0", True].equal(ends["5", True])
+    assert (ends["0", False] - ends["5", False]).abs().max() < 1e-5
+
+
 @pytest.mark.parametrize("info_to", ["trunk", "head"])
 def test_a_step_moves_what_it_owns(info_to):
     state, args, x, codes = tiny_state("--info-to", info_to)
@@ -2141,7 +2190,7 @@ def test_defaults_of_the_third_version():
     shown = {"data": "data/anime", "out": "checkpoint/cat10-cont20", "epochs": 360, "seed": 0,
              "cat_dim": 10, "z_dim": 100, "batch_size": 128, "image_size": 64, "width": 64,
              "save_every": 25, "sample_every": 5, "lam_cat": 1.0, "lam_cont": 0.15, "ema": 0.03,
-             "cap_cont": 1.4, "q_augment": 0.0, "r1": 0.3, "info_to": "trunk",
+             "cap_cont": 1.4, "lam_identity": 2.0, "q_augment": 0.0, "r1": 0.3, "info_to": "trunk",
              "flip": True}  # fmt: skip
     assert {name: getattr(args, name) for name in shown} == shown
 
@@ -2150,12 +2199,13 @@ def test_defaults_are_those_of_the_first_version():
     args = infogan.parse_args([])
     assert (args.n_cat, args.n_cont, args.epochs, args.out) == (1, 2, 150, "checkpoint/cat1-cont2")
     assert (args.lam_cat, args.lam_cont, args.q_augment, args.lr_g) == (1.0, 0.3, 1.0, 2e-4)
+    assert args.lam_identity == 2.0
 
 
 def test_digits_have_defaults_of_their_own_and_a_flag_wins():
     args = infogan.parse_args(["--data", "mnist", "--lr-g", "0.01"])
     assert (args.lr_g, args.lr_d, args.q_augment, args.width) == (0.01, 2e-4, 1.0, 32)
-    assert (args.image_size, args.flip) == (32, False)
+    assert (args.image_size, args.flip, args.lam_identity) == (32, False, 0.0)
     assert infogan.parse_args(["--data", "celeba"]).flip is True
 
 
@@ -2165,7 +2215,7 @@ def test_the_notebooks_recipe_has_its_settings_and_a_flag_wins():
     for n_cont, lam in (("20", 0.0), ("2", 0.1)):
         args = infogan.parse_args(["--recipe", "notebook", "--n-cont", n_cont])
         assert (args.lam_cat, args.lam_cont, args.q_augment, args.r1) == (1.0, lam, 0.0, 0.0)
-        assert args.cap_cont == 3.0
+        assert (args.cap_cont, args.lam_identity) == (3.0, 0.0)
         assert (args.info_to, args.ema, args.flip) == ("head", 0.0, False)
     assert infogan.parse_args(["--recipe", "notebook", "--ema", "0.5"]).ema == 0.5
 
