@@ -1,7 +1,6 @@
 """Show what an InfoGAN learned: one labelled sheet per code, and a table of what every code does.
 
     python generate.py --ckpt checkpoint/v3/last.pt                   sheets and table of all codes
-    python generate.py --ckpt checkpoint/v3/last.pt --codes cat0,cont3 --gif
     python generate.py --ckpt checkpoint/v3/last.pt --explorer        a web page that moves codes
     python generate.py --ckpt checkpoint/v3/last.pt --sort ~/faces    real faces, by their codes
     python generate.py --ckpt checkpoint/v3/last.pt --samples 10000   pictures, for FID tools
@@ -35,11 +34,10 @@ from torch.nn.utils import fuse_conv_bn_eval
 import infogan
 from infogan import Codes, CodeSpec, Generator, UserError, load_pictures, replacing, save_picture
 
-N_MEASURED = 1000  # samples behind every figure of the table
+N_MEASURED, MOST_SHOWN = 1000, 100  # samples behind a table's figures; categories on a sheet
 N_DIRECTIONS, N_PATCHES = 512, 32  # of the Wasserstein distance; patches of each picture
-MOST_SHOWN = 100  # categories on one sheet
 PAGE = Path(__file__).parent / "data/explorer.html"
-PAGE_MB = 6  # the most that a page may weigh: it must open, and follow a slider, at once
+PAGE_MB = 6  # at most: it must open, and follow a slider, at once
 
 # drawing and saving -------------------------------------------------------------------------------
 
@@ -78,9 +76,8 @@ def save_table(path: Path, lines: Iterable[Iterable[object]]) -> None:
 
 def check_codes(spec: CodeSpec, where: str, codes: Iterable[str]) -> None:
     """Raises UserError for a code that spec does not have."""
-    if unknown := [code for code in codes if code not in spec.names]:
-        known = ", ".join(spec.names) or "no codes"
-        raise UserError(f"{where}: {unknown[0]!a}: this checkpoint has {known}")
+    for code in (code for code in codes if code not in spec.names):
+        raise UserError(f"{where}: {code!a}: this checkpoint has {', '.join(spec.names) or 'none'}")
 
 
 def read_names(args: argparse.Namespace, spec: CodeSpec, ckpt: dict) -> dict[str, str]:
@@ -89,16 +86,16 @@ def read_names(args: argparse.Namespace, spec: CodeSpec, ckpt: dict) -> dict[str
     names = ckpt.get("names", {})
     if args.names or path.exists():
         try:
-            names = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            why = getattr(error, "strerror", None) or error
-            raise UserError(f"--names {path}: cannot be read as JSON: {why}") from error
+            names = {**names, **json.loads(path.read_text(encoding="utf-8"))}
+        except (OSError, ValueError, TypeError, RecursionError) as error:
+            like = '{"cont3": "tilt"}'
+            raise UserError(f"--names {path}: must be a table like {like}: {error}") from error
     if not isinstance(names, dict):
-        raise UserError(f'--names {path}: must be a table like {{"cont3": "tilt"}}')
+        raise UserError(f"{args.ckpt}: its names are no table")
     check_codes(spec, f"--names {path}", names)
     for code, name in names.items():
         if not isinstance(name, str) or not name.isprintable() or not 0 < len(name) <= 40:
-            raise UserError(f"--names {path}: {code}: must be a line of 1 to 40 letters")
+            raise UserError(f"--names {path}: {code}: must be one line of 1 to 40 characters")
     return names
 
 
@@ -160,8 +157,7 @@ def measure(model: Model, args: argparse.Namespace) -> list[Row]:
 def print_table(rows: list[Row], names: dict[str, str]) -> None:
     told = [f"all {r.code}" if r.code in ("cat", "cont") else label(r.code, names) for r in rows]
     width = max(8, *map(len, told))
-    head = f"{'code':{width}}   L_I / most  effect   edges"
-    print(head + "   (nats; shares of all variance in pictures, edges)")
+    print(f"{'code':{width}}   L_I / most  effect   edges   (nats; shares of the variance)")
     for r, name in zip(rows, told, strict=True):
         known = "" if r.L_I is None else f"{r.L_I:.2f} / {r.ceiling:.2f}"
         print(f"{name:{width}} {known:>12}  {r.effect:.4f}  {r.edges:.4f}")
@@ -252,19 +248,15 @@ def write_sheets(model: Model, args: argparse.Namespace, out: Path) -> str:
         save_picture(out / name, sheet(*contents, zoom=args.zoom))
 
     strips, told = [], []
-    for row in rows:
-        if row.code not in args.codes:
-            continue
+    for row in (row for row in rows if row.code in args.codes):
         x, above = pictures(base, row.code), numbers if row.code.startswith("cat") else each
         name = label(row.code, args.names)
         known = f"L_I {row.L_I:.2f} of {row.ceiling:.2f} nats, effect {row.effect:.3f}"
         save(f"{row.code}.png", f"{name}: {known}", x, above, each_z)
         if args.gif:
-            back = row.code.startswith("cont")
-            save_gif(out / f"{row.code}.gif", name, x, above, back, args.zoom)
+            save_gif(out / f"{row.code}.gif", name, x, above, above is each, args.zoom)
         strip = pictures(first, row.code)[: args.steps]
-        blank = torch.ones_like(strip[:1]).expand(args.steps - len(strip), -1, -1, -1)
-        strips.append(torch.cat([strip, blank]))
+        strips.append(F.pad(strip, (0,) * 7 + (args.steps - len(strip),), value=1.0))
         told.append(f"{name}\nL_I {row.L_I:.2f}\neffect {row.effect:.3f}")
     if strips:
         title = "strongest code first (category / value); along a row only this code changes"
@@ -297,9 +289,11 @@ def write_samples(model: Model, args: argparse.Namespace, out: Path) -> str:
     """000000.png, … and codes.csv with the codes each was drawn from."""
     G, _, spec, _ = model
     names = [f"{i:06d}.png" for i in range(args.samples)]
-    if others := {p.name for p in out.glob("*.png")} - set(names):
+    there = {p.name for p in out.glob("*.png")}
+    if others := there - set(names) if (out / "codes.csv").exists() else there:
         raise UserError(f"--out {out}: holds {len(others):,} other pictures; give an empty folder")
     rng, table = torch.Generator().manual_seed(args.seed), [["file", *spec.names]]
+    save_table(out / "codes.csv", table)  # the folder is ours from now on, also if this is stopped
 
     def write(x: Tensor, name: str) -> None:
         # lossless at any level; more would take four times as long for files as large
@@ -408,10 +402,11 @@ def labels_of(data: str, names: list[str]) -> list[str]:
 def sort_pictures(model: Model, args: argparse.Namespace, out: Path) -> str:
     """Sheets of real pictures by the codes that Q reads from them; codes.csv; how they agree."""
     _, Q, spec, ckpt = model
+    root, named = Path(args.sort).expanduser().resolve(), args.sort in infogan.NAMED_SETS
+    if out.resolve().is_relative_to(root):
+        raise UserError(f"--out {out}: lies within --sort {args.sort}; give another folder")
     pictures = load_pictures(args.sort, ckpt["args"]["image_size"], ckpt["args"]["channels"])
-    files = pictures.names
-    if args.sort not in infogan.NAMED_SETS:
-        files = [os.path.relpath(name, Path(args.sort).expanduser().resolve()) for name in files]
+    files = [name if named else os.path.relpath(name, root) for name in pictures.names]
     x = infogan.make_batch(pictures.x, False, torch.Generator(), torch.device("cpu"))
     with torch.no_grad():
         read = [Q(part.to(args.device)) for part in x.split(args.batch_size)]
@@ -433,17 +428,15 @@ def sort_pictures(model: Model, args: argparse.Namespace, out: Path) -> str:
             for k in range(min(spec.cat_dim, MOST_SHOWN)):
                 mine = order[c_cat[order, j] == k]
                 left.append(f"{k}\n{len(mine):,}")
-                blank = torch.ones_like(x[:1]).expand(max(0, columns - len(mine)), -1, -1, -1)
-                rows.append(torch.cat([x[mine[:columns]], blank]))
+                blank = (0,) * 7 + (max(0, columns - len(mine)),)
+                rows.append(F.pad(x[mine[:columns]], blank, value=1.0))
             title = f"{name}: category, its number of pictures; the most certain first"
             page = sheet(title, torch.cat(rows), [""] * columns, left, args.zoom)
             if labels:
                 error, nmi = agreement(c_cat[:, j].tolist(), labels)
-                told = f"{error:.1%} error, NMI {nmi:.3f}"
-                print(f"{name}: {told} (matched one to one with {len(set(labels))} labels)")
+                print(f"{name}: {error:.1%} error, NMI {nmi:.3f} ({len(set(labels))} labels)")
         else:
-            values = mu[:, j - spec.n_cat]
-            rows = min(args.rows, n)  # neighbours in rank, below each other
+            values, rows = mu[:, j - spec.n_cat], min(args.rows, n)  # neighbours below each other
             start = torch.linspace(0, n - rows, columns).round().long()
             chosen = values.argsort()[start + torch.arange(rows)[:, None]]
             above = [f"{v:+.2f}" for v in values[chosen].mean(0).tolist()]
@@ -472,18 +465,18 @@ def write_explorer(model: Model, args: argparse.Namespace, out: Path) -> str:
         raise UserError("--explorer: this generator's weights do not fit half precision")
     encoded = base64.b64encode(weights.numpy().astype("<f2").tobytes()).decode()
     if len(encoded) > PAGE_MB * 1e6:
-        much = f"its page would have {len(encoded) / 1e6:.1f} MB, and {PAGE_MB} are the most"
-        raise UserError(f"--explorer: this generator is too large: {much}; train with less --width")
+        much = f"a page of {len(encoded) / 1e6:.1f} MB, the limit is {PAGE_MB}"
+        raise UserError(f"--explorer: generator too large: {much}; train with a smaller --width")
     rows = measure(model, args)
     print_table(rows, args.names)
-    z = spec.sample(args.rows, torch.Generator().manual_seed(args.seed)).z
+    z = spec.sample(args.rows, torch.Generator().manual_seed(args.seed)).z.tolist()
     data = {
         "title": f"{path.parent.name}/{path.name}, step {model.ckpt['step']:,}",
         "spec": vars(spec),
         "range": sorted(args.range),
         "maps": [m.out_channels for m in layers],
         "codes": [r._asdict() | {"name": args.names.get(r.code)} for r in rows if r.ceiling],
-        "z": [[round(v, 4) for v in row] for row in z.tolist()],
+        "z": [[round(v, 4) for v in row] for row in z],
         "weights": encoded,
     }
     filled = json.dumps(data).replace("<", "\\u003c")  # a name must not end the script
@@ -501,9 +494,9 @@ def write_onnx(model: Model, args: argparse.Namespace, out: Path) -> str:
     except ImportError as error:
         raise UserError("--onnx: needs `pip install onnx onnxscript`") from error
     G = model.G.cpu().to(memory_format=torch.contiguous_format)
-    how = {"input_names": ["codes"], "output_names": ["x"], "dynamo": True, "verbose": False}
-    how["dynamic_shapes"] = ({0: torch.export.Dim("n")},)
-    program = torch.onnx.export(G, (torch.zeros(2, model.spec.dim),), **how)
+    names, n = {"input_names": ["codes"], "output_names": ["x"]}, ({0: torch.export.Dim("n")},)
+    some = (torch.zeros(2, model.spec.dim),)
+    program = torch.onnx.export(G, some, dynamic_shapes=n, dynamo=True, verbose=False, **names)
     with replacing(out / "generator.onnx") as file:
         file.write(program.model_proto.SerializeToString())
     return f"{out} has generator.onnx"
@@ -512,8 +505,10 @@ def write_onnx(model: Model, args: argparse.Namespace, out: Path) -> str:
 def shrink(model: Model, args: argparse.Namespace, _out: Path) -> str:
     """A checkpoint to share: what the loaders need, in half precision, with the codes' names."""
     ckpt, path = model.ckpt, Path(args.shrink)
-    small = {key: ckpt.get(key) for key in ("spec", "step", "minutes")}
-    small["args"] = ckpt["args"] | {"data": "", "out": ""}  # nobody else's business
+    if path.exists():
+        raise UserError(f"--shrink {path}: exists; give a new name")
+    args_kept = ckpt["args"] | {"data": "", "out": ""}  # nobody else's business
+    small = {"args": args_kept, **{key: ckpt.get(key) for key in ("spec", "step", "minutes")}}
     for net in ("G_ema", "D"):  # vectors stay: they are small, and variances may be tiny
         small[net] = {k: w.half() if w.dim() > 1 else w for k, w in ckpt[net].items()}
     infogan.save_file(path, small | {"format": infogan.FORMAT, "names": args.names})
@@ -534,11 +529,10 @@ MODES = {  # a flag, what it does in place of sheets, and the folder beside the 
 FLAGS = {  # as in infogan.py
 "sheets": [
     ("--ckpt", None, "FILE", "such as checkpoint/v3/last.pt"),
-    ("--out", None, "FOLDER", "where the pictures go (default: traversals, sorted for --sort,"
-     " generated for --samples, by the checkpoint)"),
+    ("--out", None, "FOLDER", "where everything goes (default: a folder beside the checkpoint)"),
     ("--codes", None, "NAMES", "such as cat0,cont3 (default: every code)"),
     ("--rows", 8, (1, 100), "rows of a sheet"),
-    ("--steps", 11, (2, 100), "values of a continuous code"),
+    ("--steps", 11, (2, 100), "columns of a sheet of a continuous code"),
     ("--zoom", 1, (1, 8), "enlarge sheets N times"),
     ("--gif", False, bool, "also write an animated GIF for each code"),
     ("--names", None, "FILE", "names for codes, JSON (default: names.json beside the checkpoint)"),
@@ -550,7 +544,7 @@ FLAGS = {  # as in infogan.py
     ("--sort", None, "FOLDER", "sort real pictures by the codes that Q reads: a folder or mnist"),
     ("--samples", None, (1, 10**7), "write N single PNGs and codes.csv, for FID tools"),
     ("--versus", None, "FILE", "compare with this checkpoint"),
-    ("--data", None, "FOLDER", "real pictures to measure both against"),
+    ("--data", None, "FOLDER", "with --versus: real pictures to measure both against"),
     ("--onnx", False, bool, "write generator.onnx, for other runtimes"),
     ("--shrink", None, "FILE", "write a checkpoint in half precision, to share"),
 ]}
@@ -570,7 +564,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = p.parse_args(argv)
     if not args.ckpt:
         raise UserError("--ckpt: give a checkpoint, such as checkpoint/v3/last.pt; see --help")
-    if not all(math.isfinite(v) and abs(v) <= 1000 for v in args.range):
+    if not all(abs(v) <= 1000 for v in args.range):  # false for NaN too
         raise UserError("--range: must be two numbers from -1000 to 1000")
     if len(given := [mode for mode in MODES if getattr(args, mode)]) > 1:
         raise UserError(f"--{given[0]} and --{given[1]}: give only one of them")
@@ -586,8 +580,8 @@ def show(args: argparse.Namespace) -> int:
     args.codes = args.codes.split(",") if args.codes else model.spec.names
     check_codes(model.spec, "--codes", args.codes)
     args.names = read_names(args, model.spec, model.ckpt)
-    given = [MODES[name] for name in MODES if getattr(args, name)]
-    write, folder = given[0] if given else (write_sheets, "traversals")
+    given = [mode for name, mode in MODES.items() if getattr(args, name)]
+    write, folder = [*given, (write_sheets, "traversals")][0]
     folder = folder if path.name == "last.pt" else f"{path.stem}-{folder}"
     out = Path(args.out) if args.out else path.parent / folder
     if write is not shrink:

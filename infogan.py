@@ -68,7 +68,7 @@ from tqdm import tqdm
 class Codes(NamedTuple):
     """What G draws n pictures from."""
 
-    z: Tensor  # (n, z_dim), N(0, 1): all that no code explains
+    z: Tensor  # (n, z_dim), N(0, 1): noise, what no code controls
     c_cat: Tensor  # (n, n_cat), whole numbers from 0 to cat_dim - 1
     c_cont: Tensor  # (n, n_cont), uniform in [-1, 1]
 
@@ -868,7 +868,6 @@ def find_checkpoint(args: argparse.Namespace) -> dict | None:
         except UserError as error:
             print(error, file=sys.stderr)
             continue
-        print(f"resuming from {path}, step {ckpt['step']:,}")
         args.channels = args.channels or ckpt["args"]["channels"]
         for name, now in vars(args).items():
             then, flag = ckpt["args"].get(name, now), "--" + name.replace("_", "-")
@@ -877,6 +876,7 @@ def find_checkpoint(args: argparse.Namespace) -> dict | None:
                 print(f"{flag} {then}: as this run was started")
             elif now != then and name not in MAY_DIFFER:
                 raise UserError(f"{out} was started with {flag} {then}, not {now}; {NEW_RUN}")
+        print(f"resuming from {path}, step {ckpt['step']:,}")
         return ckpt
     if found:
         raise UserError(f"{out}: none of its checkpoints can be read; {NEW_RUN}")
@@ -1286,7 +1286,7 @@ FLAGS = {  # by group: flag, default (None: parse_args sets it), limits or choic
     ("--n-cont", 2, (0, 256), "continuous codes in [-1, 1], 0 to 256"),
     ("--z-dim", None, (0, 10_000), "noise, 0 to 10000 (default 100; mnist 16)"),
 ], "networks and objective": [
-    ("--width", None, (1, 1024), "channels of the layer at the picture (default 64; mnist 32)"),
+    ("--width", None, (1, 1024), "channels of D's first and G's last layer (default 64; mnist 32)"),
     ("--recipe", "default", ["default", "notebook"], "notebook: its settings and faults"),
     ("--lam-cat", None, (0.0, 1000.0), "lambda of each categorical code's L_I (default 1)"),
     ("--lam-cont", None, (0.0, 1000.0),
@@ -1311,9 +1311,9 @@ FLAGS = {  # by group: flag, default (None: parse_args sets it), limits or choic
     ("--amp", None, bool, "bfloat16 convolutions (default: where they are faster)"),
     ("--compile", False, bool, "torch.compile: a slow start, then faster steps on a GPU"),
     ("--max-steps", None, (1, 10**12), "finish after N steps in all"),
-    ("--max-minutes", None, (0.001, 1e7), "stop after X minutes; the same command resumes"),
+    ("--max-minutes", None, (0.001, 1e7), "stop this call after X minutes; repeat it to resume"),
 ], "output": [
-    ("--out", None, "FOLDER", "the run (default checkpoint/cat1-cont2, by its codes)"),
+    ("--out", None, "FOLDER", "the run's folder (default checkpoint/cat1-cont2, by its codes)"),
     ("--save-every", 25, (1, 10**9), "epochs between checkpoints that are kept"),
     ("--sample-every", 5, (1, 10**9), "epochs between grids of samples"),
     ("--restart", False, bool, "start from step 0; the old run is renamed to OUT.old-1"),
@@ -1387,6 +1387,8 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, argv: list[str] | None = None) -> argparse.Namespace:
         """The flags, when every given number is within its limits."""
         args = super().parse_args(argv)
+        for name in (name for name, value in vars(args).items() if value == ""):
+            raise UserError(f"--{name.replace('_', '-')}: is empty")
         check_limits({k: v for k, v in vars(args).items() if v is not None}, self.limits)
         return args
 

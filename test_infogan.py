@@ -1823,10 +1823,30 @@ def test_a_shrunken_checkpoint_names_no_folder_of_its_maker(ckpt, tmp_path):
 def test_no_run_goes_on_from_a_shrunken_checkpoint(ckpt, faces, tmp_path, capsys):
     run = tmp_path / "run"
     shutil.copytree(ckpt.parent, run)
-    assert generate.main(["--ckpt", str(ckpt), "--shrink", str(run / "last.pt")]) == 0
+    good = (run / "last.pt").read_bytes()
+    command = ["--ckpt", str(ckpt), "--shrink", str(run / "last.pt")]
+    assert generate.main(command) == 2, "a run's own checkpoint is not overwritten"
+    said_one_line(capsys, "last.pt", "exists")
+    assert (run / "last.pt").read_bytes() == good
+    (run / "last.pt").unlink()
+    assert generate.main(command) == 0
     capsys.readouterr()
     assert infogan.main(tiny(faces, run, "--max-steps", 4, "--n-cont", 3)) == 2
     said_one_line(capsys, "for generate.py only", "--restart")
+
+
+def test_nothing_of_the_user_s_is_overwritten(ckpt, faces, tmp_path, capsys):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for name in ("000000.png", "cat0.png"):
+        shutil.copy(faces / "000000.png", photos / name)
+        shutil.copy(faces / "000001.png", photos / f"b{name}")
+    before = {path.name: path.read_bytes() for path in photos.iterdir()}
+    for mode in (["--samples", "9"], ["--sort", str(photos)]):
+        for out in (photos, photos / "more") if mode[0] == "--sort" else (photos,):
+            assert generate.main(["--ckpt", str(ckpt), *mode, "--out", str(out)]) == 2
+            said_one_line(capsys, str(out))
+    assert before == {p.name: p.read_bytes() for p in photos.iterdir() if p.is_file()}
 
 
 def test_the_included_model_is_small_and_its_Q_reads_what_its_G_was_told():
@@ -2229,6 +2249,7 @@ def test_the_notebooks_recipe_has_its_settings_and_a_flag_wins():
     (["--epochs", "0"], ("--epochs 0",)),
     (["--n-cat", "0", "--n-cont", "0", "--z-dim", "0"], ("--z-dim",)),
     (["--bogus"], ("--bogus", "--help")),
+    (["--data", ""], ("--data", "empty")),
     (["--data", "no such folder"], ("no such folder", "make demo")),
     (["--data", "."], ("at least 2",)),
     (["--device", "cuda"], ("cuda",)),

@@ -4,7 +4,7 @@
     python data/measure.py checkpoint/v3/last.pt --steps 0             the same without MI: sooner
     python data/measure.py checkpoint/demo/last.pt --faces data/drawn  also which factors Q found
 
-effect     share of the pictures' variance that goes when this alone is frozen: 0 nothing, 1 all
+effect     share of the pictures' variance that goes when only this code is fixed: 0 nothing, 1 all
 edges      the same for edges, where tints and soft light do not count
 coarse     the same for the picture averaged to 4x4: which colours are where
 tint       share of a code's change that one map of colours per face explains: 1 for a tint of the
@@ -13,7 +13,8 @@ MI         what a new Q reads of the code, in nats, from pictures that it never 
            here on the frozen generator and sees pictures behind noise: a code that hides in what
            nobody sees reads low. A continuous code that does nothing has -0.18, as Q's Gaussian
            cannot be uniform
-shuffled   the same with the codes of other pictures. Above 0 by more than chance, the MI is wrong
+shuffled   the same with the codes of other pictures. It must be 0 or below,
+           else do not trust the MI; far below is normal
 
 With --faces, for faces that data/draw_faces.py drew, as the run's own Q reads them:
 
@@ -334,11 +335,11 @@ def measure(args: argparse.Namespace) -> int:
 
 
 # fmt: off
-FLAGS = {"options": [  # as in infogan.py
+FLAGS = {"measuring": [  # as in infogan.py
     ("--faces", None, "FOLDER", "also compare with drawn faces and their factors.csv"),
     ("--n", 2000, (2, 10**6), "samples behind every effect and MI"),
     ("--steps", 1500, (0, 10**6), "batches of 64 that train the new Q; 0: no MI"),
-    ("--noise", 0.2, (0.0, 10.0), "its standard deviation; pictures lie in [-1, 1]"),
+    ("--noise", 0.2, (0.0, 10.0), "standard deviation of noise on the pictures for the new Q"),
     ("--json", None, "FILE", "write the same figures there"),
     ("--seed", 0, (0, 2**63 - 1), "of all random numbers"),
     ("--device", "auto", DEVICES, "auto takes the fastest"),
