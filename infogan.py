@@ -454,8 +454,8 @@ def train_step(state: State, args: argparse.Namespace, x: Tensor, codes: Codes) 
     loss_G = g_loss(d_fake_G)
     L_I = mutual_information(spec, q, codes)
     loss = loss_G - lambda_L_I(spec, cap_cont(spec, L_I, args), args)  # here L_I reaches G (Eq. 6)
-    if args.lam_identity and spec.n_cat:
-        known = L_I[: spec.n_cat].detach().mean() / spec.entropies[0]  # no identity without codes
+    if args.lam_identity and spec.n_cat:  # as far as Q knows c: before, G has only z to vary x with
+        known = L_I[: spec.n_cat].detach().mean() / spec.entropies[0]
         loss = loss + args.lam_identity * known.clamp(0, 1) ** 4 * identity_loss(x_fake)
     descend(state.opt_G, loss)
 
