@@ -871,7 +871,7 @@ def find_checkpoint(args: argparse.Namespace) -> dict | None:
         args.channels = args.channels or ckpt["args"]["channels"]
         for name, now in vars(args).items():
             then, flag = ckpt["args"].get(name, now), "--" + name.replace("_", "-")
-            if now != then and then == ADDED.get(name):
+            if now != then and name in ADDED and then == ADDED[name]:
                 setattr(args, name, then)
                 print(f"{flag} {then}: as this run was started")
             elif now != then and name not in MAY_DIFFER:

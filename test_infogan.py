@@ -1032,6 +1032,16 @@ def test_going_on_with_other_pictures_is_refused(faces, tmp_path, capsys):
     said_one_line(capsys, "other pictures", "--restart")
 
 
+def test_a_run_without_max_steps_ends_at_those_of_its_resume(faces, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert infogan.main(tiny(faces, out, "--max-minutes", 0.001)) == 0
+    done = infogan.load_checkpoint(out / "last.pt")["step"]
+    capsys.readouterr()
+    assert infogan.main(tiny(faces, out, "--max-steps", done + 2)) == 0
+    assert "as this run was started" not in capsys.readouterr().out
+    assert infogan.load_checkpoint(out / "last.pt")["step"] == done + 2
+
+
 def test_flags_are_compared_before_pictures_are_decoded(faces, tmp_path, decoded, capsys):
     out, other = tmp_path / "run", few_pictures(tmp_path / "other")
     assert infogan.main(tiny(faces, out, "--max-steps", 1)) == 0
@@ -1352,7 +1362,7 @@ def test_one_run_at_a_time_in_a_folder(faces, tmp_path, capsys):
         assert infogan.main([*tiny(faces, out, *ENDLESS), *more]) == 2
         said_one_line(capsys, f"process {run.process.pid} is training there")
     run.kill()
-    assert (out / ".pid").read_text() == str(run.process.pid)  # stale, and blocks nobody
+    assert (out / ".pid").read_text() == str(run.process.pid)  # stale, and in nobody's way
     assert infogan.main(tiny(faces, out, "--max-steps", 60)) == 0
     assert not (out / ".lock").exists()
 
