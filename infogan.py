@@ -309,7 +309,7 @@ def cap_cont(spec: CodeSpec, L_I: Tensor, args: argparse.Namespace) -> Tensor:
     return torch.cat([cat, cont.clamp(max=args.cap_cont)])
 
 
-IDENTITY_FREE = 0.2  # the share of a coarse picture that z and continuous codes may change
+IDENTITY_FREE = 0.25, 0.05  # shares of brightness and colour that others may change from afar
 
 
 def identity_loss(x: Tensor) -> Tensor:
@@ -317,15 +317,15 @@ def identity_loss(x: Tensor) -> Tensor:
 
     Of pictures (n, channels, h, w) each two neighbours share their categories. With p the 4x4
     averages: E[(p - p')^2] / 2 / Var(p), 0 where p is decided by the categories, 1 where they do
-    not matter; the mean of that of brightness and that of colour, above IDENTITY_FREE.
+    not matter. The mean over brightness and colour of what lies above IDENTITY_FREE.
     """
     p = F.adaptive_avg_pool2d(x[: len(x) // 2 * 2], 4)
-    light = p.mean(1, keepdim=True)
-    shares = []
-    for part in (light, p - light)[: p.shape[1]]:  # a grey picture has no colour
+    light, losses = p.mean(1, keepdim=True), []
+    parts = (light, p - light)[: p.shape[1]]  # a grey picture has no colour
+    for part, free in zip(parts, IDENTITY_FREE, strict=False):
         change = (part[0::2] - part[1::2]).square().mean() / 2
-        shares.append(change / (part.var(0).mean() + 1e-4))
-    return F.relu(torch.stack(shares).mean() - IDENTITY_FREE)
+        losses.append(F.relu(change / (part.var(0).mean() + 1e-4) - free))
+    return torch.stack(losses).mean()
 
 
 def pair(codes: Codes) -> Codes:
