@@ -34,7 +34,8 @@ from torch.nn.utils import fuse_conv_bn_eval
 import infogan
 from infogan import Codes, CodeSpec, Generator, UserError, load_pictures, replacing, save_picture
 
-N_MEASURED, MOST_SHOWN = 1000, 100  # samples behind a table's figures; categories on a sheet
+N_MEASURED, N_MOVED = 1000, 200  # samples behind a table's figures; behind its tints, heat maps
+MOST_SHOWN = 100  # categories on a sheet
 N_DIRECTIONS, N_PATCHES = 512, 32  # of the Wasserstein distance; patches of each picture
 PAGE = Path(__file__).parent / "data/explorer.html"
 PAGE_MB = 6  # at most: it must open, and follow a slider, at once
@@ -115,6 +116,8 @@ class Row(NamedTuple):
     ceiling: float | None
     effect: float  # share of the pixels' variance that goes when this alone is frozen
     edges: float  # the same for edges, where tints and soft light do not count
+    tint: float | None = None  # of a code: see tint()
+    where: Tensor | None = None  # of a code: see heat_map()
 
 
 def edge_map(x: Tensor) -> Tensor:
@@ -129,6 +132,33 @@ def edge_map(x: Tensor) -> Tensor:
 def effect(x: Tensor, x_redrawn: Tensor) -> float:
     """E[(x - x')^2] / 2 / Var(x), x' with one code or group drawn again: 0 nothing, 1 all."""
     return ((x - x_redrawn).square().mean(0).sum() / 2 / x.var(0).sum().clamp(min=1e-12)).item()
+
+
+def low_high(spec: CodeSpec, codes: Codes, name: str, rng: torch.Generator) -> tuple[Codes, Codes]:
+    """codes with a continuous code at -0.8 and at 0.8, or with two categories of a categorical."""
+    step = torch.randint(1, spec.cat_dim, codes.c_cat.shape, generator=rng)
+    low = codes._replace(c_cont=torch.full_like(codes.c_cont, -0.8))
+    high = Codes(codes.z, (codes.c_cat + step) % spec.cat_dim, -low.c_cont)
+    return spec.replace(codes, name, low), spec.replace(codes, name, high)
+
+
+def tint(x: Tensor, y: Tensor) -> float:
+    """Share of the change from x to y that the best affine map of each face's colours explains.
+
+    1 for a tint of the whole picture, near 0 for a change of shape; 0 where nothing changes.
+    """
+    u, v = F.pad(x.flatten(2), (0, 0, 0, 1), value=1.0).mT, y.flatten(2).mT  # (n, pixels, colours)
+    left, change = v - u @ torch.linalg.lstsq(u, v).solution, (y - x).square().sum()
+    nothing = change < 1e-6 * x.numel()  # too little to see, or to divide by
+    return 0.0 if nothing else (1 - left.square().sum() / change).item()
+
+
+def heat_map(x: Tensor, y: Tensor) -> Tensor:
+    """Where x becomes y: the mean face, red where the mean |x - y| is large, (3, size, size)."""
+    heat, face = (x - y).abs().mean((0, 1)), x.mean((0, 1)) / 2
+    much = (heat / heat.max().clamp(min=1e-8)).square()  # squared: small changes are everywhere
+    red = torch.tensor([1.0, -0.4, -0.8])[:, None, None].expand(3, *face.shape)
+    return torch.lerp(face.expand_as(red), red, much)
 
 
 @torch.no_grad()
@@ -147,7 +177,12 @@ def measure(model: Model, args: argparse.Namespace) -> list[Row]:
 
     def row(name: str, *known: float | None) -> Row:
         y = draw(G, spec, spec.replace(codes, name, other), batch_size)
-        return Row(name, *known, effect(x, y), effect(x_edges, edge_map(y)))
+        figures = Row(name, *known, effect(x, y), effect(x_edges, edge_map(y)))
+        if None in known:  # a group
+            return figures
+        ends = low_high(spec, Codes(*(c[:N_MOVED] for c in codes)), name, rng)
+        low, high = (draw(G, spec, end, batch_size) for end in ends)
+        return figures._replace(tint=tint(low, high), where=heat_map(low, high))
 
     groups = (["z"] if spec.z_dim else []) + [*spec.kinds]
     each = [row(*known) for known in zip(spec.names, L_I.tolist(), spec.ceilings, strict=True)]
@@ -157,10 +192,11 @@ def measure(model: Model, args: argparse.Namespace) -> list[Row]:
 def print_table(rows: list[Row], names: dict[str, str]) -> None:
     told = [f"all {r.code}" if r.code in ("cat", "cont") else label(r.code, names) for r in rows]
     width = max(8, *map(len, told))
-    print(f"{'code':{width}}   L_I / most  effect   edges   (nats; shares of the variance)")
+    print(f"{'code':{width}}   L_I / most  effect   edges  tint  (nats; shares, see README)")
     for r, name in zip(rows, told, strict=True):
         known = "" if r.L_I is None else f"{r.L_I:.2f} / {r.ceiling:.2f}"
-        print(f"{name:{width}} {known:>12}  {r.effect:.4f}  {r.edges:.4f}")
+        tinted = "" if r.tint is None else f"  {r.tint:.2f}"
+        print(f"{name:{width}} {known:>12}  {r.effect:.4f}  {r.edges:.4f}{tinted}")
 
 
 def patches(x: Tensor, rng: torch.Generator) -> list[Tensor]:
@@ -230,9 +266,9 @@ def write_sheets(model: Model, args: argparse.Namespace, out: Path) -> str:
     """The table, a sheet per code, sheets of several codes; nothing selected: the seed's first."""
     G, spec, rows = model.G, model.spec, measure(model, args)
     print_table(rows, args.names)
-    figures = [[r.code, *("" if v is None else f"{v:.5f}" for v in r[1:])] for r in rows]
+    figures = [[r.code, *("" if v is None else f"{v:.5f}" for v in r[1:-1])] for r in rows]
     named = [[*row, args.names.get(row[0], "")] for row in figures]
-    save_table(out / "table.csv", [[*Row._fields, "name"], *named])
+    save_table(out / "table.csv", [[*Row._fields[:-1], "name"], *named])
     rng = torch.Generator().manual_seed(args.seed)
     base, each_z = spec.sample(args.rows, rng), [f"z {i}" for i in range(args.rows)]
     first = Codes(*(c[:1] for c in base))
@@ -252,16 +288,19 @@ def write_sheets(model: Model, args: argparse.Namespace, out: Path) -> str:
         x, above = pictures(base, row.code), numbers if row.code.startswith("cat") else each
         name = label(row.code, args.names)
         known = f"L_I {row.L_I:.2f} of {row.ceiling:.2f} nats, effect {row.effect:.3f}"
-        save(f"{row.code}.png", f"{name}: {known}", x, above, each_z)
+        where = sheet("", row.where[None], ["where"], zoom=args.zoom)
+        page = sheet(f"{name}: {known}, tint {row.tint:.2f}", x, above, each_z, args.zoom)
+        save_picture(out / f"{row.code}.png", beside([page, where]))
         if args.gif:
             save_gif(out / f"{row.code}.gif", name, x, above, above is each, args.zoom)
-        strip = pictures(first, row.code)[: args.steps]
-        strips.append(F.pad(strip, (0,) * 7 + (args.steps - len(strip),), value=1.0))
-        told.append(f"{name}\nL_I {row.L_I:.2f}\neffect {row.effect:.3f}")
+        strip = pictures(first, row.code)[: args.steps].expand(-1, 3, -1, -1)
+        blank = torch.ones(args.steps - len(strip), *strip.shape[1:])
+        strips.append(torch.cat([row.where[None], strip, blank]))
+        told.append(f"{name}\nL_I {row.L_I:.2f}\neffect {row.effect:.3f}\ntint {row.tint:.2f}")
     if strips:
         title = "strongest code first (category / value); along a row only this code changes"
         both = [f"{k} / {v}" if k in every and spec.n_cat else v for k, v in enumerate(each)]
-        save("overview.png", title, torch.cat(strips), both, told)
+        save("overview.png", title, torch.cat(strips), ["where", *both], told)
     if spec.n_cat:
         title = "all categoricals together (columns); z and continuous codes (rows)"
         save("all-categoricals.png", title, pictures(base, "cat"), numbers, each_z)
@@ -470,12 +509,19 @@ def write_explorer(model: Model, args: argparse.Namespace, out: Path) -> str:
     rows = measure(model, args)
     print_table(rows, args.names)
     z = spec.sample(args.rows, torch.Generator().manual_seed(args.seed)).z.tolist()
+
+    def told(row: Row) -> dict:
+        file = io.BytesIO()
+        infogan.to_image(row.where).save(file, "JPEG", quality=85)
+        where = "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
+        return row._asdict() | {"name": args.names.get(row.code), "where": where}
+
     data = {
         "title": f"{path.parent.name}/{path.name}, step {model.ckpt['step']:,}",
         "spec": vars(spec),
         "range": sorted(args.range),
         "maps": [m.out_channels for m in layers],
-        "codes": [r._asdict() | {"name": args.names.get(r.code)} for r in rows if r.ceiling],
+        "codes": [told(r) for r in rows if r.where is not None],
         "z": [[round(v, 4) for v in row] for row in z],
         "weights": encoded,
     }

@@ -1709,7 +1709,7 @@ def test_every_code_has_a_sheet_and_a_loop(sheets):
     expected |= {f"{n}.png" for n in ("all-categoricals", "cat-by-cont", "overview", "samples")}
     assert {p.name for p in sheets.iterdir()} == expected
     sheet = Image.open(sheets / "cont0.png")
-    assert sheet.width >= 5 * 64 and sheet.height >= 3 * 64
+    assert sheet.width >= 6 * 64 and sheet.height >= 3 * 64, "five faces and where they change"
 
 
 def test_sheets_are_the_same_each_time(ckpt, sheets, tmp_path, capsys):
@@ -1726,6 +1726,36 @@ def test_the_table_has_the_strongest_codes_first(sheets):
     assert sorted(r["code"] for r in rows[3:]) == ["cat0", "cat1", "cont0", "cont1", "cont2"]
     strengths = [float(r["effect"]) for r in rows[3:]]
     assert strengths == sorted(strengths, reverse=True) and strengths[0] > 0
+
+
+def test_the_table_tells_the_tint_of_codes_alone(sheets):
+    with open(sheets / "table.csv", newline="") as file:
+        tints = {r["code"]: r["tint"] for r in csv.DictReader(file)}
+    assert [tints.pop(group) for group in ("z", "cat", "cont")] == [""] * 3
+    assert len(tints) == 5 and all(0 <= float(tint) <= 1 for tint in tints.values())
+
+
+def test_a_heat_map_is_red_where_a_code_changes_the_mean_face():
+    x = torch.rand(50, 3, 16, 16, generator=seeded()) - 0.5
+    y = x.clone()
+    y[:, :, 2:6, 3:8] += torch.randn(50, 1, 1, 1, generator=seeded(1))
+    for channels in (3, 1):
+        red, green, blue = generate.heat_map(x[:, :channels], y[:, :channels])
+        hot = (red - blue) > 1
+        assert hot[2:6, 3:8].all() and hot.sum() == 4 * 5
+        assert red[~hot].equal(green[~hot]) and red[~hot].equal(blue[~hot])
+    assert generate.heat_map(x, x).isfinite().all(), "a code that does nothing"
+
+
+def test_low_and_high_differ_in_one_code():
+    spec = CodeSpec(2, 3, 2, 1)
+    codes = spec.sample(50, seeded())
+    low, high = generate.low_high(spec, codes, "cont1", seeded(1))
+    assert (low.c_cont[:, 1] == -0.8).all() and (high.c_cont[:, 1] == 0.8).all()
+    assert low.c_cont[:, 0].equal(high.c_cont[:, 0]) and low.c_cat.equal(codes.c_cat)
+    low, high = generate.low_high(spec, codes, "cat0", seeded(1))
+    assert low.c_cat.equal(codes.c_cat) and (low.c_cat[:, 0] != high.c_cat[:, 0]).all()
+    assert high.c_cat.max() == 2 and low.c_cat[:, 1].equal(high.c_cat[:, 1])
 
 
 def test_loops_run_forth_and_back(tmp_path):
@@ -2167,6 +2197,8 @@ def test_the_explorer_has_a_control_for_each_code_and_they_move_the_picture(brow
     count = "return document.querySelectorAll(`input[type=${given[0]}]`).length"
     assert browser.run(count, "range") == spec.n_cont
     assert browser.run(count, "radio") == spec.n_cat * spec.cat_dim
+    loaded = "return [...document.querySelectorAll('legend img')].map(i => i.naturalWidth)"
+    assert browser.run(loaded) == [32] * len(spec.names), "a heat map beside each"
     seen = [browser.face(32)]
     if spec.n_cat:
         browser.run("document.querySelectorAll('input[type=radio]')[1].click()")
@@ -2201,7 +2233,9 @@ def test_the_explorer_asks_no_network_and_reports_no_error(browser, explorer):
     asked = [
         e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"
     ]
-    assert asked and all(url.split("#")[0] in (address, "data:,") for url in asked), asked
+    assert asked and all(
+        url.split("#")[0] == address or url.startswith("data:") for url in asked
+    ), asked
 
 
 def test_generators_too_large_for_a_page_get_one_line(tmp_path, capsys, monkeypatch, ckpt):

@@ -43,7 +43,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from generate import edge_map, effect
+from generate import edge_map, effect, low_high, tint
 from infogan import (
     DEVICES,
     Codes,
@@ -74,51 +74,22 @@ VIEWS = {"effect": Tensor.float, "edges": edge_map}
 VIEWS["coarse"] = partial(F.adaptive_avg_pool2d, output_size=4)
 
 
-def parts(spec: CodeSpec) -> dict[str, tuple[str, slice]]:
-    """The field of Codes and its columns: of z, of each kind of code together, of each code."""
-    sizes = {"z": spec.z_dim, "c_cat": spec.n_cat, "c_cont": spec.n_cont}
-    each = [(field, slice(j, j + 1)) for field in ("c_cat", "c_cont") for j in range(sizes[field])]
-    groups = {f.replace("c_", "all "): (f, slice(None)) for f, size in sizes.items() if size}
-    return groups | dict(zip(spec.names, each, strict=True))
-
-
-def put(codes: Codes, field: str, columns: slice, values: Tensor | float) -> Codes:
-    """codes with other values in some columns of one field."""
-    changed = getattr(codes, field).clone()
-    changed[:, columns] = values
-    return codes._replace(**{field: changed})
-
-
 def measure_effects(draw: Draw, spec: CodeSpec, n: int, rng: torch.Generator) -> dict[str, dict]:
     """The figure of every view for every part, from n pictures drawn again with that part new."""
     codes, other = spec.sample(n, rng), spec.sample(n, rng)
     x, rows = draw(codes), {}
     seen = {name: view(x) for name, view in VIEWS.items()}
-    for part, (field, columns) in parts(spec).items():
-        y = draw(put(codes, field, columns, getattr(other, field)[:, columns]))
-        rows[part] = {name: effect(seen[name], view(y)) for name, view in VIEWS.items()}
+    for part in [*(["z"] if spec.z_dim else []), *spec.kinds, *spec.names]:
+        y = draw(spec.replace(codes, part, other))
+        name = f"all {part}" if part in spec.kinds else part
+        rows[name] = {name: effect(seen[name], view(y)) for name, view in VIEWS.items()}
     return rows
-
-
-def tint(x: Tensor, y: Tensor) -> float:
-    """Share of the change from x to y that the best affine map of each face's colours explains."""
-    u, v = F.pad(x.flatten(2), (0, 0, 0, 1), value=1.0).mT, y.flatten(2).mT  # (n, pixels, colours)
-    left, change = v - u @ torch.linalg.lstsq(u, v).solution, (y - x).square().sum()
-    nothing = change < 1e-6 * x.numel()  # too little to see, or to divide by
-    return 0.0 if nothing else (1 - left.square().sum() / change).item()
 
 
 def measure_tints(draw: Draw, spec: CodeSpec, n: int, rng: torch.Generator) -> dict[str, float]:
     """The tint of each code: from -0.8 to 0.8, or from a category to another."""
-    codes, tints = spec.sample(n, rng), {}
-    for name in spec.names:
-        field, columns = parts(spec)[name]
-        ends = -0.8, 0.8
-        if field == "c_cat":
-            step = torch.randint(1, spec.cat_dim, (n, 1), generator=rng)
-            ends = codes.c_cat[:, columns], (codes.c_cat[:, columns] + step) % spec.cat_dim
-        tints[name] = tint(*(draw(put(codes, field, columns, end)) for end in ends))
-    return tints
+    codes = spec.sample(n, rng)
+    return {name: tint(*map(draw, low_high(spec, codes, name, rng))) for name in spec.names}
 
 
 # mutual information -------------------------------------------------------------------------------
