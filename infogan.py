@@ -520,7 +520,7 @@ def find_pictures(folder: Path) -> list[Path]:
     return sorted(found + closed)
 
 
-def get_named_set(name: str, opened: bool = False) -> Path | list[Image.Image]:
+def get_named_set(name: str, flag: str, opened: bool = False) -> Path | list[Image.Image]:
     """The file or folder of a set, downloaded if it is missing; or the pictures in its file."""
     kind, path, package = NAMED_SETS[name]
     path = DATA / path
@@ -534,10 +534,10 @@ def get_named_set(name: str, opened: bool = False) -> Path | list[Image.Image]:
         if name == "svhn":
             return [*map(Image.fromarray, datasets.SVHN(DATA).data.transpose(0, 2, 3, 1))]
         return [*map(Image.fromarray, datasets.mnist.read_image_file(str(path)).numpy())]
-    except (RuntimeError, OSError, ImportError, zipfile.BadZipFile) as error:
+    except Exception as error:  # of any kind: torchvision, gdown and scipy raise them
         why = " ".join(str(error).split()) or type(error).__name__
         why += f"; it needs `pip install {package}`" if package else ""
-        raise UserError(f"--data {name}: torchvision cannot get it into {DATA}/: {why}") from error
+        raise UserError(f"{flag} {name}: torchvision cannot get it into {DATA}/: {why}") from error
 
 
 def to_square(image: Image.Image, size: int, channels: int) -> Image.Image:
@@ -571,7 +571,9 @@ def read_picture(item: Path | Image.Image, size: int, channels: int) -> tuple[st
         return f"{item} ({type(error).__name__})", None
 
 
-def decode(data: str, items: list, size: int, channels: int, file: BinaryIO) -> dict[str, object]:
+def decode(
+    data: str, items: list, size: int, channels: int, file: BinaryIO, flag: str
+) -> dict[str, object]:
     """Writes (size, size, channels) bytes for each picture to file; returns facts about the set."""
     kept, skipped, checksum, grey = {}, [], 0, True
     Image.init()  # loads Pillow's formats, which threads must not do at the same time
@@ -595,7 +597,7 @@ def decode(data: str, items: list, size: int, channels: int, file: BinaryIO) -> 
         named = ", ".join(skipped[:10]) + (", …" if len(skipped) > 10 else "")
         summary += f", {len(skipped):,} unreadable files skipped: {ascii(named)}"
     if len(kept) < 2:
-        raise UserError(f"--data {data}: {summary}, at least 2 are needed; {GET_PICTURES}")
+        raise UserError(f"{flag} {data}: {summary}, at least 2 are needed; {GET_PICTURES}")
     fingerprint = hashlib.sha256("".join(kept).encode()).hexdigest()[:16]
     facts = {"n": len(kept), "told": summary, "fingerprint": fingerprint, "checksum": checksum}
     return facts | {"grey": grey, "names": "\0".join(kept.values())}
@@ -621,15 +623,18 @@ def read_cache(path: Path, key: str, shape: tuple[int, ...]) -> tuple[Tensor, di
     return None
 
 
-def load_pictures(data: str, size: int, channels: int | None = None) -> Pictures:
+def load_pictures(
+    data: str, size: int, channels: int | None = None, flag: str = "--data"
+) -> Pictures:
     """A folder or a named set, decoded once: later starts map the cache's file into memory.
 
     channels None takes what the set has: 1 when every picture is grey, else 3. Exact copies and
-    unreadable files are left out and counted. Raises UserError when fewer than two remain.
+    unreadable files are left out and counted. Raises UserError, with the flag that names the set,
+    when fewer than two remain.
     """
-    folder = get_named_set(data) if data in NAMED_SETS else Path(data).expanduser()
+    folder = get_named_set(data, flag) if data in NAMED_SETS else Path(data).expanduser()
     if data not in NAMED_SETS and not folder.is_dir():
-        raise UserError(f"--data {data}: no such folder; {GET_PICTURES}")
+        raise UserError(f"{flag} {data}: no such folder; {GET_PICTURES}")
     folder = folder.resolve()  # one set, however its path is written
     files = find_pictures(folder) if folder.is_dir() else [folder]
     contents = hashlib.sha256(str(DECODER).encode())  # changes with every name, size and time
@@ -646,11 +651,11 @@ def load_pictures(data: str, size: int, channels: int | None = None) -> Pictures
         if channels != 1 or (found and found[1]["grey"]):
             break
     if not found:
-        items = files if folder.is_dir() else get_named_set(data, opened=True)
+        items = files if folder.is_dir() else get_named_set(data, flag, opened=True)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(path) as file:
-                facts = decode(data, items, size, depth, file)
+                facts = decode(data, items, size, depth, file, flag)
                 tail = json.dumps(facts | {"key": key}).encode()
                 file.write(tail + len(tail).to_bytes(8, "little"))
             found = read_cache(path, key, shape)
@@ -660,7 +665,7 @@ def load_pictures(data: str, size: int, channels: int | None = None) -> Pictures
         if not found:
             print(f"{path}: {why}; pictures are not cached, each start decodes them")
             memory = io.BytesIO()
-            facts = decode(data, items, size, depth, memory)
+            facts = decode(data, items, size, depth, memory, flag)
             x = torch.frombuffer(memory.getbuffer(), dtype=torch.uint8)
             found = x.view(-1, *shape), facts
     x, facts = found

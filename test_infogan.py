@@ -686,6 +686,17 @@ def test_a_folder_of_rubbish_alone_is_one_line(tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("data", ["none", "one", "mnist"])
+def test_what_is_wrong_with_pictures_names_the_flag_that_asked_for_them(
+    tmp_path, monkeypatch, data
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("urllib.request.urlopen", lambda *a, **k: 1 / 0)
+    (tmp_path / "one").mkdir()
+    with pytest.raises(UserError, match=f"^--sort {data}: "):
+        infogan.load_pictures(data, 16, flag="--sort")
+
+
 def test_grey_sets_have_one_channel_unless_three_are_asked_for(tmp_path):
     for i in range(3):
         Image.new("L", (8, 8), 50 * i).save(tmp_path / f"{i}.png")
