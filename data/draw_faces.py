@@ -285,20 +285,19 @@ def draw_folder(out: Path, n: int, seed: int, size: int, only: Sequence[str], wo
     """Fill the folder; False if it holds this very drawing already. OSError if it cannot be."""
     out.mkdir(parents=True, exist_ok=True)
     table, draft = out / "factors.csv", out / "factors.csv.part"
-    names = {p.name for p in out.iterdir()}
+    names = {p.name for p in out.iterdir() if p.name[0] != "."}
     old_pictures = {name for name in names if re.fullmatch(r"\d{6,7}\.png", name)}
     if table.name in names:
         with table.open(encoding="utf-8", errors="replace", newline="") as old:
-            if old.readline() != next(table_lines(n, seed)):
-                raise FileExistsError("its factors.csv was not written by this script")
-            old.seek(0)
-            same = all(a == b for a, b in zip_longest(old, table_lines(n, seed, only)))
+            if any(a != b for a, b in zip_longest(old, table_lines(n, seed, only))):
+                raise FileExistsError("its factors.csv is of another set; give another folder")
         last, data = picture(n - 1, seed, size, only)
-        same = same and len(old_pictures) == n and last in old_pictures
+        same = len(old_pictures) == n and last in old_pictures
         if same and (out / last).read_bytes() == data:
             return False
-    elif names and draft.name not in names:
-        raise FileExistsError("it holds files that this script did not draw")
+    marks = names & {table.name, draft.name}
+    if names != marks | (old_pictures if marks else set()):
+        raise FileExistsError("it holds files that this script did not draw; give another folder")
     # The draft marks the folder as ours, should the drawing be interrupted; factors.csv, gone until
     # the last picture is there, marks it as complete.
     with draft.open("w", encoding="utf-8", newline="") as new:

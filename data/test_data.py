@@ -106,19 +106,34 @@ def test_only_lets_the_named_factors_vary(tmp_path, capsys):
     assert stop.value.code == 2 and "nose" in capsys.readouterr().err
 
 
-def test_a_smaller_drawing_replaces_a_larger_one(tmp_path):
-    for n in (7, 5):
-        assert draw_faces.main([str(tmp_path), "--n", str(n), "--size", "16"]) == 0
-    assert len(list(tmp_path.glob("*.png"))) == len(read_table(tmp_path)) == 5
-
-
-def test_a_folder_of_other_files_is_left_as_it_is(tmp_path, capsys):
-    (tmp_path / "photo.png").write_text("precious")
+def refused(folder, capsys, *flags):
+    before = {path: path.read_bytes() for path in folder.iterdir()}
     with pytest.raises(SystemExit) as stop:
-        draw_faces.main([str(tmp_path), "--n", "3"])
-    assert stop.value.code == 2 and (tmp_path / "photo.png").read_text() == "precious"
-    assert len(list(tmp_path.iterdir())) == 1
-    said_one_line(capsys, str(tmp_path))
+        draw_faces.main([str(folder), "--size", "16", *flags])
+    assert stop.value.code == 2
+    said_one_line(capsys, str(folder), "another folder")
+    assert before == {path: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_another_drawing_is_left_as_it_is_and_an_interrupted_one_goes_on(tmp_path, capsys):
+    assert draw_faces.main([str(tmp_path), "--n", "5", "--size", "16"]) == 0
+    for other in (["--n", "4"], ["--n", "5", "--seed", "1"], ["--n", "5", "--only", "tilt"]):
+        refused(tmp_path, capsys, *other)
+    (tmp_path / "000004.png").unlink()
+    assert draw_faces.main([str(tmp_path), "--n", "5", "--size", "16"]) == 0
+    assert len(list(tmp_path.glob("*.png"))) == len(read_table(tmp_path)) == 5
+    (tmp_path / "factors.csv").rename(tmp_path / "factors.csv.part")
+    assert draw_faces.main([str(tmp_path), "--n", "4", "--size", "16"]) == 0
+    assert len(list(tmp_path.glob("*.png"))) == len(read_table(tmp_path)) == 4
+    (tmp_path / "photo.png").write_text("precious")
+    (tmp_path / "000003.png").unlink()
+    refused(tmp_path, capsys, "--n", "4")
+
+
+@pytest.mark.parametrize("name", ["photo.png", "000000.png", "factors.csv"])
+def test_a_folder_of_other_files_is_left_as_it_is(tmp_path, capsys, name):
+    (tmp_path / name).write_text("precious")
+    refused(tmp_path, capsys, "--n", "3")
 
 
 # the download -----------------------------------------------------------------------------------
