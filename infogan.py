@@ -38,12 +38,14 @@ import math
 import os
 import pickle
 import pickletools
+import re
 import signal
 import sys
 import time
 import warnings
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
@@ -488,9 +490,13 @@ def update_ema(G_ema: nn.Module, G: nn.Module, beta: float) -> None:
 
 # pictures -----------------------------------------------------------------------------------------
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif"}
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")  # Pillow knows some that start a program
-MAX_PIXELS, MAX_BYTES = 2**25, 2**28  # of one file: decoding takes bounded memory
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "JPEG2000", "PPM", "ICO", "PCX", "SGI")
+FORMATS += ("QOI", "TGA", "AVIF")  # not all that Pillow knows: for EPS it starts a program
+MAX_PIXELS = 2**30 // 12  # of one file, Pillow's own limit: decoding takes up to 16 bytes for each
+DECODERS = 8  # threads; what is larger than their share of MAX_PIXELS is decoded alone
+SYSTEM = {"@eadir", "@recycle", "#recycle", "#snapshot", "$recycle.bin", "recycler", "__macosx"}
+SYSTEM |= {"system volume information", "lost+found", "lost.dir", "found.000", "thumbs"}
+MADE = [{"args.json", "log.csv"}, {"last.pt"}, {"codes.csv"}, {"table.csv", "overview.png"}]
 DATA = Path("data")  # where torchvision keeps the named sets
 NAMED_SETS = {  # torchvision's class, a file or folder of the set, a package that it needs
     "mnist": ("MNIST", "MNIST/raw/train-images-idx3-ubyte", None),
@@ -498,9 +504,10 @@ NAMED_SETS = {  # torchvision's class, a file or folder of the set, a package th
     "svhn": ("SVHN", "train_32x32.mat", "scipy"),
     "celeba": ("CelebA", "celeba/img_align_celeba", "gdown"),
 }
+CELEBA = 202_599  # pictures
 GET_PICTURES = "give a folder of pictures; `make data` downloads faces, `make demo` draws some"
 DECODED_AT_ONCE = 512  # so memory stays flat however large a set is
-DECODER = 1  # counts up whenever to_square changes its result
+DECODER = 2  # counts up whenever decode changes its result
 
 
 class Pictures(NamedTuple):
@@ -511,13 +518,34 @@ class Pictures(NamedTuple):
     names: list[str]  # paths, or numbers in a named set
 
 
-def find_pictures(folder: Path) -> list[Path]:
-    """All picture files below a folder, sorted; also folders that cannot be opened."""
-    closed: list[Path] = []  # they are reported like unreadable files
-    walk = os.walk(folder, onerror=lambda error: closed.append(Path(error.filename)))
-    found = [Path(at, name) for at, _, names in walk for name in names]
-    found = [p for p in found if p.suffix.lower() in SUFFIXES and not p.name.startswith(".")]
-    return sorted(found + closed)
+def find_pictures(folder: Path) -> tuple[list[Path], str]:
+    """All picture files below a folder, sorted, and in words what else is there.
+
+    Linked folders are followed, each once; what cannot be opened counts as a file.
+    """
+    kinds, found, passed = Image.registered_extensions(), [], Counter()
+    roots, seen = [folder], {*map(str, folder.parents)}
+    for root in roots:  # links last, so that pictures keep the names that they have without
+        for at, folders, names in os.walk(root, onerror=lambda e: found.append(Path(e.filename))):
+            here, real = Path(at), os.path.realpath(at)
+            if real in seen or (here != folder and any(marks <= {*names} for marks in MADE)):
+                passed[f"folder {here.name} (a run, or by generate.py)"] += real not in seen
+                names, folders[:] = [], []
+            seen.add(real)
+            hidden = [name for name in folders if name[0] == "." or name.lower() in SYSTEM]
+            passed.update(f"folder {name}" for name in hidden)
+            folders[:] = [name for name in folders if name not in hidden]
+            roots += [path for path in map(here.joinpath, folders) if path.is_symlink()]
+            for path in map(here.joinpath, names):
+                suffix = re.split("[?:_]", path.suffix.lower())[0]  # .jpg?w=400 and .jpg_large too
+                if kinds.get(suffix) not in FORMATS and os.path.exists(path):
+                    passed[f"of {suffix or 'no suffix'}"] += path.name[0] != "."
+                elif path.name[0] == ".":
+                    passed["hidden"] += 1
+                else:
+                    found.append(path)
+    told = [f"{n:,} {ascii(what)[1:-1]}" for what, n in (+passed).most_common()]
+    return sorted(found), ", ".join(told[:10] + ["…"] * (len(told) > 10))
 
 
 def get_named_set(name: str, flag: str, opened: bool = False) -> Path | list[Image.Image]:
@@ -536,13 +564,17 @@ def get_named_set(name: str, flag: str, opened: bool = False) -> Path | list[Ima
         return [*map(Image.fromarray, datasets.mnist.read_image_file(str(path)).numpy())]
     except Exception as error:  # of any kind: torchvision, gdown and scipy raise them
         why = " ".join(str(error).split()) or type(error).__name__
+        if opened and not isinstance(error, ImportError):
+            why = f"{path} is damaged: delete it, and the same command gets it again ({why})"
         why += f"; it needs `pip install {package}`" if package else ""
         raise UserError(f"{flag} {name}: torchvision cannot get it into {DATA}/: {why}") from error
 
 
 def to_square(image: Image.Image, size: int, channels: int) -> Image.Image:
     """Any picture as (size, size) in 1 or 3 channels: upright, on white, scaled, centre cropped."""
-    image = ImageOps.exif_transpose(image)
+    ImageOps.exif_transpose(image, in_place=True)
+    if image.mode == "F":
+        raise NotImplementedError("floats have no known white")
     if image.mode.startswith("I"):  # 16 bit, which convert() would clip instead of scale
         image = image.convert("I").point(lambda v: v * (1 / 257)).convert("L")
     if image.has_transparency_data:
@@ -552,19 +584,23 @@ def to_square(image: Image.Image, size: int, channels: int) -> Image.Image:
     return ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
 
 
-def read_picture(item: Path | Image.Image, size: int, channels: int) -> tuple[str, bytes | None]:
+def read_picture(
+    item: Path | Image.Image, size: int, channels: int, max_pixels: int = MAX_PIXELS
+) -> tuple[str, bytes | None]:
     """A picture's hash and its (size, size, channels) bytes; or what is wrong with it, and None."""
     try:
         if isinstance(item, Image.Image):
             raw, image = item.tobytes(), item
         elif not item.is_file():  # a pipe would never end
             raise FileNotFoundError
-        elif item.stat().st_size > MAX_BYTES:
+        elif item.stat().st_size > 4 * max_pixels:
             raise Image.DecompressionBombError
         else:
             raw = item.read_bytes()
             image = Image.open(io.BytesIO(raw), formats=FORMATS)  # decodes nothing yet
-        if image.width * image.height > MAX_PIXELS:
+        whole = image.size
+        image.draft(None, (2 * size, 2 * size))  # a JPEG is decoded at 1/2, 1/4 or 1/8
+        if math.prod(whole if "progressive" in image.info else image.size) > max_pixels:
             raise Image.DecompressionBombError
         return hashlib.sha256(raw).hexdigest(), to_square(image, size, channels).tobytes()
     except Exception as error:  # decoders raise anything; load_pictures reports it
@@ -577,12 +613,16 @@ def decode(
     """Writes (size, size, channels) bytes for each picture to file; returns facts about the set."""
     kept, skipped, checksum, grey = {}, [], 0, True
     Image.init()  # loads Pillow's formats, which threads must not do at the same time
-    with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    with warnings.catch_warnings(), ThreadPoolExecutor(min(cores or 1, DECODERS)) as pool:
         warnings.simplefilter("ignore")  # Pillow's, about files that it can read all the same
         parts = (items[i : i + DECODED_AT_ONCE] for i in range(0, len(items), DECODED_AT_ONCE))
-        read = (pool.map(lambda p: read_picture(p, size, channels), part) for part in parts)
+        how = (size, channels, MAX_PIXELS // DECODERS)
+        read = (pool.map(lambda p: read_picture(p, *how), part) for part in parts)
         read = tqdm(chain.from_iterable(read), "pictures", len(items), leave=False, disable=None)
         for i, (key, x) in enumerate(read):  # decoders release the GIL
+            if x is None and "(DecompressionBomb" in key:  # too large for several at once
+                key, x = read_picture(items[i], size, channels)
             if x is None:
                 skipped.append(key)
             elif key not in kept:
@@ -592,10 +632,10 @@ def decode(
                 grey = grey and all(x[::channels] == x[c::channels] for c in range(channels))
     summary = f"{len(kept):,} pictures in {data}"
     if copies := len(items) - len(skipped) - len(kept):
-        summary += f", {copies:,} exact copies dropped"
+        summary += f", {copies:,} exact {'copy' if copies == 1 else 'copies'} dropped"
     if skipped:
-        named = ", ".join(skipped[:10]) + (", …" if len(skipped) > 10 else "")
-        summary += f", {len(skipped):,} unreadable files skipped: {ascii(named)}"
+        named = ascii(", ".join(skipped[:10]) + ", …" * (len(skipped) > 10))
+        summary += f", {len(skipped):,} unreadable file{'s' * (len(skipped) > 1)} skipped: {named}"
     if len(kept) < 2:
         raise UserError(f"{flag} {data}: {summary}, at least 2 are needed; {GET_PICTURES}")
     fingerprint = hashlib.sha256("".join(kept).encode()).hexdigest()[:16]
@@ -632,11 +672,21 @@ def load_pictures(
     unreadable files are left out and counted. Raises UserError, with the flag that names the set,
     when fewer than two remain.
     """
-    folder = get_named_set(data, flag) if data in NAMED_SETS else Path(data).expanduser()
-    if data not in NAMED_SETS and not folder.is_dir():
+    own, named = Path(data).expanduser(), data in NAMED_SETS
+    elsewhere = named and not (DATA / NAMED_SETS[data][1]).exists() and own.is_dir()
+    if elsewhere and find_pictures(own)[0] and not (own / "log.csv").exists():  # which a run has
+        why = f"a known set, and a folder of pictures here: give {flag} ./{data} for the folder"
+        raise UserError(f"{flag} {data}: {why}, or rename it to get the known set")
+    folder = get_named_set(data, flag) if named else own
+    if not named and not folder.is_dir():
         raise UserError(f"{flag} {data}: no such folder; {GET_PICTURES}")
     folder = folder.resolve()  # one set, however its path is written
-    files = find_pictures(folder) if folder.is_dir() else [folder]
+    files, passed = find_pictures(folder) if folder.is_dir() else ([folder], "")
+    if passed:
+        print(f"passed over in {data}: {passed}")
+    if data == "celeba" and len(files) < CELEBA:
+        cure = f"delete it to get it anew, or give {flag} {folder} to use these"
+        raise UserError(f"{flag} celeba: {folder} has {len(files):,} of {CELEBA:,}; {cure}")
     contents = hashlib.sha256(str(DECODER).encode())  # changes with every name, size and time
     for path in files:
         contents.update(os.fsencode(path))
@@ -654,7 +704,13 @@ def load_pictures(
         items = files if folder.is_dir() else get_named_set(data, flag, opened=True)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            for part in path.parent.glob(".*.part"):  # who still writes one holds its lock
+                with suppress(OSError, AttributeError), open(part, "r+b") as file:
+                    os.lockf(file.fileno(), os.F_TLOCK, 0)
+                    part.unlink()
             with replacing(path) as file:
+                with suppress(OSError, AttributeError):  # Windows has no lockf
+                    os.lockf(file.fileno(), os.F_TLOCK, 0)
                 facts = decode(data, items, size, depth, file, flag)
                 tail = json.dumps(facts | {"key": key}).encode()
                 file.write(tail + len(tail).to_bytes(8, "little"))

@@ -25,6 +25,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 import zipfile
@@ -42,7 +43,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageChops, ImageColor
+from PIL import Image, ImageChops, ImageColor, features
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "data"))
 
@@ -619,7 +620,7 @@ def test_copies_and_unreadable_files_are_left_out_and_told(tmp_path, capsys):
     put_pictures(tmp_path)
     pictures = infogan.load_pictures(str(tmp_path), 16)
     told = capsys.readouterr().out
-    assert "13 pictures" in told and "1 exact copies" in told and "3 unreadable" in told
+    assert "13 pictures" in told and "1 exact copy" in told and "3 unreadable files" in told
     assert all(name in told for name in ("empty.png", "page.jpg", "cut.jpg")), told
     assert pictures.x.shape == (13, 16, 16, 3) and pictures.x.dtype == torch.uint8
     assert len({*pictures.names}) == 13 and all(Path(name).is_file() for name in pictures.names)
@@ -644,7 +645,7 @@ def put_rubbish(folder: Path) -> int:
     (folder / "bomb.png").write_bytes(
         b"\x89PNG\r\n\x1a\n\0\0\0\r" + head + sure + whole["png"][33:]
     )
-    Image.new("L", (8192, 8192)).save(folder / "wide bomb.png")  # decodes, and is too large
+    Image.new("L", (9460, 9460)).save(folder / "wide bomb.png")  # decodes, and is too large
     with open(folder / "vast.bmp", "wb") as file:
         file.truncate(2**29)
     if os.name == "posix":
@@ -697,6 +698,126 @@ def test_what_is_wrong_with_pictures_names_the_flag_that_asked_for_them(
         infogan.load_pictures(data, 16, flag="--sort")
 
 
+def four_pictures(folder: Path, start: int = 0) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(start, start + 4):
+        Image.new("RGB", (9, 9), (i, 2 * i % 256, 99)).save(folder / f"{i}.png")
+    return folder
+
+
+@unix
+def test_linked_folders_are_followed_once(tmp_path, capsys):
+    real, far = four_pictures(tmp_path / "set/z"), four_pictures(tmp_path / "far/deep", 4)
+    (real.parent / "a").symlink_to(real)  # twice: it keeps the name that it has without the link
+    (real.parent / "b").symlink_to(far.parent)
+    (far / "round").symlink_to(far.parent)
+    (real / "up").symlink_to(tmp_path)  # around the set, which is not to be all of it
+    four_pictures(tmp_path / "beside", 8)
+    (real.parent / "unmounted").symlink_to("nowhere")
+    names = infogan.load_pictures(str(real.parent), 16).names
+    told = capsys.readouterr().out
+    assert told.startswith("8 pictures") and "unmounted (FileNotFoundError)" in told
+    folders = [f"{Path(name).relative_to(real.parent).parent}" for name in names]
+    assert folders == ["b/deep"] * 4 + ["z"] * 4
+    (tmp_path / "link").symlink_to(far)
+    assert len(infogan.load_pictures(str(tmp_path / "link"), 16).x) == 4
+
+
+def test_what_is_passed_over_is_told_with_the_reason(ckpt, tmp_path, capsys):
+    folder = four_pictures(tmp_path / "set")
+    four_pictures(folder / ".Trash-1000/files", 4)
+    four_pictures(folder / "@eaDir", 8)
+    four_pictures(folder / "$Recycle.Bin/S-1", 12)
+    shutil.copy(folder / "0.png", folder / "._0.png")
+    for name in (".DS_Store", "a.heic", "b.HEIC", "c.txt", "nothing"):
+        (folder / name).touch()
+    run = ["--max-steps", 1, "--batch-size", 4]
+    assert infogan.main(tiny(folder, folder / "run", *run)) == 0
+    said = capsys.readouterr().out
+    (line,) = [line for line in said.splitlines() if "passed over" in line]
+    for part in ("2 of .heic, ", "1 of .txt", "1 of no suffix", "1 hidden", "1 folder .Trash-1000"):
+        assert part in line, line
+    assert "1 folder @eaDir" in line and "1 folder $Recycle.Bin" in line and "DS_Store" not in line
+    assert "4 pictures" in said
+
+    for mode, out in ((["--samples", "3"], "samples"), (["--codes", "cat0"], "sheets")):
+        out = ["--out", str(folder / out)]
+        assert generate.main(["--ckpt", str(ckpt), *out, *mode]) == 0
+    capsys.readouterr()
+    assert infogan.main(tiny(folder, folder / "run", "--max-steps", 2, *run[2:])) == 0
+    said = capsys.readouterr().out
+    for name in ("run", "samples", "sheets"):
+        assert f"1 folder {name} (a run, or by generate.py)" in said
+    assert "4 pictures" in said
+
+    for own in (folder / ".Trash-1000", folder / "@eaDir", folder / "samples"):  # named: used
+        assert len(infogan.load_pictures(str(own), 16).x) == (3 if own.name == "samples" else 4)
+    assert "folder" not in capsys.readouterr().out
+
+
+def test_all_that_pillow_reads_safely_are_pictures(tmp_path, capsys):
+    kinds = {"jfif": "JPEG", "tif": "TIFF", "tiff": "TIFF", "jp2": "JPEG2000", "ppm": "PPM"}
+    kinds |= {"tga": "TGA", "JPE": "JPEG", "jpg?w=400": "JPEG", "jpg_large": "JPEG"}
+    kinds |= {"avif": "AVIF"} if features.check("avif") else {}
+    kinds |= {"png~": "PNG", "eps": "EPS", "pdf": "PDF"}  # not these
+    for i, (suffix, kind) in enumerate(kinds.items()):
+        Image.new("RGB", (40, 40), (20 * i, 9, 9)).save(tmp_path / f"a.{suffix}", kind)
+    shutil.copy(tmp_path / "a.eps", tmp_path / "eps.png")
+    Image.new("F", (40, 40), 0.5).save(tmp_path / "float.tif")
+    pictures = infogan.load_pictures(str(tmp_path), 16)
+    told = capsys.readouterr().out
+    assert len(pictures.x) == len(kinds) - 3 and "2 unreadable" in told
+    assert "eps.png" in told and "float.tif (NotImplementedError)" in told
+    assert all(f"1 of .{suffix}" in told for suffix in ("png~", "eps", "pdf"))
+    for name, x in zip(pictures.names, pictures.x.int(), strict=True):
+        i = [*kinds].index(name.rpartition("/a.")[2])
+        assert (x - torch.tensor([20 * i, 9, 9])).abs().max() < 6, name
+
+
+def test_photos_are_decoded_small_and_look_the_same(tmp_path):
+    rng = random.Random(0)
+    noise = Image.frombytes("RGB", (12, 8), rng.randbytes(288)).resize((1200, 800))
+    seen = []
+    for how in ({}, {"progressive": True}):
+        noise.save(tmp_path / "x.jpg", quality=95, **how)
+        key, x = infogan.read_picture(tmp_path / "x.jpg", 64, 3)
+        assert len(key) == 64
+        seen.append(torch.frombuffer(bytearray(x), dtype=torch.uint8).int())
+    whole = infogan.to_square(Image.open(tmp_path / "x.jpg"), 64, 3)
+    whole = torch.frombuffer(bytearray(whole.tobytes()), dtype=torch.uint8).int()
+    assert all((x - whole).abs().max() < 8 for x in seen) and not seen[0].equal(whole)
+    few = 1200 * 800 // 3  # at a quarter of both sides it has a sixteenth
+    assert infogan.read_picture(tmp_path / "x.jpg", 64, 3, few)[1] is None  # is progressive
+    noise.save(tmp_path / "x.jpg")
+    assert infogan.read_picture(tmp_path / "x.jpg", 64, 3, few)[1]
+
+
+@pytest.mark.parametrize("cores", [1, 64])
+def test_memory_of_decoding_is_bounded_on_any_number_of_cores(tmp_path, monkeypatch, cores):
+    for i in range(40):
+        Image.new("L", (99, 99), i).save(tmp_path / f"{i}.png")
+    Image.new("L", (4000, 3000)).save(tmp_path / "photo.png")  # too large for eight at once
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {*range(cores)}, raising=False)
+    now, most, alone, real = set(), [], [], infogan.to_square
+
+    def slow(image: Image.Image, *how: int) -> Image.Image:
+        me = threading.get_ident()
+        now.add(me)
+        most.append(len(now))
+        time.sleep(0.01)
+        if image.width == 4000:
+            alone.append(threading.current_thread() is threading.main_thread())
+        now.discard(me)
+        return real(image, *how)
+
+    monkeypatch.setattr(infogan, "to_square", slow)
+    assert len(infogan.load_pictures(str(tmp_path), 16).x) == 41 and alone == [True]
+    assert max(most) <= (2 if cores == 1 else infogan.DECODERS + 1) and (max(most) > 2) == (
+        cores > 2
+    )
+
+
 def test_grey_sets_have_one_channel_unless_three_are_asked_for(tmp_path):
     for i in range(3):
         Image.new("L", (8, 8), 50 * i).save(tmp_path / f"{i}.png")
@@ -721,6 +842,39 @@ def test_mnist_files_that_are_there_are_used(tmp_path, monkeypatch):
     (raw / "train-images-idx3-ubyte").write_bytes(head + digits)
     monkeypatch.chdir(tmp_path)
     assert infogan.load_pictures("mnist", 32).x.shape == (20, 32, 32, 1)
+
+
+@pytest.mark.parametrize("raw", [b"", b"\0", bytes(99), b"<html>", (2051).to_bytes(4, "big") * 9])
+def test_a_damaged_file_of_a_named_set_is_one_line(tmp_path, monkeypatch, capsys, raw):
+    file = tmp_path / "data/MNIST/raw/train-images-idx3-ubyte"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(raw)
+    monkeypatch.chdir(tmp_path)
+    assert infogan.main(["--data", "mnist", "--out", "run"]) == 2
+    said_one_line(capsys, str(file.relative_to(tmp_path)), "is damaged: delete it")
+
+
+@pytest.mark.parametrize("n", [0, 4])
+def test_a_half_unpacked_celeba_is_one_line(tmp_path, monkeypatch, capsys, n):
+    folder = tmp_path / "data/celeba/img_align_celeba"
+    folder.mkdir(parents=True)
+    if n:
+        four_pictures(folder)
+    monkeypatch.chdir(tmp_path)
+    assert infogan.main(["--data", "celeba", "--out", "run"]) == 2
+    said_one_line(capsys, f"{n} of 202,599", "delete it", f"--data {folder}")
+
+
+def test_an_own_folder_called_like_a_named_set_is_told(tmp_path, monkeypatch, capsys):
+    four_pictures(tmp_path / "mnist")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("urllib.request.urlopen", lambda *a, **k: 1 / 0)
+    assert infogan.main(["--data", "mnist", "--out", "run"]) == 2
+    said_one_line(capsys, "give --data ./mnist")
+    assert len(infogan.load_pictures("./mnist", 16).x) == 4
+    (tmp_path / "mnist/log.csv").touch()  # a run
+    assert infogan.main(["--data", "mnist", "--out", "run"]) == 2
+    said_one_line(capsys, "torchvision cannot get it")
 
 
 @pytest.mark.parametrize("name", ["fashion-mnist", "svhn", "celeba"])
@@ -761,7 +915,7 @@ def test_a_second_start_decodes_nothing_and_tells_the_same(tmp_path, capsys, dec
     folder = few_pictures(tmp_path / "faces")
     first = infogan.load_pictures(str(folder), 16)
     told = capsys.readouterr().out
-    assert len(decoded) == 6 and "1 exact copies" in told and "page.jpg" in told
+    assert len(decoded) == 6 and "1 exact copy dropped, 1 unreadable file skipped" in told
     for channels in (None, 3):
         again = infogan.load_pictures(str(folder), 16, channels)
         assert again.x.equal(first.x) and again.fingerprint == first.fingerprint
@@ -794,6 +948,22 @@ def test_a_changed_folder_is_decoded_again_in_the_same_place(tmp_path, cache):
     assert [len(p.x) for p in seen] == [5, 5, 6, 6, 5]
     assert len({p.fingerprint for p in seen}) == 4  # the last is the second again
     assert seen[1].x.equal(seen[4].x) and len(set(cache.iterdir()) - files) == 1
+
+
+@unix
+def test_what_a_killed_decoder_left_in_the_cache_is_removed(tmp_path, cache):
+    cache.mkdir(exist_ok=True)
+    left, used = cache / ".a-16x16x3.123.part", cache / ".b-16x16x3.456.part"
+    left.touch()
+    code = "import os, sys; f = open(sys.argv[1], 'wb'); os.lockf(f.fileno(), os.F_TLOCK, 0);"
+    script = [sys.executable, "-c", code + "print(flush=True); sys.stdin.read()", str(used)]
+    with subprocess.Popen(script, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        infogan.load_pictures(str(four_pictures(tmp_path / "set")), 16)
+        assert used.exists() and not left.exists()
+        other.stdin.close()
+    infogan.load_pictures(str(four_pictures(tmp_path / "set", 4)), 16)
+    assert not used.exists()
 
 
 DAMAGE = {
@@ -1935,7 +2105,7 @@ def test_real_pictures_are_sorted_by_what_Q_reads(ckpt, faces, tmp_path, capsys)
     shutil.copy(faces / "000000.png", sets / "1/copy.png")
     assert generate.main(["--ckpt", str(ckpt), "--out", str(out), *SORT, str(sets)]) == 0
     told = capsys.readouterr().out
-    assert told.count("NMI") == 2 and "1 exact copies dropped" in told
+    assert told.count("NMI") == 2 and "1 exact copy dropped" in told
     names = ["cat0", "cat1", "cont0", "cont1", "cont2"]
     assert {p.name for p in out.iterdir()} == {"codes.csv", *(f"{name}.png" for name in names)}
     with open(out / "codes.csv", newline="") as file:
