@@ -514,8 +514,9 @@ class Pictures(NamedTuple):
     """A training set, decoded once."""
 
     x: Tensor  # uint8 (N, size, size, channels), mapped from a file and read as needed
-    fingerprint: str  # of its contents: a run resumes only with the same pictures
+    fingerprint: str  # of its contents, whatever their names: what a run resumes with
     names: list[str]  # paths, or numbers in a named set
+    order: Tensor  # int64 (N,), the order that runs take them in: by their contents
 
 
 def find_pictures(folder: Path) -> tuple[list[Path], str]:
@@ -638,9 +639,10 @@ def decode(
         summary += f", {len(skipped):,} unreadable file{'s' * (len(skipped) > 1)} skipped: {named}"
     if len(kept) < 2:
         raise UserError(f"{flag} {data}: {summary}, at least 2 are needed; {GET_PICTURES}")
-    fingerprint = hashlib.sha256("".join(kept).encode()).hexdigest()[:16]
-    facts = {"n": len(kept), "told": summary, "fingerprint": fingerprint, "checksum": checksum}
-    return facts | {"grey": grey, "names": "\0".join(kept.values())}
+    old, now = (hashlib.sha256("".join(k).encode()).hexdigest() for k in (kept, sorted(kept)))
+    facts = {"n": len(kept), "told": summary, "checksum": checksum, "grey": grey}
+    facts |= {"fingerprint": now[:16], "by_name": old[:16], "names": "\0".join(kept.values())}
+    return facts | {"order": sorted(range(len(kept)), key=[*kept].__getitem__)}
 
 
 def cache_folder() -> Path:
@@ -664,13 +666,14 @@ def read_cache(path: Path, key: str, shape: tuple[int, ...]) -> tuple[Tensor, di
 
 
 def load_pictures(
-    data: str, size: int, channels: int | None = None, flag: str = "--data"
+    data: str, size: int, channels: int | None = None, flag: str = "--data", seen: str | None = None
 ) -> Pictures:
     """A folder or a named set, decoded once: later starts map the cache's file into memory.
 
     channels None takes what the set has: 1 when every picture is grey, else 3. Exact copies and
-    unreadable files are left out and counted. Raises UserError, with the flag that names the set,
-    when fewer than two remain.
+    unreadable files are left out and counted. seen, a run's fingerprint, may be one of before,
+    which depended on names: the pictures then have it, and their order of then. Raises UserError,
+    with the flag that names the set, when fewer than two remain.
     """
     own, named = Path(data).expanduser(), data in NAMED_SETS
     elsewhere = named and not (DATA / NAMED_SETS[data][1]).exists() and own.is_dir()
@@ -727,7 +730,10 @@ def load_pictures(
     x, facts = found
     print(facts["told"])
     x = x[..., :1] if facts["grey"] and channels != 3 else x
-    return Pictures(x, facts["fingerprint"], facts["names"].split("\0"))
+    names, order = facts["names"].split("\0"), torch.tensor(facts["order"])
+    if seen == facts["by_name"]:
+        return Pictures(x, seen, names, torch.arange(len(x)))
+    return Pictures(x, facts["fingerprint"], names, order)
 
 
 def make_batch(x: Tensor, flip: bool, rng: torch.Generator, device: torch.device) -> Tensor:
@@ -1189,13 +1195,16 @@ def schedule(args: argparse.Namespace, n: int) -> tuple[int, int, int]:
     return B, n // B, min(args.epochs * (n // B), args.max_steps or sys.maxsize)
 
 
-def batches(state: State, args: argparse.Namespace, x: Tensor) -> Iterator[tuple[Tensor, Codes]]:
-    """Endless batches from the set x, and codes to draw as many; sets each epoch's epoch_seed."""
+def batches(
+    state: State, args: argparse.Namespace, x: Tensor, rows: Tensor
+) -> Iterator[tuple[Tensor, Codes]]:
+    """Endless batches of x's rows, and codes to draw as many; sets each epoch's epoch_seed."""
     device, (B, per_epoch, _) = state.sums.device, schedule(args, len(x))
     while True:
         if state.step % per_epoch == 0:
             state.epoch_seed = int(torch.randint(2**62, (), generator=state.rng))
-        order = torch.randperm(len(x), generator=torch.Generator().manual_seed(state.epoch_seed))
+        rng = torch.Generator().manual_seed(state.epoch_seed)
+        order = rows[torch.randperm(len(x), generator=rng)]
         for i in range(state.step % per_epoch, per_epoch):
             some = x.index_select(0, my_rows(order[i * B : (i + 1) * B]).to(x.device))
             real = make_batch(some, args.flip, state.rng, device)
@@ -1215,7 +1224,8 @@ def train(args: argparse.Namespace) -> int:
             if is_main():
                 held.enter_context(locked(out))
             ckpt = None if args.restart else find_checkpoint(args)
-            pictures = load_pictures(args.data, args.image_size, args.channels)
+            seen = ckpt and ckpt.get("fingerprint")
+            pictures = load_pictures(args.data, args.image_size, args.channels, seen=seen)
             if ckpt and ckpt.get("fingerprint", pictures.fingerprint) != pictures.fingerprint:
                 raise UserError(
                     f"{out} was started with other pictures than {args.data}; {NEW_RUN}"
@@ -1265,7 +1275,7 @@ def loop(state: State, args: argparse.Namespace, pictures: Pictures, end: float)
     out, device, spec, n = Path(args.out), state.sums.device, state.spec, len(pictures.x)
     B, per_epoch, total = schedule(args, n)
     rng = torch.Generator().manual_seed(args.seed)  # the same pictures and z at each start
-    some = pictures.x[torch.randperm(n, generator=rng)[:64]]
+    some = pictures.x[pictures.order[torch.randperm(n, generator=rng)[:64]]]
     latents = Codes(*(c.to(device) for c in spec.sample(64, rng)))
     log = Log(out, spec, state.step) if is_main() else None
 
@@ -1290,7 +1300,7 @@ def loop(state: State, args: argparse.Namespace, pictures: Pictures, end: float)
     line["mininterval"] = 0.5 if sys.stderr.isatty() else 30.0
     x = to_device_if_it_fits(pictures.x, device)
     with caught_signals() as caught, tqdm(total=total * B, initial=first * B, **line) as bar:
-        for real, codes in batches(state, args, x):
+        for real, codes in batches(state, args, x, pictures.order):
             state.sums += train_step(state, args, real, codes)
             now = time.monotonic()
             state.minutes = (now - start) / 60
