@@ -896,15 +896,23 @@ def restore(state: State, ckpt: dict, out: Path) -> None:
 NEW_RUN = "--restart moves the old run aside, another --out starts beside it"
 MAY_DIFFER = {"data", "out", "epochs", "max_steps", "max_minutes", "device", "amp", "restart"}
 MAY_DIFFER |= {"compile", "save_every", "sample_every"}
+LITTER = r"\..*|lost\+found|desktop\.ini|thumbs\.db|@eadir|\$recycle\.bin|system volume information"
+LITTER += r"|.*\.(txt|log|out|err|sh|[oe]\d+)|logs|old-\d+"  # is in no run's way, and stays
 SIGNALS = [getattr(signal, s) for s in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, s)]
+
+
+def contents(out: Path) -> list[Path]:
+    """What lies in a run's folder, but LITTER; what makes it a run comes last."""
+    found = [path for path in out.iterdir() if not re.fullmatch(LITTER, path.name.lower())]
+    return sorted(found, key=lambda path: path.name in ("last.pt", "args.json"))
 
 
 @contextmanager
 def locked(out: Path) -> Iterator[None]:
     """A run's folder, made if missing, for this process alone: the lock ends with the process."""
-    used = out.exists() and (not out.is_dir() or any(p.name[0] != "." for p in out.iterdir()))
-    if used and not (out / "args.json").exists():
-        raise UserError(f"--out {out}: not empty, and not a run of infogan.py; give another folder")
+    found = contents(out) if out.is_dir() else [out] * out.exists()
+    if found and not any(any(out.glob(k)) for k in ("args.json", "last.pt", "epoch_*.pt")):
+        raise UserError(f"--out {out}: has {found[0].name} but no run in it; give another folder")
     out.mkdir(parents=True, exist_ok=True)
     lock, pid = out / ".lock", out / ".pid"
     try:
@@ -922,6 +930,20 @@ def locked(out: Path) -> Iterator[None]:
     except filelock.Timeout:
         holder = pid.read_text() if pid.exists() else "of another program"
         raise UserError(f"--out {out}: process {holder} is training there") from None
+
+
+def move_aside(out: Path) -> None:
+    """The old run becomes OUT.old-1; out itself, perhaps a link or a mounted volume, stays."""
+    aside, beside = (
+        next(path for i in count(1) if not (path := Path(f"{start}{i}")).exists())
+        for start in (f"{out}/old-", f"{out.resolve()}.old-")
+    )
+    aside.mkdir()
+    for path in contents(out):
+        path.rename(aside / path.name)
+    with suppress(OSError):  # another file system, or a folder of somebody else: OUT/old-1
+        aside = aside.rename(beside)
+    print(f"the old run is now {aside}")
 
 
 def find_checkpoint(args: argparse.Namespace) -> dict | None:
@@ -1230,13 +1252,6 @@ def train(args: argparse.Namespace) -> int:
                 raise UserError(
                     f"{out} was started with other pictures than {args.data}; {NEW_RUN}"
                 )
-            if is_main() and args.restart and (out / "args.json").exists():
-                aside = next(p for i in count(1) if not (p := Path(f"{out}.old-{i}")).exists())
-                out.rename(aside)
-                for name in (".lock", ".pid"):
-                    (aside / name).unlink(missing_ok=True)
-                print(f"the old run is now {aside}")
-                held.enter_context(locked(out))
         args.channels, n = pictures.x.shape[3], len(pictures.x)
         state = new_state(args, device)
         if ckpt:
@@ -1255,6 +1270,8 @@ def train(args: argparse.Namespace) -> int:
         if args.compile:
             compile_nets(state)
         if is_main():
+            if args.restart and contents(out):
+                move_aside(out)
             (out / "samples").mkdir(exist_ok=True)
             with replacing(out / "args.json") as file:
                 file.write(json.dumps(vars(args), indent=2).encode() + b"\n")
@@ -1387,7 +1404,7 @@ FLAGS = {  # by group: flag, default (None: parse_args sets it), limits or choic
     ("--out", None, "FOLDER", "the run's folder (default checkpoint/cat1-cont2, by its codes)"),
     ("--save-every", 25, (1, 10**9), "epochs between checkpoints that are kept"),
     ("--sample-every", 5, (1, 10**9), "epochs between grids of samples"),
-    ("--restart", False, bool, "start from step 0; the old run is renamed to OUT.old-1"),
+    ("--restart", False, bool, "start from step 0; the old run is moved to OUT.old-1"),
 ]}
 # fmt: on
 

@@ -1194,6 +1194,63 @@ def test_a_restart_that_fails_leaves_the_old_run_in_place(faces, tmp_path):
     assert (out / "last.pt").exists() and not list(tmp_path.glob("run.*"))
 
 
+@pytest.mark.parametrize("kind", ["link", "volume", "killed"])
+def test_restart_moves_what_lies_in_a_folder(faces, tmp_path, monkeypatch, kind):
+    """The folder itself stays: a link, or a volume that nothing can be moved out of."""
+    out, disk, rename, n = tmp_path / "run", tmp_path / "disk", Path.rename, itertools.count()
+    disk.mkdir()
+    out.symlink_to(disk, target_is_directory=True) if kind == "link" else disk.replace(out)
+    (out / "slurm-1.out").touch()
+    assert infogan.main(tiny(faces, out, "--max-steps", 1)) == 0
+    old = {p.name: p.read_bytes() for p in contents(out) if p.name != "slurm-1.out"}
+
+    def refuse(path: Path, to: Path) -> Path:
+        if kind == "volume" and out not in Path(to).parents:
+            raise OSError(18, "Invalid cross-device link")
+        if kind == "killed" and next(n) == 3:
+            raise KeyboardInterrupt
+        return rename(path, to)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    restart = tiny(faces, out, "--max-steps", 2, "--restart")
+    assert infogan.main(restart) == (130 if kind == "killed" else 0)
+    if kind == "killed":
+        assert infogan.main(tiny(faces, out, "--max-steps", 1)) == 0, "the old run, finished"
+        assert infogan.load_checkpoint(out / "last.pt")["step"] == 1
+        assert infogan.main(restart) == 0
+    asides = {"link": ["disk.old-1"], "volume": ["run/old-1"], "killed": ["run/old-1", "run.old-1"]}
+    moved = [p for name in asides[kind] for p in contents(tmp_path / name).items()]
+    assert {path.name: raw for path, raw in moved} == old and len(moved) == len(old)
+    assert out.is_symlink() == (kind == "link") and (out / "slurm-1.out").exists()
+    assert infogan.load_checkpoint(out / "last.pt")["step"] == 2
+
+
+def test_a_folder_with_logs_or_a_lone_checkpoint_becomes_a_run(faces, tmp_path, capsys):
+    out = tmp_path / "run"
+    (out / "lost+found").mkdir(parents=True)
+    for name in ("log.txt", "slurm-1.out", "job.e17", "desktop.ini", "Thumbs.db", ".DS_Store"):
+        (out / name).touch()
+    assert infogan.main(tiny(faces, out, "--max-steps", 1)) == 0
+    for name in ("last.pt", "epoch_0001.pt"):
+        lone = tmp_path / name / "run"
+        lone.mkdir(parents=True)
+        shutil.copy(out / "last.pt", lone / name)
+        assert infogan.main(tiny(faces, lone, "--max-steps", 2)) == 0
+        assert f"{name}, step 1" in capsys.readouterr().out
+        assert infogan.load_checkpoint(lone / "last.pt")["step"] == 2
+
+
+@pytest.mark.parametrize("name", ["a.png", "samples/real.png", "log.csv", "best.pt", "last.pt"])
+def test_a_folder_with_anything_else_is_refused(faces, tmp_path, capsys, name):
+    mine = tmp_path / "full" / name
+    mine.parent.mkdir(parents=True)
+    mine.write_text("precious")
+    for more in ([], ["--restart"] * (name != "last.pt")):
+        assert infogan.main([*tiny(faces, tmp_path / "full"), *more]) == 2
+        assert name.split("/")[0] in capsys.readouterr().err
+    assert contents(tmp_path) == {mine: b"precious"}
+
+
 @pytest.mark.parametrize(
     "flags", [("--n-cont", 3), ("--width", 8), ("--lam-cat", 0.2), ("--seed", 9)]
 )
@@ -2515,17 +2572,17 @@ def test_the_notebooks_recipe_has_its_settings_and_a_flag_wins():
     (["--data", "no such folder"], ("no such folder", "make demo")),
     (["--data", "."], ("at least 2",)),
     (["--device", "cuda"], ("cuda",)),
-    (["--out", "full", "--data", "."], ("full", "another folder")),
+    (["--out", "full", "--data", "."], ("full", "mine.csv", "another folder")),
 ])  # fmt: skip
 def test_bad_flags_get_one_line(tmp_path, monkeypatch, capsys, flags, words):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "full").mkdir()
-    (tmp_path / "full/mine.txt").write_text("precious")
+    (tmp_path / "full/mine.csv").write_text("precious")
     if "cuda" in flags and torch.cuda.is_available():
         pytest.skip("there is a GPU")
     assert infogan.main(flags) == 2
     said_one_line(capsys, *words)
-    assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == ["mine.txt"]
+    assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == ["mine.csv"]
 
 
 @pytest.mark.parametrize("module", [infogan, generate])
