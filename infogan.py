@@ -46,7 +46,7 @@ import warnings
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import asdict, dataclass
@@ -398,6 +398,8 @@ class State:
     sums: Tensor  # metrics added up since the last logged step
     epoch_seed: int = 0  # draws the order of this epoch's pictures, also after a resume
     step: int = 0
+    epoch: int = 0  # whole epochs until step `since`; before, they may have had another length
+    since: int = 0
     minutes: float = 0.0  # of training, over all starts
 
 
@@ -753,7 +755,7 @@ def make_batch(x: Tensor, flip: bool, rng: torch.Generator, device: torch.device
 FORMAT = 1
 SHAPE = ("n_cat", "cat_dim", "n_cont", "z_dim", "image_size", "width", "channels")
 RENAMED = {"enough": "cap_cont", "q_view": "q_augment"}  # flags of older checkpoints
-ADDED = {"lam_identity": 0.0}  # since then, with the value that stands for how it was
+ADDED = {"lam_identity": 0.0, "changes": ()}  # and what stands for how it was
 NETS, OPTIMISERS = ("G", "G_ema", "D"), ("opt_G", "opt_D")  # names in State and in the file
 PICKLED = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2"}
 PICKLED |= {f"torch {kind}Storage" for kind in ("Float", "Half", "Long", "Byte")}
@@ -813,8 +815,8 @@ def load_checkpoint(path: str | Path) -> dict:
             raise pickle.UnpicklingError
         if (written := int(ckpt["format"])) not in range(1, FORMAT + 1):
             raise UserError(f"format {written}, but this infogan.py knows only 1 to {FORMAT}")
-        args = {RENAMED.get(name, name): value for name, value in ckpt["args"].items()}
-        args = ADDED | args
+        args = ADDED | {RENAMED.get(name, name): value for name, value in ckpt["args"].items()}
+        args["changes"] = [*map(str, args["changes"])]
         check_limits({name: args.get(name) for name in SHAPE})
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
@@ -868,7 +870,8 @@ def gather_checkpoint(state: State, args: argparse.Namespace, fingerprint: str) 
     for name in NETS:
         if not all(w.isfinite().all() for w in ckpt[name].values()):
             raise Diverged(f"step {state.step}: {name} has weights that are not finite")
-    ckpt |= {name: getattr(state, name) for name in ("sums", "epoch_seed", "step", "minutes")}
+    numbers = ("sums", "epoch_seed", "step", "epoch", "since", "minutes")
+    ckpt |= {name: getattr(state, name) for name in numbers}
     ckpt |= {"format": FORMAT, "spec": asdict(state.spec), "args": vars(args)}
     return ckpt | {"rng": state.rng.get_state(), "fingerprint": fingerprint}
 
@@ -878,12 +881,17 @@ def restore(state: State, ckpt: dict, out: Path) -> None:
     if "opt_G" not in ckpt:
         raise UserError(f"{out}: its checkpoint is for generate.py only (by --shrink); {NEW_RUN}")
     try:
-        for name in NETS + OPTIMISERS:
+        for name in NETS:
             getattr(state, name).load_state_dict(ckpt[name])
+        for opt, kept in ((state.opt_G, ckpt["opt_G"]), (state.opt_D, ckpt["opt_D"])):
+            own = opt.state_dict()["param_groups"]  # with the learning rates of today's flags
+            if [g["params"] for g in own] == [g["params"] for g in kept["param_groups"]]:
+                opt.load_state_dict({**kept, "param_groups": own})  # else --info-to has changed
         moments = [*state.opt_G.state.items(), *state.opt_D.state.items()]
         if any(v.dim() and v.shape != p.shape for p, kept in moments for v in kept.values()):
             raise ValueError
         state.epoch_seed, state.step = int(ckpt["epoch_seed"]), int(ckpt["step"])
+        state.epoch, state.since = int(ckpt.get("epoch", 0)), int(ckpt.get("since", 0))
         state.minutes = float(ckpt["minutes"])
         state.sums.copy_(ckpt["sums"])
         state.rng.set_state(ckpt["rng"])
@@ -895,7 +903,8 @@ def restore(state: State, ckpt: dict, out: Path) -> None:
 
 NEW_RUN = "--restart moves the old run aside, another --out starts beside it"
 MAY_DIFFER = {"data", "out", "epochs", "max_steps", "max_minutes", "device", "amp", "restart"}
-MAY_DIFFER |= {"compile", "save_every", "sample_every"}
+MAY_DIFFER |= {"compile", "save_every", "sample_every", "allow_changes", "changes"}
+KEPT = SHAPE  # what never differs; the rest may with --allow-changes
 LITTER = r"\..*|lost\+found|desktop\.ini|thumbs\.db|@eadir|\$recycle\.bin|system volume information"
 LITTER += r"|.*\.(txt|log|out|err|sh|[oe]\d+)|logs|old-\d+"  # is in no run's way, and stays
 SIGNALS = [getattr(signal, s) for s in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, s)]
@@ -946,6 +955,24 @@ def move_aside(out: Path) -> None:
     print(f"the old run is now {aside}")
 
 
+def differences(args: argparse.Namespace, then: dict, names: Collection[str]) -> list[str]:
+    """ "--r1 0.3, not 1.0" for each flag that is not as it was then."""
+    changed = [(k, now) for k, now in vars(args).items() if k in names and then.get(k, now) != now]
+    return [f"--{name.replace('_', '-')} {then[name]}, not {now}" for name, now in changed]
+
+
+def check_changes(args: argparse.Namespace, ckpt: dict, changes: list[str]) -> None:
+    """Tells and keeps what is not as in the run so far; without --allow-changes it is an error."""
+    if changes and not args.allow_changes:
+        why = f"{args.out} was started with {', '.join(changes)}"
+        raise UserError(f"{why}; --allow-changes goes on all the same, {NEW_RUN}")
+    for change in changes:
+        args.changes.append(f"until step {ckpt['step']}: {change}")
+        print(args.changes[-1])
+    if changes and "since" in ckpt:  # an epoch begins, perhaps of another length
+        ckpt["since"] = ckpt["step"]
+
+
 def find_checkpoint(args: argparse.Namespace) -> dict | None:
     """last.pt, else the newest that can be read, if the run was started with the same flags."""
     out = Path(args.out)
@@ -957,14 +984,15 @@ def find_checkpoint(args: argparse.Namespace) -> dict | None:
         except UserError as error:
             print(error, file=sys.stderr)
             continue
-        args.channels = args.channels or ckpt["args"]["channels"]
-        for name, now in vars(args).items():
-            then, flag = ckpt["args"].get(name, now), "--" + name.replace("_", "-")
-            if now != then and name in ADDED and then == ADDED[name]:
-                setattr(args, name, then)
-                print(f"{flag} {then}: as this run was started")
-            elif now != then and name not in MAY_DIFFER:
-                raise UserError(f"{out} was started with {flag} {then}, not {now}; {NEW_RUN}")
+        then = ckpt["args"]
+        args.channels = args.channels or then["channels"]
+        if kept := differences(args, then, KEPT):
+            raise UserError(f"{out} was started with {kept[0]}; {NEW_RUN}")
+        if then["lam_identity"] == 0 != args.lam_identity and not args.allow_changes:
+            args.lam_identity = 0.0
+            print("--lam-identity 0.0: as this run was started")
+        args.changes = then["changes"]
+        check_changes(args, ckpt, differences(args, then, vars(args).keys() - MAY_DIFFER))
         print(f"resuming from {path}, step {ckpt['step']:,}")
         return ckpt
     if found:
@@ -1093,7 +1121,7 @@ def draw_panel(title: str, x: list[float], lines: list[list[float]], top: float)
 
     def at(u: float, v: float) -> tuple[float, float]:
         share = (min(max(v, low), high) - low) / ((high - low) or 1)
-        return 50 + 570 * (u - x[0]) / (x[-1] - x[0]), 175 - 145 * share
+        return 50 + 570 * (u - x[0]) / ((x[-1] - x[0]) or 1), 175 - 145 * share
 
     for v in {0.0, high, low if low < -0.08 * high else 0.0}:  # labels that do not overlap
         pen.line([at(x[0], v), at(x[-1], v)], "#dddddd")
@@ -1209,25 +1237,26 @@ def compile_nets(state: State) -> None:
         net.compile(**COMPILE)
 
 
-def schedule(args: argparse.Namespace, n: int) -> tuple[int, int, int]:
+def schedule(state: State, args: argparse.Namespace, n: int) -> tuple[int, int, int]:
     """Pictures in a step, steps in an epoch, and steps in all, for n pictures."""
     B, world = min(args.batch_size, n), rank_and_world()[1]
     if B % world or B // world < 2:
         raise UserError(f"--batch-size {B}: must be a multiple of {world} processes, 2 for each")
-    return B, n // B, min(args.epochs * (n // B), args.max_steps or sys.maxsize)
+    last = state.since + (args.epochs - state.epoch) * (n // B)
+    return B, n // B, min(last, args.max_steps or sys.maxsize)
 
 
 def batches(
     state: State, args: argparse.Namespace, x: Tensor, rows: Tensor
 ) -> Iterator[tuple[Tensor, Codes]]:
     """Endless batches of x's rows, and codes to draw as many; sets each epoch's epoch_seed."""
-    device, (B, per_epoch, _) = state.sums.device, schedule(args, len(x))
+    device, (B, per_epoch, _) = state.sums.device, schedule(state, args, len(x))
     while True:
-        if state.step % per_epoch == 0:
+        if (done := (state.step - state.since) % per_epoch) == 0:
             state.epoch_seed = int(torch.randint(2**62, (), generator=state.rng))
         rng = torch.Generator().manual_seed(state.epoch_seed)
         order = rows[torch.randperm(len(x), generator=rng)]
-        for i in range(state.step % per_epoch, per_epoch):
+        for i in range(done, per_epoch):
             some = x.index_select(0, my_rows(order[i * B : (i + 1) * B]).to(x.device))
             real = make_batch(some, args.flip, state.rng, device)
             codes = state.spec.sample(B, state.rng)
@@ -1249,18 +1278,16 @@ def train(args: argparse.Namespace) -> int:
             seen = ckpt and ckpt.get("fingerprint")
             pictures = load_pictures(args.data, args.image_size, args.channels, seen=seen)
             if ckpt and ckpt.get("fingerprint", pictures.fingerprint) != pictures.fingerprint:
-                raise UserError(
-                    f"{out} was started with other pictures than {args.data}; {NEW_RUN}"
-                )
+                check_changes(args, ckpt, ["other pictures"])
         args.channels, n = pictures.x.shape[3], len(pictures.x)
         state = new_state(args, device)
         if ckpt:
             restore(state, ckpt, out)
 
-        B, per_epoch, total = schedule(args, n)
+        B, per_epoch, total = schedule(state, args, n)
         if state.step >= total:
             print(
-                f"{out} is finished, {state.step:,} steps; raise --epochs or --max-steps to go on"
+                f"{out} is finished, {state.step:,} steps; to go on raise --epochs or --max-steps"
             )
             return 0
         if args.recipe == "notebook":
@@ -1282,7 +1309,8 @@ def train(args: argparse.Namespace) -> int:
         why, then = "finished", f"see python generate.py --ckpt {out / 'last.pt'}"
     elif stopped_by:
         why = signal.Signals(stopped_by).name
-    done = f"{state.step:,} steps, {state.step / per_epoch:.1f} epochs, {state.minutes:.1f} minutes"
+    epochs = state.epoch + (state.step - state.since) / per_epoch
+    done = f"{state.step:,} steps, {epochs:.1f} epochs, {state.minutes:.1f} minutes"
     print(f"{why}: {done} in all. {out / 'last.pt'} is saved; {then}")
     return 128 + stopped_by if stopped_by else 0
 
@@ -1290,7 +1318,7 @@ def train(args: argparse.Namespace) -> int:
 def loop(state: State, args: argparse.Namespace, pictures: Pictures, end: float) -> int:
     """Steps, logs, saves until the last step, the time `end` or a signal, which it returns."""
     out, device, spec, n = Path(args.out), state.sums.device, state.spec, len(pictures.x)
-    B, per_epoch, total = schedule(args, n)
+    B, per_epoch, total = schedule(state, args, n)
     rng = torch.Generator().manual_seed(args.seed)  # the same pictures and z at each start
     some = pictures.x[pictures.order[torch.randperm(n, generator=rng)[:64]]]
     latents = Codes(*(c.to(device) for c in spec.sample(64, rng)))
@@ -1323,17 +1351,17 @@ def loop(state: State, args: argparse.Namespace, pictures: Pictures, end: float)
             state.minutes = (now - start) / 60
             due = now - saved > 60 * SAVE_MINUTES
             stopped_by, late, due = all_max(*caught[:1] or [0], now > end, due)
-            epoch, rest = divmod(state.step, per_epoch)
+            epoch, rest = divmod(state.epoch * per_epoch + state.step - state.since, per_epoch)
             done = state.step == total
             if state.step % LOG_EVERY == 0:
                 all_mean_([state.sums])
                 values = (state.sums / LOG_EVERY).tolist()
                 check_finite(state, values)
                 if log:
-                    log.add(state.step, state.step / per_epoch, state.minutes, values)
+                    log.add(state.step, epoch + rest / per_epoch, state.minutes, values)
                 state.sums.zero_()
             left = min((total - state.step) * (now - began) / (state.step - first), end - now)
-            at = f"epoch {state.step / per_epoch:.1f}/{args.epochs}{describe(spec, values)}  "
+            at = f"epoch {epoch + rest / per_epoch:.1f}/{args.epochs}{describe(spec, values)}  "
             bar.set_description_str(at, refresh=False)
             bar.set_postfix_str(f"eta {bar.format_interval(max(0, left))}", refresh=False)
             bar.update(B)
@@ -1347,6 +1375,7 @@ def loop(state: State, args: argparse.Namespace, pictures: Pictures, end: float)
             if log and done:  # before last.pt, so that a finished run is complete
                 finish()
             if rest == 0 or due or stopped_by or late or done:
+                state.epoch, state.since = epoch, state.step - rest
                 ckpt, saved = gather_checkpoint(state, args, pictures.fingerprint), now
                 if log and rest == 0 and epoch % args.save_every == 0:
                     save_file(out / f"epoch_{epoch:04d}.pt", ckpt)
@@ -1404,6 +1433,7 @@ FLAGS = {  # by group: flag, default (None: parse_args sets it), limits or choic
     ("--out", None, "FOLDER", "the run's folder (default checkpoint/cat1-cont2, by its codes)"),
     ("--save-every", 25, (1, 10**9), "epochs between checkpoints that are kept"),
     ("--sample-every", 5, (1, 10**9), "epochs between grids of samples"),
+    ("--allow-changes", False, bool, "go on though pictures or flags are not those of the run"),
     ("--restart", False, bool, "start from step 0; the old run is moved to OUT.old-1"),
 ]}
 # fmt: on
@@ -1491,7 +1521,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     few = args.n_cat + args.n_cont <= 5
     unset = {"out": f"checkpoint/cat{args.n_cat}-cont{args.n_cont}", "image_size": size}
     unset |= {"width": 64, "z_dim": 100, "batch_size": 128, "lr_g": 2e-4, "lr_d": 2e-4}
-    unset |= {"info_to": "trunk", "ema": 0.03}
+    unset |= {"info_to": "trunk", "ema": 0.03, "changes": []}
     unset["flip"] = args.data not in ("mnist", "fashion-mnist", "svhn")  # no mirrored digits
     # continuous codes share one weight; a categorical stops by itself once Q reads it
     unset |= {"lam_cat": 1.0, "lam_cont": min(0.3, 3 / max(args.n_cont, 1))}
@@ -1508,7 +1538,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         unset |= {"width": 32, "batch_size": 64, "lr_g": 1e-3, "z_dim": 16, "r1": 0.1}
         unset["lam_identity"] = 0.0  # a digit is its stroke
     for name, value in unset.items():
-        if getattr(args, name) is None:
+        if getattr(args, name, None) is None:
             setattr(args, name, value)
     spec_of(args)
     return args

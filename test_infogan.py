@@ -1260,6 +1260,9 @@ def test_going_on_with_other_flags_is_refused(faces, tmp_path, capsys, flags):
     capsys.readouterr()
     assert infogan.main(tiny(faces, out, "--max-steps", 2, *flags)) == 2
     said_one_line(capsys, str(flags[0]), str(flags[1]), "--restart")
+    if flags[0] in ("--n-cont", "--width"):  # for good
+        assert infogan.main(tiny(faces, out, "--max-steps", 2, *flags, "--allow-changes")) == 2
+        said_one_line(capsys, str(flags[0]), str(flags[1]), "--restart")
 
 
 def test_going_on_with_other_pictures_is_refused(faces, tmp_path, capsys):
@@ -1268,7 +1271,33 @@ def test_going_on_with_other_pictures_is_refused(faces, tmp_path, capsys):
     draw_faces.main([str(changed), "--n", "40", "--size", "16", "--seed", "3"])
     capsys.readouterr()
     assert infogan.main(tiny(changed, out, "--max-steps", 2)) == 2
-    said_one_line(capsys, "other pictures", "--restart")
+    said_one_line(capsys, "other pictures", "--allow-changes", "--restart")
+
+
+def test_changes_that_are_allowed_are_told_and_kept(faces, tmp_path, capsys):
+    """20 steps of 18 an epoch, then of 5 an epoch: the second begins anew, with its number."""
+    out, few = tmp_path / "run", tmp_path / "few"
+    each = ("--save-every", 1, "--sample-every", 1)
+    assert infogan.main(tiny(faces, out, *each, "--max-steps", 20)) == 0
+    draw_faces.main([str(few), "--n", "40", "--size", "16", "--seed", "3"])
+    first = (out / "epoch_0001.pt").read_bytes()
+    other = [*each, "--batch-size", 8, "--lr-g", 0.01, "--r1", 1]
+    capsys.readouterr()
+    assert infogan.main(tiny(few, out, *other, "--max-steps", 27, "--allow-changes")) == 0
+    said, saved = capsys.readouterr().out, json.loads((out / "args.json").read_text())
+    ckpt = infogan.load_checkpoint(out / "last.pt")
+    assert ckpt["args"] == saved and saved["r1"] == 1.0
+    for change in ("--batch-size 32, not 8", "--r1 0.0, not 1.0", "other pictures"):
+        assert f"until step 20: {change}" in saved["changes"] and change in said
+    assert ckpt["opt_G"]["param_groups"][0]["lr"] == 0.01 and ckpt["step"] == 27
+    assert "27 steps, 2.4 epochs" in said and first == (out / "epoch_0001.pt").read_bytes()
+    assert (out / "epoch_0002.pt").exists() and not (out / "epoch_0003.pt").exists()
+    assert infogan.main(tiny(few, out, *other, "--epochs", 4)) == 0, "they are the run's flags now"
+    ckpt = infogan.load_checkpoint(out / "last.pt")
+    assert ckpt["step"] == 35 and ckpt["args"]["changes"] == saved["changes"]
+    more = ("--epochs", 5, "--recipe", "notebook", "--allow-changes")
+    assert infogan.main(tiny(few, out, *other, *more)) == 0, "with optimisers of other weights"
+    assert "until step 35: --info-to trunk, not head" in capsys.readouterr().out
 
 
 def test_the_same_pictures_under_other_names_go_on_bit_for_bit(faces, tmp_path):
