@@ -553,7 +553,7 @@ def shrink(model: Model, args: argparse.Namespace, _out: Path) -> str:
     ckpt, path = model.ckpt, Path(args.shrink)
     if path.exists():
         raise UserError(f"--shrink {path}: exists; give a new name")
-    args_kept = ckpt["args"] | {"data": "", "out": ""}  # nobody else's business
+    args_kept = ckpt["args"] | {"data": "", "out": "", "init": None}  # nobody else's business
     small = {"args": args_kept, **{key: ckpt.get(key) for key in ("spec", "step", "minutes")}}
     for net in ("G_ema", "D"):  # vectors stay: they are small, and variances may be tiny
         small[net] = {k: w.half() if w.dim() > 1 else w for k, w in ckpt[net].items()}

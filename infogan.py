@@ -465,7 +465,8 @@ def train_step(state: State, args: argparse.Namespace, x: Tensor, codes: Codes) 
 
     state.step += 1
     # a half-life that grows with training fits a run of any length (2312.02696, section 3.1)
-    update_ema(state.G_ema, G, 0.5 ** (1 / (args.ema * state.step)) if args.ema else 0.0)
+    steps = state.step + (1000 if args.init else 0)  # else --init's average were gone after one
+    update_ema(state.G_ema, G, 0.5 ** (1 / (args.ema * steps)) if args.ema else 0.0)
     d_mean = [d_real.sigmoid().mean(), d_fake.sigmoid().mean()]
     return torch.cat([torch.stack([loss_D, loss_G, *d_mean]), L_I]).detach()
 
@@ -755,7 +756,7 @@ def make_batch(x: Tensor, flip: bool, rng: torch.Generator, device: torch.device
 FORMAT = 1
 SHAPE = ("n_cat", "cat_dim", "n_cont", "z_dim", "image_size", "width", "channels")
 RENAMED = {"enough": "cap_cont", "q_view": "q_augment"}  # flags of older checkpoints
-ADDED = {"lam_identity": 0.0, "changes": ()}  # and what stands for how it was
+ADDED = {"lam_identity": 0.0, "init": None, "changes": ()}  # and what stands for how it was
 NETS, OPTIMISERS = ("G", "G_ema", "D"), ("opt_G", "opt_D")  # names in State and in the file
 PICKLED = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2"}
 PICKLED |= {f"torch {kind}Storage" for kind in ("Float", "Half", "Long", "Byte")}
@@ -876,13 +877,16 @@ def gather_checkpoint(state: State, args: argparse.Namespace, fingerprint: str) 
     return ckpt | {"rng": state.rng.get_state(), "fingerprint": fingerprint}
 
 
-def restore(state: State, ckpt: dict, out: Path) -> None:
+def restore(state: State, ckpt: dict, out: Path, weights_only: bool = False) -> None:
     """Puts the contents of out's checkpoint into state. Raises UserError where they do not fit."""
-    if "opt_G" not in ckpt:
-        raise UserError(f"{out}: its checkpoint is for generate.py only (by --shrink); {NEW_RUN}")
+    if "opt_G" not in ckpt and not weights_only:
+        why = "its checkpoint is for generate.py only (by --shrink); --init begins a run with it"
+        raise UserError(f"{out}: {why}, {NEW_RUN}")
     try:
-        for name in NETS:
-            getattr(state, name).load_state_dict(ckpt[name])
+        for name in NETS:  # --shrink keeps of G only the average
+            getattr(state, name).load_state_dict(ckpt.get(name, ckpt["G_ema"]))
+        if weights_only:
+            return
         for opt, kept in ((state.opt_G, ckpt["opt_G"]), (state.opt_D, ckpt["opt_D"])):
             own = opt.state_dict()["param_groups"]  # with the learning rates of today's flags
             if [g["params"] for g in own] == [g["params"] for g in kept["param_groups"]]:
@@ -904,7 +908,7 @@ def restore(state: State, ckpt: dict, out: Path) -> None:
 NEW_RUN = "--restart moves the old run aside, another --out starts beside it"
 MAY_DIFFER = {"data", "out", "epochs", "max_steps", "max_minutes", "device", "amp", "restart"}
 MAY_DIFFER |= {"compile", "save_every", "sample_every", "allow_changes", "changes"}
-KEPT = SHAPE  # what never differs; the rest may with --allow-changes
+KEPT = (*SHAPE, "init")  # what never differs; the rest may with --allow-changes
 LITTER = r"\..*|lost\+found|desktop\.ini|thumbs\.db|@eadir|\$recycle\.bin|system volume information"
 LITTER += r"|.*\.(txt|log|out|err|sh|[oe]\d+)|logs|old-\d+"  # is in no run's way, and stays
 SIGNALS = [getattr(signal, s) for s in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, s)]
@@ -985,7 +989,7 @@ def find_checkpoint(args: argparse.Namespace) -> dict | None:
             print(error, file=sys.stderr)
             continue
         then = ckpt["args"]
-        args.channels = args.channels or then["channels"]
+        args.channels, args.init = args.channels or then["channels"], args.init or then["init"]
         if kept := differences(args, then, KEPT):
             raise UserError(f"{out} was started with {kept[0]}; {NEW_RUN}")
         if then["lam_identity"] == 0 != args.lam_identity and not args.allow_changes:
@@ -1275,14 +1279,15 @@ def train(args: argparse.Namespace) -> int:
             if is_main():
                 held.enter_context(locked(out))
             ckpt = None if args.restart else find_checkpoint(args)
+            init = load_checkpoint(args.init) if args.init and not ckpt else None
             seen = ckpt and ckpt.get("fingerprint")
             pictures = load_pictures(args.data, args.image_size, args.channels, seen=seen)
             if ckpt and ckpt.get("fingerprint", pictures.fingerprint) != pictures.fingerprint:
                 check_changes(args, ckpt, ["other pictures"])
         args.channels, n = pictures.x.shape[3], len(pictures.x)
         state = new_state(args, device)
-        if ckpt:
-            restore(state, ckpt, out)
+        if start := ckpt or init:
+            restore(state, start, Path(args.init) if init else out, weights_only=bool(init))
 
         B, per_epoch, total = schedule(state, args, n)
         if state.step >= total:
@@ -1296,6 +1301,7 @@ def train(args: argparse.Namespace) -> int:
             print(f"--batch-size {args.batch_size}: there are only {n} pictures, so a batch is {B}")
         if args.compile:
             compile_nets(state)
+        all_max(0)  # all have read --init, which may lie in the run that is moved
         if is_main():
             if args.restart and contents(out):
                 move_aside(out)
@@ -1423,6 +1429,7 @@ FLAGS = {  # by group: flag, default (None: parse_args sets it), limits or choic
     ("--batch-size", None, (2, 65_536), "pictures in a step (default 128; mnist 64)"),
     ("--lr-g", None, (0.0, 1.0), "G's learning rate (default 0.0002; mnist 0.001)"),
     ("--lr-d", None, (0.0, 1.0), "D's learning rate (default 0.0002)"),
+    ("--init", None, "FILE", "begin with the weights, codes and networks of this checkpoint"),
     ("--seed", 0, (0, 2**63 - 1), "seed of all random numbers"),
     ("--device", "auto", DEVICES, "auto takes the fastest"),
     ("--amp", None, bool, "bfloat16 convolutions (default: where they are faster)"),
@@ -1516,7 +1523,15 @@ class Parser(argparse.ArgumentParser):
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The flags, every default resolved but --amp's and --channels', which train resolves."""
-    args = Parser("infogan.py", (__doc__ or "").split("\nSections")[0], FLAGS).parse_args(argv)
+    parser = Parser("infogan.py", (__doc__ or "").split("\nSections")[0], FLAGS)
+    args = parser.parse_args(argv)
+    # a run that is there has codes and networks too, should the file of --init be gone
+    if found := [p for p in (args.init, f"{args.out}/last.pt") if args.init and os.path.isfile(p)]:
+        then = load_checkpoint(found[0])["args"]
+        parser.set_defaults(**{name: then[name] for name in SHAPE})
+        args = parser.parse_args(argv)
+        if given := differences(args, then, SHAPE):
+            raise UserError(f"--init {found[0]} has {given[0]}; leave this flag out")
     size = args.image_size or (32 if args.data in NAMED_SETS else 64)
     few = args.n_cat + args.n_cont <= 5
     unset = {"out": f"checkpoint/cat{args.n_cat}-cont{args.n_cont}", "image_size": size}

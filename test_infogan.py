@@ -1336,6 +1336,51 @@ def test_a_run_from_when_names_counted_goes_on_bit_for_bit(faces, tmp_path, monk
     assert not same(whole / "last.pt", new / "last.pt")  # which takes them in another order
 
 
+def test_a_new_run_begins_with_another_s_weights(ckpt, faces, tmp_path, capsys, monkeypatch):
+    """Codes and networks come with them, and G's average, which outlives the first step."""
+    monkeypatch.chdir(tmp_path)
+    before = Path("before.pt")
+    rewritten(ckpt, before, lambda c: c["G_ema"]["layers.0.weight"].add_(1))
+    still = ["--data", str(faces), "--lr-g", "0", "--lr-d", "0", "--batch-size", "8"]
+    begin = [*still, "--init", "before.pt"]
+    assert infogan.main([*begin, "--n-cat", "3", "--max-steps", "1"]) == 2
+    said_one_line(capsys, "before.pt", "--n-cat 2, not 3")
+    assert infogan.main([*begin, "--max-steps", "1"]) == 0
+    out = Path("checkpoint/cat2-cont3")
+    old, new = weights(before), weights(out / "last.pt")
+    assert all(old[k].equal(v) for k, v in new.items() if "weight" in k and "G_ema" not in k)
+    moved = (new["G_ema.layers.0.weight"] - old["G_ema.layers.0.weight"]).abs().max()
+    assert 0 < moved < 0.1
+    assert json.loads((out / "args.json").read_text())["init"] == "before.pt"
+    assert infogan.load_checkpoint(out / "last.pt")["step"] == 1
+
+    before.unlink()
+    capsys.readouterr()
+    assert infogan.main([*begin, "--max-steps", "2"]) == 2
+    said_one_line(capsys, "before.pt: no such checkpoint")
+    assert infogan.main([*begin, "--max-steps", "2", "--out", str(out)]) == 0
+    assert infogan.load_checkpoint(out / "last.pt")["step"] == 2
+    capsys.readouterr()
+    again = [*still, "--init", str(ckpt), "--out", str(out), "--max-steps", "3"]
+    assert infogan.main(again) == 2
+    said_one_line(capsys, "--init before.pt, not", "another --out")
+
+
+def test_a_shrunken_checkpoint_and_a_run_s_own_begin_a_run(ckpt, faces, tmp_path):
+    small, out = tmp_path / "small.pt", tmp_path / "run"
+    assert generate.main(["--ckpt", str(ckpt), "--shrink", str(small)]) == 0
+    begin = ["--data", str(faces), "--out", str(out), "--max-steps", "1", "--lr-g", "0"]
+    assert infogan.main([*begin, "--init", str(small)]) == 0
+    half, new = infogan.load_checkpoint(small)["G_ema"], weights(out / "last.pt")
+    assert all(new[f"G.{k}"].equal(w.float()) for k, w in half.items() if w.dim() > 1)
+    assert infogan.main([*begin, "--init", str(out / "last.pt"), "--restart"]) == 0
+    assert (tmp_path / "run.old-1/last.pt").exists()
+    assert infogan.load_checkpoint(out / "last.pt")["args"]["init"] == str(out / "last.pt")
+    args = infogan.parse_args(["--init", str(HERE / "checkpoint/animefaces-v3.pt")])
+    assert (args.n_cat, args.n_cont, args.width) == (10, 20, 32) and args.lam_cont == 0.15
+    assert args.out == "checkpoint/cat10-cont20"
+
+
 def test_a_run_without_max_steps_ends_at_those_of_its_resume(faces, tmp_path, capsys):
     out = tmp_path / "run"
     assert infogan.main(tiny(faces, out, "--max-minutes", 0.001)) == 0
