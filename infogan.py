@@ -345,7 +345,7 @@ def r1_penalty(d_real: Tensor, x: Tensor) -> Tensor:
 
 
 def augment(x: Tensor, strength: float, rng: torch.Generator) -> Tensor:
-    """Pictures (n, channels, h, w) warped, blurred and in another light, each in its own way.
+    """Pictures (n, channels, size, size) warped, blurred, in another light, each in its own way.
 
     At strength 1: turned up to 17 degrees, 30% larger or smaller, moved by 15% of the width, half
     as much light or half as much again.
@@ -355,7 +355,9 @@ def augment(x: Tensor, strength: float, rng: torch.Generator) -> Tensor:
     n = len(x) * rank_and_world()[1]
     warp = 0.3 * strength * (2 * my_rows(torch.rand(n, 2, 3, **at)) - 1)
     where = F.affine_grid(torch.eye(2, 3, device=x.device) + warp, x.shape, align_corners=False)
-    y = F.grid_sample(x, where, padding_mode="border", align_corners=False)
+    edge = 1 - 1 / x.shape[3]  # clamped to the outermost pixels: just what padding_mode="border" is
+    on = "cpu" if x.device.type == "mps" else x.device  # until torch 2.13 MPS has no gradient of it
+    y = F.grid_sample(x.to(on), where.clamp(-edge, edge).to(on), align_corners=False).to(x.device)
     y = F.avg_pool2d(F.pad(y, [1] * 4, mode="replicate"), 3, 1)
     light = torch.rand(2, n, 1, 1, 1, **at).transpose(0, 1)
     gain, shift = 0.5 * strength * (2 * my_rows(light).transpose(0, 1) - 1)

@@ -512,6 +512,28 @@ def test_augmentation_moves_and_relights_each_picture_in_its_own_way():
     assert (x.grad != 0).any(0).any(), "L_I must reach G through the augmentation"
 
 
+def test_beyond_their_edges_augmented_pictures_go_on(monkeypatch):
+    """Bit for bit as by padding_mode="border", which not every torch has on every device."""
+    x, grids = torch.rand(6, 3, 32, 32, generator=seeded()).requires_grad_(), []
+    real_grid, real_sample = F.affine_grid, F.grid_sample
+    monkeypatch.setattr(
+        F, "affine_grid", lambda *a, **k: grids.append(real_grid(*a, **k)) or grids[0]
+    )
+
+    def sample(x, where, align_corners):
+        y = real_sample(x, where, align_corners=align_corners)
+        by_border = real_sample(x, grids[0], padding_mode="border", align_corners=align_corners)
+        assert y.equal(by_border) and grids[0].abs().max() > 1
+        some = torch.randn(y.shape, generator=seeded(1))
+        slopes = [torch.autograd.grad(z, x, some, retain_graph=True)[0] for z in (y, by_border)]
+        assert slopes[0].equal(slopes[1])
+        return y
+
+    monkeypatch.setattr(F, "grid_sample", sample)
+    infogan.augment(x, 1.0, seeded())
+    assert len(grids) == 1
+
+
 def test_r1_is_the_squared_slope_and_comes_lazily():
     x = torch.randn(5, 3, 4, 4, generator=seeded()).requires_grad_()
     w = torch.randn(3, 4, 4, generator=seeded(1))
