@@ -51,11 +51,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from importlib import import_module
 from itertools import chain, count, cycle
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, TextIO
 
-import filelock
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -766,23 +766,28 @@ BROKEN = (AttributeError, EOFError, KeyError, OSError, RuntimeError, TypeError, 
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file that appears under its name complete or not at all."""
+def replacing(path: Path, patient: bool = True) -> Iterator[BinaryIO]:
+    """A file that appears under its name complete or not at all; patient waits for its readers."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")  # two processes may write at once
     try:
         with open(part, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(part, path)
+        for seconds in (0.1, 0.2, 0.5, 1.0, 2.0, 0.0) if patient else (0.0,):
+            with suppress(PermissionError if seconds else ()):  # of a scanner or viewer on Windows
+                os.replace(part, path)
+                break
+            time.sleep(seconds)
     except OSError as error:  # a full disk names no file
-        raise OSError(error.errno, error.strerror, str(path)) from error
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
     finally:
-        part.unlink(missing_ok=True)
-    if os.name == "posix":  # the new name must reach the disk too
+        with suppress(OSError):
+            part.unlink()
+    with suppress(OSError, NotImplementedError), ExitStack() as opened:  # not every drive can
         folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
+        opened.callback(os.close, folder)
+        os.fsync(folder)  # the new name must reach the disk too
 
 
 def save_file(path: Path, contents: dict) -> None:
@@ -929,22 +934,33 @@ def locked(out: Path) -> Iterator[None]:
     if found and not any(any(out.glob(k)) for k in ("args.json", "last.pt", "epoch_*.pt")):
         raise UserError(f"--out {out}: has {found[0].name} but no run in it; give another folder")
     out.mkdir(parents=True, exist_ok=True)
-    lock, pid = out / ".lock", out / ".pid"
-    try:
-        with filelock.FileLock(lock, timeout=0):
+    pid = out / ".pid"
+    with open(out / ".lock", "ab") as file:
+        try:
+            if os.name == "posix":
+                import fcntl
+
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            else:
+                import msvcrt
+
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        except (BlockingIOError, PermissionError):
+            holder = pid.read_text() if pid.exists() else "of another program"
+            raise UserError(f"--out {out}: process {holder} is training there") from None
+        except OSError as error:  # some network drives have no locks
+            print(f"{out}: cannot be locked ({error.strerror}); start no second run there")
+        with suppress(OSError):
             pid.write_text(str(os.getpid()))
-            for part in [*out.glob(".*.part"), *out.glob("samples/.*.part")]:
-                part.unlink()  # from a process that was killed while it wrote
-            try:
-                yield
-            finally:
-                with suppress(OSError):
-                    pid.unlink(missing_ok=True)
-                    lock.unlink()
-                    out.rmdir()  # only if it is empty: a start that failed
-    except filelock.Timeout:
-        holder = pid.read_text() if pid.exists() else "of another program"
-        raise UserError(f"--out {out}: process {holder} is training there") from None
+        for part in [*out.glob(".*.part"), *out.glob("samples/.*.part")]:
+            part.unlink()  # from a process that was killed while it wrote
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                pid.unlink(missing_ok=True)
+                Path(file.name).unlink()
+                out.rmdir()  # only if it is empty: a start that failed
 
 
 def move_aside(out: Path) -> None:
@@ -1042,9 +1058,9 @@ def make_grid(x: Tensor, columns: int = 8, gap: int = 2) -> Tensor:
     return F.pad(rows.flatten(3).flatten(1, 2), (0, gap, 0, gap), value=-1.0)
 
 
-def save_picture(path: Path, image: Image.Image, **how: object) -> None:
+def save_picture(path: Path, image: Image.Image, patient: bool = True, **how: object) -> None:
     """A PNG or a GIF, by the path's ending, complete or not at all."""
-    with replacing(path) as file:
+    with replacing(path, patient) as file:
         image.save(file, path.suffix[1:], **how)
 
 
@@ -1077,28 +1093,56 @@ class Log:
     """log.csv, curves.png and TensorBoard's events of a run; rows after `step` are removed."""
 
     def __init__(self, out: Path, spec: CodeSpec, step: int):
-        from torch.utils.tensorboard import SummaryWriter  # takes a second, so only here
+        self.path, self.spec, self.told, self.unwritten = out / "log.csv", spec, set(), []
+        self.rows = [["step", "epoch", "minutes", *spec.metrics]]
+        self.attempt("log.csv", self.take_over, step)
+        tb = self.attempt("TensorBoard", import_module, "torch.utils.tensorboard")  # takes a second
+        self.board = tb and self.attempt("TensorBoard", tb.SummaryWriter, str(out), "", step + 1)
 
-        self.path, self.spec = out / "log.csv", spec
-        head = ["step", "epoch", "minutes", *spec.metrics]
-        old = self.path.read_text().splitlines()[1:] if self.path.exists() else []
-        rows = [row for row in (line.split(",") for line in old) if len(row) == len(head)]
-        self.rows = [head, *(row for row in rows if int(row[0]) <= step)]
+    def attempt(self, what: str, job: Callable, *args: object) -> object:
+        """What job returns. A failure is told once, and training goes on, which is worth more."""
+        try:
+            return job(*args)
+        except Exception as error:  # viewers, full disks, edited files, old packages raise anything
+            where, why = (getattr(error, name, None) for name in ("filename", "strerror"))
+            if what not in self.told:
+                tqdm.write(f"{where or what}: {why or error}; training goes on", sys.stderr)
+            self.told.add(what)
+
+    def take_over(self, step: int) -> None:
+        """The rows of an earlier start, up to step; a file that someone edited is kept aside."""
+        head, rows = ",".join(self.rows[0]), {}
+        raw = self.path.read_bytes() if self.path.exists() else head.encode()
+        first, *lines = raw.decode("utf-8-sig", "replace").replace(";", ",").splitlines() or [""]
+        for row in (line.split(",") for line in lines if first == head):
+            with suppress(ValueError):
+                if len(row) == len(self.rows[0]) and all(abs(float(v)) < 1e12 for v in row):
+                    rows[int(float(row[0]))] = row
+        if first != head or len(rows) < len(lines):
+            aside = next(p for i in count(1) if not (p := Path(f"{self.path}.old-{i}")).exists())
+            aside.write_bytes(raw)
+            print(f"{self.path}: has other lines than a run's; as it was it is now {aside}")
+        self.rows += [row for key, row in sorted(rows.items()) if key <= step]
         with replacing(self.path) as file:
             file.writelines(f"{','.join(row)}\n".encode() for row in self.rows)
-        self.board = SummaryWriter(str(out), purge_step=step + 1)
 
     def add(self, step: int, epoch: float, minutes: float, values: list[float]) -> None:
         row = [str(step), f"{epoch:.4f}", f"{minutes:.3f}", *(f"{v:.5f}" for v in values)]
-        with open(self.path, "a") as file:
-            file.write(",".join(row) + "\n")
         self.rows.append(row)
-        for name, value in zip(self.spec.metrics, values, strict=True):
+        self.unwritten.append(",".join(row) + "\n")
+        self.attempt("log.csv", self.write)
+        for name, value in zip(self.spec.metrics, values, strict=True) if self.board else ():
             group = "L_I" if name in self.spec.names else "GAN"
-            self.board.add_scalar(f"{group}/{name}", value, step)
+            self.attempt("TensorBoard", self.board.add_scalar, f"{group}/{name}", value, step)
+
+    def write(self) -> None:
+        with open(self.path, "a") as file:
+            file.writelines(self.unwritten)
+        self.unwritten.clear()
 
     def add_grid(self, name: str, x: Tensor, epoch: int) -> None:
-        self.board.add_image(name, x.cpu().add(1).div(2).clamp(0, 1), epoch)
+        x = x.cpu().add(1).div(2).clamp(0, 1)
+        self.board and self.attempt("TensorBoard", self.board.add_image, name, x, epoch)
 
     def draw(self) -> None:
         """curves.png: losses, D's mean probabilities, and each code's L_I below its ceiling."""
@@ -1114,7 +1158,7 @@ class Log:
         for i, (title, names, top) in enumerate(panels):
             lines = [columns[name] for name in names]
             page.paste(draw_panel(title, columns["epoch"], lines, top), (0, 200 * i))
-        save_picture(self.path.with_name("curves.png"), page)
+        self.attempt("curves.png", save_picture, self.path.with_name("curves.png"), page, False)
 
 
 def draw_panel(title: str, x: list[float], lines: list[list[float]], top: float) -> Image.Image:
@@ -1334,14 +1378,15 @@ def loop(state: State, args: argparse.Namespace, pictures: Pictures, end: float)
 
     def save_samples(name: str, x: Tensor | None = None) -> Tensor:
         grid = make_grid(state.G_ema(spec.join(latents)) if x is None else x)
-        save_picture(out / f"samples/{name}.png", to_image(grid))
+        log.attempt("samples", save_picture, out / f"samples/{name}.png", to_image(grid))
         return grid
 
     def finish() -> None:
         save_samples("last")
-        save_animation(out)
+        log.attempt("training.gif", save_animation, out)
         log.draw()
-        log.board.close()
+        log.attempt("log.csv", log.write)
+        log.board and log.attempt("TensorBoard", log.board.close)
 
     if log:
         save_samples("real", make_batch(some, False, rng, device))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import csv
 import hashlib
+import errno
 import importlib.util
 import io
 import itertools
@@ -1783,6 +1784,116 @@ def test_a_read_only_folder_is_one_line_and_costs_nothing(faces, tmp_path):
         out.chmod(0o755)
     assert code == 2 and "Permission denied" in told and told.count("\n") == 1, told
     assert infogan.load_checkpoint(out / "last.pt")["step"] == 2
+
+
+@unix
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_drive_without_locks_is_told_and_used(tmp_path, monkeypatch, capsys, number):
+    def flock(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with infogan.locked(tmp_path / "run"):
+        assert (tmp_path / "run/.pid").exists()
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1 and f"{tmp_path / 'run'}: cannot be locked" in said
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("refusal", [OSError(errno.EIO, "I/O error"), NotImplementedError()])
+def test_what_guards_files_is_no_reason_not_to_write_them(tmp_path, monkeypatch, refusal):
+    """A folder that cannot be synced; a rename that is refused for a moment."""
+    path, real_sync, real_replace = tmp_path / "last.pt", os.fsync, os.replace
+    refused, slept = [PermissionError(13, "Access is denied")] * 3, []
+
+    def sync(file):
+        if Path(f"/proc/self/fd/{file}").resolve() == tmp_path:
+            raise refusal
+        real_sync(file)
+
+    def replace(*names):
+        if refused:
+            raise refused.pop()
+        real_replace(*names)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(os, "replace", replace)
+    monkeypatch.setattr(time, "sleep", slept.append)
+    infogan.save_file(path, {"step": 1})
+    assert torch.load(path) == {"step": 1} and 0 < sum(slept) < 1
+    refused += [PermissionError(13, "Access is denied")] * 99
+    with pytest.raises(PermissionError, match=re.escape(str(path))):
+        infogan.save_file(path, {"step": 2})
+    assert torch.load(path) == {"step": 1} and 2 < sum(slept) < 10
+    assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
+
+
+def test_training_goes_on_without_what_it_can_do_without(faces, tmp_path, monkeypatch, capsys):
+    """log.csv held by Excel for a while, pictures by a viewer, no TensorBoard: each told once."""
+    out, real_replace, held = tmp_path / "run", os.replace, [0]
+
+    def opened(path, *how):
+        held[0] += Path(path).name == "log.csv"
+        if Path(path).name == "log.csv" and held[0] in (2, 3):
+            raise PermissionError(13, "Permission denied", str(path))
+        return open(path, *how)
+
+    def replace(part, path):
+        if Path(path).suffix in (".png", ".gif"):
+            raise PermissionError(13, "Access is denied")
+        real_replace(part, path)
+
+    monkeypatch.setattr(infogan, "open", opened, raising=False)
+    monkeypatch.setattr(os, "replace", replace)
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    flags = ("--max-steps", 100, "--sample-every", 1)
+    assert infogan.main(tiny(faces, out, *flags)) == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if "training goes on" in line]
+    for words in ("TensorBoard: ", f"{out / 'log.csv'}: ", "curves.png: ", "samples/real.png: "):
+        assert sum(words in line for line in said) == 1, said
+    assert len(said) == 4, said  # without a grid there is no animation
+    rows = (out / "log.csv").read_text().splitlines()
+    assert [row.split(",")[0] for row in rows[1:]] == ["20", "40", "60", "80", "100"]
+    assert infogan.load_checkpoint(out / "last.pt")["step"] == 100 and not list(out.rglob(".*"))
+
+
+LOG = b"step,epoch,minutes,loss_D,loss_G,D_real,D_fake,cat0\n" + b"".join(
+    b"%d,1.5,0.1,1.00000,1.0,0.5,0.5,0.2\n" % step for step in (20, 40, 60)
+)
+EDITED = {  # what somebody made of LOG, and the steps that can still be read
+    "as it was": (LOG, [20, 40]),
+    "by Excel": (b"\xef\xbb\xbf" + LOG.replace(b",", b";").replace(b"\n", b"\r\n"), [20, 40]),
+    "numbers": (LOG.replace(b"\n20,", b"\n20.0,"), [20, 40]),
+    "sorted": (b"\n".join([LOG.split(b"\n")[i] for i in (0, 3, 1, 2)]), [20, 40]),
+    "not finite": (LOG.replace(b"\n40,1.5", b"\n40,nan"), [20]),
+    "letters": (LOG.replace(b"\n20,", b"\nx,"), [40]),
+    "latin-1": (LOG + b"notes: sch\xf6n\n", [20, 40]),
+    "a power cut": (LOG[:-60] + bytes(60), [20]),
+    "a column less": (LOG.replace(b",0.2\n", b"\n").replace(b",cat0", b""), []),
+    "other columns": (LOG.replace(b"D_real,D_fake", b"D_fake,D_real"), []),
+    "no heading": (LOG.split(b"\n", 1)[1], []),
+    "commas as points": (LOG.replace(b",", b";").replace(b".", b","), []),
+    "empty": (b"", []),
+}
+
+
+@pytest.mark.parametrize("kind", EDITED)
+def test_a_log_that_was_edited_stops_nothing_and_loses_nothing(tmp_path, monkeypatch, kind):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    path, (raw, steps) = tmp_path / "log.csv", EDITED[kind]
+    path.write_bytes(raw)
+    log = infogan.Log(tmp_path, CodeSpec(1, 2, 0), 40)
+    log.add(60, 2.0, 0.2, [1.0] * 5)
+    log.add(80, 2.0, 0.2, [1.0] * 5)
+    log.draw()
+    rows = [line.split(",") for line in path.read_text().splitlines()]
+    assert [float(row[0]) for row in rows[1:]] == [*steps, 60, 80] and log.told == {"TensorBoard"}
+    assert ",".join(rows[0]) == LOG.split(b"\n")[0].decode() and {len(row) for row in rows} == {8}
+    kept = [p.read_bytes() for p in tmp_path.glob("log.csv.old-*")]
+    assert kept == ([raw] if len(steps) < 2 or kind == "latin-1" else [])
+    infogan.Log(tmp_path, CodeSpec(1, 2, 0), 80)
+    assert len([*tmp_path.glob("log.csv*")]) == 1 + len(kept)
 
 
 def test_a_folder_that_vanishes_is_one_line(faces, tmp_path, capsys, monkeypatch):
