@@ -918,7 +918,8 @@ MAY_DIFFER |= {"compile", "save_every", "sample_every", "allow_changes", "change
 KEPT = (*SHAPE, "init")  # what never differs; the rest may with --allow-changes
 LITTER = r"\..*|lost\+found|desktop\.ini|thumbs\.db|@eadir|\$recycle\.bin|system volume information"
 LITTER += r"|.*\.(txt|log|out|err|sh|[oe]\d+)|logs|old-\d+"  # is in no run's way, and stays
-SIGNALS = [getattr(signal, s) for s in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, s)]
+SIGNALS = ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"]
+SIGNALS = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
 
 
 def contents(out: Path) -> list[Path]:
@@ -1024,16 +1025,20 @@ def find_checkpoint(args: argparse.Namespace) -> dict | None:
 
 @contextmanager
 def caught_signals() -> Iterator[list[int]]:
-    """Collects signals that ask a run to stop; a second one of the same kind stops it at once."""
+    """Collects signals that ask a run to stop; a second INT, TERM or HUP stops it at once."""
     caught, before = [], {}
 
     def note(number: int, _frame: object) -> None:
         caught.append(number)
-        signal.signal(number, before[number])
+        # XCPU comes every second, and torchrun repeats what its processes may have got themselves
+        if number in SIGNALS[:3] and rank_and_world()[1] == 1:
+            signal.signal(number, before[number])
 
     for number in SIGNALS:
-        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup does, or a shell for a job with &
-            before[number] = signal.signal(number, note)
+        # ignored: by nohup, or a shell for a job with &; None: a handler that is not Python's
+        if signal.getsignal(number) not in (signal.SIG_IGN, None):
+            with suppress(ValueError):  # in a thread of another program, which has its own
+                before[number] = signal.signal(number, note)
     try:
         yield caught
     finally:
