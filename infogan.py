@@ -1070,14 +1070,18 @@ def save_picture(path: Path, image: Image.Image, patient: bool = True, **how: ob
 
 
 def save_animation(out: Path) -> None:
-    """training.gif: the run's grids one after the other with their epoch; the last stays longer."""
-    frames = []
-    for path in sorted(out.glob("samples/epoch_*.png"), key=lambda p: int(p.stem[6:])):
+    """training.gif: at most 60 of the run's grids with their epochs; the last stays longer."""
+    paths = [p for p in out.glob("samples/epoch_*.png") if p.stem[6:].isdecimal()]
+    grids, frames = sorted((int(path.stem[6:]), path) for path in paths), []
+    for i in torch.linspace(0, len(grids) - 1, min(len(grids), 60)).round().int():
+        epoch, path = grids[i]
         grid = Image.open(path).convert("RGB")
+        grid = grid.reduce(-(-grid.width // 800))  # from 128x128 on
         grid = ImageOps.scale(grid, max(1, round(500 / grid.width)), Image.Resampling.NEAREST)
         frame, font = ImageOps.expand(grid, (0, 28, 0, 0), "white"), ImageFont.load_default(16)
-        ImageDraw.Draw(frame).text((6, 4), f"epoch {int(path.stem[6:])}", "black", font)
-        frames.append(frame.quantize(128))
+        ImageDraw.Draw(frame).text((6, 4), f"epoch {epoch}", "black", font)
+        palette = frame.reduce(4).quantize(128)  # ten times as fast as from all pixels, as good
+        frames.append(frame.quantize(palette=palette, dither=Image.Dither.NONE))
     if len(frames) > 1:
         how = {"duration": [250] * (len(frames) - 1) + [2000], "loop": 0, "save_all": True}
         save_picture(out / "training.gif", frames[0], append_images=frames[1:], **how)
@@ -1254,7 +1258,7 @@ def rank_0_first() -> Iterator[None]:
 # loop ---------------------------------------------------------------------------------------------
 
 LOG_EVERY = 20  # steps between two rows of log.csv, and between two waits for the device
-SAVE_MINUTES = 10.0
+SAVE_MINUTES, SAVE_STEPS = 10.0, 100  # at most, and at least, between two saves of last.pt
 DEVICES = ["auto", "cpu", "cuda", "mps"]
 COMPILE = {"mode": "reduce-overhead"}  # CUDA graphs: no kernel waits for Python
 
@@ -1348,6 +1352,8 @@ def train(args: argparse.Namespace) -> int:
             return 0
         if args.recipe == "notebook":
             print("--recipe notebook: the notebook's settings and its defects, to compare with")
+        if total < 1000:
+            print(f"{total} steps are too few to learn from; raise --epochs or --max-steps")
         if args.batch_size > B:
             print(f"--batch-size {args.batch_size}: there are only {n} pictures, so a batch is {B}")
         if args.compile:
@@ -1399,6 +1405,9 @@ def loop(state: State, args: argparse.Namespace, pictures: Pictures, end: float)
             save_samples("epoch_0000")
     first, began, values = state.step, time.monotonic(), []
     start, saved = began - 60 * state.minutes, began
+    # epochs between saves, grids, checkpoints to keep: those of few steps count together
+    together = -(-SAVE_STEPS // per_epoch)
+    draw_every, keep_every = args.sample_every or 5 * together, args.save_every or 25 * together
     line = {"bar_format": "{desc}{rate_fmt}{postfix}", "unit": "img", "unit_scale": True}
     line["mininterval"] = 0.5 if sys.stderr.isatty() else 30.0
     x = to_device_if_it_fits(pictures.x, device)
@@ -1411,6 +1420,7 @@ def loop(state: State, args: argparse.Namespace, pictures: Pictures, end: float)
             stopped_by, late, due = all_max(*caught[:1] or [0], now > end, due)
             epoch, rest = divmod(state.epoch * per_epoch + state.step - state.since, per_epoch)
             done = state.step == total
+            ends = [rest == 0 and epoch % n == 0 for n in (together, draw_every, keep_every)]
             if state.step % LOG_EVERY == 0:
                 all_mean_([state.sums])
                 values = (state.sums / LOG_EVERY).tolist()
@@ -1424,7 +1434,7 @@ def loop(state: State, args: argparse.Namespace, pictures: Pictures, end: float)
             bar.set_postfix_str(f"eta {bar.format_interval(max(0, left))}", refresh=False)
             bar.update(B)
 
-            if log and rest == 0 and epoch % args.sample_every == 0:
+            if log and ends[1]:
                 log.add_grid("samples", save_samples(f"epoch_{epoch:04d}"), epoch)
                 if spec.names:
                     one = Codes(*(c[:1] for c in latents))
@@ -1432,10 +1442,10 @@ def loop(state: State, args: argparse.Namespace, pictures: Pictures, end: float)
                 log.draw()
             if log and done:  # before last.pt, so that a finished run is complete
                 finish()
-            if rest == 0 or due or stopped_by or late or done:
+            if any(ends) or due or stopped_by or late or done:
                 state.epoch, state.since = epoch, state.step - rest
                 ckpt, saved = gather_checkpoint(state, args, pictures.fingerprint), now
-                if log and rest == 0 and epoch % args.save_every == 0:
+                if log and ends[2]:
                     save_file(out / f"epoch_{epoch:04d}.pt", ckpt)
                 if log:
                     save_file(out / "last.pt", ckpt)
@@ -1490,8 +1500,10 @@ FLAGS = {  # by group: flag, default (None: parse_args sets it), limits or choic
     ("--max-minutes", None, (0.001, 1e7), "stop this call after X minutes; repeat it to resume"),
 ], "output": [
     ("--out", None, "FOLDER", "the run's folder (default checkpoint/cat1-cont2, by its codes)"),
-    ("--save-every", 25, (1, 10**9), "epochs between checkpoints that are kept"),
-    ("--sample-every", 5, (1, 10**9), "epochs between grids of samples"),
+    ("--save-every", None, (1, 10**9),
+     "epochs between checkpoints that are kept (default 25; more if they are short)"),
+    ("--sample-every", None, (1, 10**9),
+     "epochs between grids of samples (default 5; more if they are short)"),
     ("--allow-changes", False, bool, "go on though pictures or flags are not those of the run"),
     ("--restart", False, bool, "start from step 0; the old run is moved to OUT.old-1"),
 ]}

@@ -1167,6 +1167,42 @@ def test_the_animation_names_each_epoch_and_rests_on_the_last(tmp_path):
         assert loop.info["duration"] == (2000 if i == 3 else 250)
 
 
+def test_the_animation_of_a_long_run_is_short_and_small(tmp_path):
+    (tmp_path / "samples").mkdir()
+    for i in range(100):
+        shade = ImageColor.getrgb(f"hsl({i * 3}, 100%, 50%)")
+        Image.new("RGB", (1042, 40), shade).save(tmp_path / f"samples/epoch_{i * 5:04d}.png")
+    (tmp_path / "samples/epoch_0005 copy.png").touch()
+    infogan.save_animation(tmp_path)
+    loop = Image.open(tmp_path / "training.gif")
+    assert loop.n_frames == 60 and loop.width == 521
+    for i, shade in ((0, "hsl(0, 100%, 50%)"), (59, "hsl(297, 100%, 50%)")):
+        loop.seek(i)
+        far = zip(loop.convert("RGB").getpixel((500, 44)), ImageColor.getrgb(shade), strict=True)
+        assert max(abs(a - b) for a, b in far) < 20
+
+
+def test_short_epochs_are_saved_and_drawn_by_the_minute_unless_asked_for(
+    tmp_path, monkeypatch, capsys
+):
+    """30 epochs of one step; in the last run each takes 13 seconds by a clock of its own."""
+    few, saved, ticks = few_pictures(tmp_path / "few"), [], itertools.count(step=13)
+    monkeypatch.setattr(infogan, "save_file", lambda path, ckpt: saved.append(ckpt["step"]))
+
+    def grids(out, *flags):
+        saved.clear()
+        assert infogan.main(tiny(few, tmp_path / out, "--epochs", 30, *flags)) == 0
+        return [int(path.stem[6:]) for path in sorted(tmp_path.glob(f"{out}/samples/epoch_*"))]
+
+    assert grids("fast") == [0, 30] and saved == [1, 30, 30]
+    assert "30 steps are too few to learn from; raise --epochs" in capsys.readouterr().out
+    asked = ("--sample-every", 10, "--save-every", 15)
+    assert grids("asked", *asked) == [0, 10, 20, 30] and saved == [1, 10, 15, 15, 20, 30, 30]
+    monkeypatch.setattr(infogan.time, "monotonic", lambda: float(next(ticks)))
+    assert grids("slow") == [0, 6, 11, 16, 21, 26, 30]
+    assert saved == [1, 6, 11, 16, 21, 26, 26, 30]
+
+
 def test_grids_are_laid_out_in_rows():
     x = torch.arange(10.0).view(10, 1, 1, 1).expand(-1, 3, 4, 4) / 10
     grid = infogan.make_grid(x, columns=4, gap=2)
@@ -2754,9 +2790,9 @@ def test_defaults_of_the_third_version():
     args = infogan.parse_args(["--n-cat", "10", "--n-cont", "20", "--epochs", "360"])
     shown = {"data": "data/anime", "out": "checkpoint/cat10-cont20", "epochs": 360, "seed": 0,
              "cat_dim": 10, "z_dim": 100, "batch_size": 128, "image_size": 64, "width": 64,
-             "save_every": 25, "sample_every": 5, "lam_cat": 1.0, "lam_cont": 0.15, "ema": 0.03,
+             "save_every": None, "sample_every": None, "lam_cat": 1.0, "lam_cont": 0.15,
              "cap_cont": 1.4, "lam_identity": 2.0, "q_augment": 0.0, "r1": 0.3, "info_to": "trunk",
-             "flip": True}  # fmt: skip
+             "ema": 0.03, "flip": True}  # fmt: skip
     assert {name: getattr(args, name) for name in shown} == shown
 
 
