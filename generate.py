@@ -584,7 +584,7 @@ FLAGS = {  # as in infogan.py
     ("--names", None, "FILE", "names for codes, JSON (default: names.json beside the checkpoint)"),
     ("--seed", 0, (0, 2**63 - 1), "seed of z and codes"),
     ("--batch-size", 250, (1, 65_536), "pictures drawn at once"),
-    ("--device", "auto", infogan.DEVICES, "auto takes the fastest"),
+    ("--device", "auto", "DEVICE", "cpu, cuda, cuda:1, mps; auto takes the fastest"),
 ], "instead of sheets": [
     ("--explorer", False, bool, "write explorer.html, a page to move the codes"),
     ("--sort", None, "FOLDER", "sort real pictures by the codes that Q reads: a folder or mnist"),

@@ -652,7 +652,8 @@ def decode(
 
 def cache_folder() -> Path:
     """The user's own: a folder of pictures may be read-only, or shared."""
-    return Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")) / "infogan"
+    path = os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    return Path(os.devnull if path[0] == "~" else path) / "infogan"  # no home: caches nothing
 
 
 def read_cache(path: Path, key: str, shape: tuple[int, ...]) -> tuple[Tensor, dict] | None:
@@ -680,7 +681,7 @@ def load_pictures(
     which depended on names: the pictures then have it, and their order of then. Raises UserError,
     with the flag that names the set, when fewer than two remain.
     """
-    own, named = Path(data).expanduser(), data in NAMED_SETS
+    own, named = Path(os.path.expanduser(data)), data in NAMED_SETS
     elsewhere = named and not (DATA / NAMED_SETS[data][1]).exists() and own.is_dir()
     if elsewhere and find_pictures(own)[0] and not (own / "log.csv").exists():  # which a run has
         why = f"a known set, and a folder of pictures here: give {flag} ./{data} for the folder"
@@ -1259,19 +1260,21 @@ def rank_0_first() -> Iterator[None]:
 
 LOG_EVERY = 20  # steps between two rows of log.csv, and between two waits for the device
 SAVE_MINUTES, SAVE_STEPS = 10.0, 100  # at most, and at least, between two saves of last.pt
-DEVICES = ["auto", "cpu", "cuda", "mps"]
 COMPILE = {"mode": "reduce-overhead"}  # CUDA graphs: no kernel waits for Python
 
 
 def pick_device(name: str) -> torch.device:
     """The fastest device for "auto". Raises UserError when the one asked for is missing."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    there = {"cuda": torch.cuda.is_available() and torch.cuda.device_count()}
+    there |= {"mps": int(torch.backends.mps.is_available()), "cpu": 1}
+    kind, _, number = name.partition(":")
     if name == "auto":
-        name = next((kind for kind in there if there[kind]), "cpu")
-    elif not there.get(name, True):
+        kind = next(kind for kind, n in there.items() if n)
+    if (number or "0") not in map(str, range(there.get(kind, 0))):
         raise UserError(f"--device {name}: not available here; use --device auto")
-    own = name == "cuda" and rank_and_world()[1] > 1
-    return torch.device(name, int(os.environ["LOCAL_RANK"])) if own else torch.device(name)
+    if kind == "cuda" and rank_and_world()[1] > 1:
+        number = number or os.environ["LOCAL_RANK"]
+    return torch.device(kind, int(number)) if number else torch.device(kind)
 
 
 def speed_up(device: torch.device) -> bool:
@@ -1493,7 +1496,7 @@ FLAGS = {  # by group: flag, default (None: parse_args sets it), limits or choic
     ("--lr-d", None, (0.0, 1.0), "D's learning rate (default 0.0002)"),
     ("--init", None, "FILE", "begin with the weights, codes and networks of this checkpoint"),
     ("--seed", 0, (0, 2**63 - 1), "seed of all random numbers"),
-    ("--device", "auto", DEVICES, "auto takes the fastest"),
+    ("--device", "auto", "DEVICE", "cpu, cuda, cuda:1, mps; auto takes the fastest"),
     ("--amp", None, bool, "bfloat16 convolutions (default: where they are faster)"),
     ("--compile", False, bool, "torch.compile: a slow start, then faster steps on a GPU"),
     ("--max-steps", None, (1, 10**12), "finish after N steps in all"),
@@ -1576,8 +1579,10 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, argv: list[str] | None = None) -> argparse.Namespace:
         """The flags, when every given number is within its limits."""
         args = super().parse_args(argv)
-        for name in (name for name, value in vars(args).items() if value == ""):
-            raise UserError(f"--{name.replace('_', '-')}: is empty")
+        for name, text in ((k, v) for k, v in vars(args).items() if isinstance(v, str)):
+            if not text:
+                raise UserError(f"--{name.replace('_', '-')}: is empty")
+            setattr(args, name, os.path.expanduser(text))  # shells leave --out=~/run as it is
         check_limits({k: v for k, v in vars(args).items() if v is not None}, self.limits)
         return args
 
@@ -1651,12 +1656,14 @@ def run(program: str, job: Callable[[], int]) -> int:
         except UserError as error:
             text, code = str(error), error.code
         except OSError as error:
-            text, code = f"{error.filename or ''}: {error.strerror or error}; fix this", 2
-            text += " and run the same command again, saved files are unchanged"
+            text, code = f"{error.filename or 'a file'}: {error.strerror or error}; fix this", 2
+            text += " or give another --out, and run it again; saved files are unchanged"
         except (MemoryError, RuntimeError) as error:
-            if not isinstance(error, MemoryError) and "allocate" not in str(error):
-                raise
             text, code = "out of memory; lower --batch-size, --width or --image-size", 2
+            if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+                text = f"--compile: {error}".split("\n")[0] + "; install a compiler or leave it out"
+            elif not isinstance(error, MemoryError) and "allocate" not in str(error):
+                raise
         except KeyboardInterrupt:
             text, code = "stopped", 130
         print(f"{program}: {text}".replace("\n", " "), file=sys.stderr)

@@ -2847,6 +2847,62 @@ def test_bad_flags_get_one_line(tmp_path, monkeypatch, capsys, flags, words):
     assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == ["mine.csv"]
 
 
+def test_devices_have_numbers(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    named = {"auto": "cuda", "cuda": "cuda", "cuda:1": "cuda:1", "cpu": "cpu", "cpu:0": "cpu:0"}
+    assert {name: str(infogan.pick_device(name)) for name in named} == named
+    for name in ("cuda:2", "cuda:x", "cpu:1", "auto:0", "tpu", "meta"):
+        with pytest.raises(UserError, match=f"--device {name}: not available"):
+            infogan.pick_device(name)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert str(infogan.pick_device("auto")) in ("cpu", "mps")
+    assert infogan.main(["--device", "cuda:0"]) == 2
+    said_one_line(capsys, "--device cuda:0")
+
+
+def test_every_path_may_begin_with_the_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    for module, needed in ((infogan, []), (generate, ["--ckpt=~/a.pt"])):
+        rows = [
+            row for rows in module.FLAGS.values() for row in rows if row[2] in ("FOLDER", "FILE")
+        ]
+        for flag in (row[0] for row in rows):
+            if flag not in ("--data",) or module is infogan:
+                args = vars(module.parse_args([*needed, f"{flag}=~/a.pt"]))
+                assert args[flag[2:]] == str(tmp_path / "a.pt"), flag
+
+
+def test_without_a_home_pictures_are_not_cached(tmp_path, monkeypatch, capsys):
+    folder = few_pictures(tmp_path / "few")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as for an unknown user
+    assert len(infogan.load_pictures(str(folder), 16).x) == 5
+    assert "not cached" in capsys.readouterr().out and [*tmp_path.iterdir()] == [folder]
+
+
+def test_what_the_machine_lacks_is_a_line_with_the_cure(capsys):
+    class InductorError(RuntimeError):
+        __module__ = "torch._inductor.exc"
+
+    lacks = {
+        InductorError("InvalidCxxCompiler: none found\n\nSet TORCHDYNAMO_VERBOSE=1"): "--compile: "
+        "InvalidCxxCompiler: none found; install a compiler or leave it out",
+        PermissionError(13, "Permission denied", "shared/traversals"): "shared/traversals: "
+        "Permission denied; fix this or give another --out",
+        OSError(28, "No space left on device"): "No space left on device; fix this",
+    }
+    for error, words in lacks.items():
+
+        def fail(error=error):
+            raise error
+
+        assert infogan.run("infogan.py", fail) == 2
+        said_one_line(capsys, words)
+
+
 @pytest.mark.parametrize("module", [infogan, generate])
 def test_every_number_has_limits(module, capsys):
     needed = ["--ckpt", "x.pt"] if module is generate else []

@@ -30,6 +30,7 @@ import argparse
 import csv
 import json
 import math
+import os
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -45,7 +46,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from generate import edge_map, effect, low_high, tint
 from infogan import (
-    DEVICES,
     Codes,
     CodeSpec,
     Encoder,
@@ -270,7 +270,9 @@ def print_factors(known: dict) -> None:
 
 def measure(args: argparse.Namespace) -> int:
     """Prints the tables, and writes their figures as JSON where asked."""
-    device = str(pick_device(args.device))
+    device, path = str(pick_device(args.device)), Path(args.json) if args.json else None
+    if path and (path.is_dir() or not os.access(path.parent, os.W_OK)):
+        raise UserError(f"--json {path}: cannot be written; give a file in a folder of yours")
     G, spec = load_generator(args.ckpt, device)
     files, factors = read_factors(Path(args.faces)) if args.faces else ([], {})
     if files and not spec.names:
@@ -299,8 +301,8 @@ def measure(args: argparse.Namespace) -> int:
         read = read_codes(load_encoder(args.ckpt, device)[0], files, channels, size, device)
         figures["faces"] = compare_factors(*read, factors, spec.names, chance())
         print_factors(figures["faces"])
-    if args.json:
-        with replacing(Path(args.json)) as file:
+    if path:
+        with replacing(path) as file:
             file.write(json.dumps(figures, indent=2).encode() + b"\n")
     return 0
 
@@ -313,7 +315,7 @@ FLAGS = {"measuring": [  # as in infogan.py
     ("--noise", 0.2, (0.0, 10.0), "standard deviation of noise on the pictures for the new Q"),
     ("--json", None, "FILE", "write the same figures there"),
     ("--seed", 0, (0, 2**63 - 1), "of all random numbers"),
-    ("--device", "auto", DEVICES, "auto takes the fastest"),
+    ("--device", "auto", "DEVICE", "cpu, cuda, cuda:1, mps; auto takes the fastest"),
 ]}
 # fmt: on
 

@@ -498,6 +498,9 @@ def test_what_a_user_can_mend_is_one_line(two_factors, tmp_path, capsys):
     table.write_text((two_factors / "factors.csv").read_text())
     assert refused("--faces", tmp_path)
     said_one_line(capsys, "000000.png", "draw the folder again")
+    for path in (tmp_path, tmp_path / "gone/figures.json"):  # told before anything is measured
+        assert refused("--json", path)
+        said_one_line(capsys, f"--json {path}: cannot be written")
     assert refused("--noise", "-1")
     said_one_line(capsys, "--noise")
     assert measure.main([str(tmp_path / "none.pt")]) == 2
