@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import argparse
 import csv
-import hashlib
 import errno
+import hashlib
 import importlib.util
 import io
 import itertools
