@@ -1182,25 +1182,24 @@ def test_the_animation_of_a_long_run_is_short_and_small(tmp_path):
         assert max(abs(a - b) for a, b in far) < 20
 
 
-def test_short_epochs_are_saved_and_drawn_by_the_minute_unless_asked_for(
+def test_epochs_of_few_steps_are_saved_and_drawn_together_unless_asked_for(
     tmp_path, monkeypatch, capsys
 ):
-    """30 epochs of one step; in the last run each takes 13 seconds by a clock of its own."""
-    few, saved, ticks = few_pictures(tmp_path / "few"), [], itertools.count(step=13)
+    """60 epochs of one step."""
+    few, saved = few_pictures(tmp_path / "few"), []
     monkeypatch.setattr(infogan, "save_file", lambda path, ckpt: saved.append(ckpt["step"]))
+    monkeypatch.setattr(infogan, "SAVE_STEPS", 10)
 
     def grids(out, *flags):
         saved.clear()
-        assert infogan.main(tiny(few, tmp_path / out, "--epochs", 30, *flags)) == 0
+        assert infogan.main(tiny(few, tmp_path / out, "--epochs", 60, *flags)) == 0
         return [int(path.stem[6:]) for path in sorted(tmp_path.glob(f"{out}/samples/epoch_*"))]
 
-    assert grids("fast") == [0, 30] and saved == [1, 30, 30]
-    assert "30 steps are too few to learn from; raise --epochs" in capsys.readouterr().out
-    asked = ("--sample-every", 10, "--save-every", 15)
-    assert grids("asked", *asked) == [0, 10, 20, 30] and saved == [1, 10, 15, 15, 20, 30, 30]
-    monkeypatch.setattr(infogan.time, "monotonic", lambda: float(next(ticks)))
-    assert grids("slow") == [0, 6, 11, 16, 21, 26, 30]
-    assert saved == [1, 6, 11, 16, 21, 26, 26, 30]
+    assert grids("default") == [0, 50] and saved == [10, 20, 30, 40, 50, 60]
+    assert "60 steps are too few to learn from; raise --epochs" in capsys.readouterr().out
+    asked = ("--sample-every", 20, "--save-every", 25)
+    assert grids("asked", *asked) == [0, 20, 40, 60]
+    assert saved == [10, 20, 25, 25, 30, 40, 50, 50, 60]
 
 
 def test_grids_are_laid_out_in_rows():
@@ -1522,7 +1521,7 @@ def test_nan_stops_the_run_and_never_reaches_a_checkpoint(
 
     monkeypatch.setattr(infogan, "train_step", poisoned)
     capsys.readouterr()
-    assert infogan.main(tiny(faces, out)) == 1
+    assert infogan.main(tiny(faces, out, "--save-every", 1)) == 1
     line = [t for t in capsys.readouterr().err.splitlines() if t.startswith("infogan.py")]
     seen = 36 if step < 36 else 40
     assert len(line) == 1 and f"step {seen}: loss_D is nan" in line[0]
