@@ -4,6 +4,9 @@
     python generate.py --ckpt checkpoint/v3/last.pt --explorer        a web page that moves codes
     python generate.py --ckpt checkpoint/v3/last.pt --sort ~/faces    real faces, by their codes
     python generate.py --ckpt checkpoint/v3/last.pt --samples 10000   pictures, for FID tools
+    python generate.py --ckpt checkpoint/v3/last.pt --samples 50 --set cat0=3    of one category
+    python generate.py --ckpt checkpoint/v3/last.pt --walk            an animation through faces
+    python generate.py --ckpt checkpoint/v3/last.pt --read me.png     what Q reads from a picture
     python generate.py --ckpt A/last.pt --versus B/last.pt --data ~/faces   two runs side by side
 
 The architecture comes from the checkpoint. Along a row of a sheet only one code changes.
@@ -15,30 +18,43 @@ import argparse
 import base64
 import csv
 import io
+import itertools
 import json
 import math
 import os
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+if __name__ == "__main__":  # Ctrl-C while torch is loading, which takes a second: no traceback
+    sys.excepthook = lambda kind, *e: kind is KeyboardInterrupt or sys.__excepthook__(kind, *e)
+
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor, nn
 from torch.nn.utils import fuse_conv_bn_eval
 
 import infogan
-from infogan import Codes, CodeSpec, Generator, UserError, load_pictures, replacing, save_picture
+from infogan import Codes, CodeSpec, Generator, UserError, load_pictures, replacing, to_image
 
 N_MEASURED, N_MOVED = 1000, 200  # samples behind a table's figures; behind its tints, heat maps
 MOST_SHOWN = 100  # categories on a sheet
+DRAWN_AT_ONCE, N_READ = 32, 4  # pictures in each pass of G; drawings beside a picture of --read
 N_DIRECTIONS, N_PATCHES = 512, 32  # of the Wasserstein distance; patches of each picture
 PAGE = Path(__file__).parent / "data/explorer.html"
 PAGE_MB = 6  # at most: it must open, and follow a slider, at once
+MARK, EXIF = "generate.py of InfoGAN", Image.Exif()  # what is ours may be written again
+EXIF[ExifTags.Base.Software] = MARK
+MARKED = {"exif": EXIF.tobytes(), "comment": MARK}  # of PNG and WebP, and of GIF
+HEADS = (b"code,L_I,", b"file,seed", b"file,cat0,", b"file,cont0,")  # of our tables
+save_picture = partial(infogan.save_picture, **MARKED)
+to_floats = partial(infogan.make_batch, flip=False, rng=None, device=torch.device("cpu"))
 
 # drawing and saving -------------------------------------------------------------------------------
 
@@ -58,10 +74,19 @@ def load_model(path: str, device: str) -> Model:
 
 
 @torch.no_grad()
-def draw(G: Generator, spec: CodeSpec, codes: Codes, batch_size: int) -> Tensor:
-    """Pictures (n, channels, size, size) in [-1, 1], on the CPU."""
-    device = next(G.parameters()).device
-    return torch.cat([G(part.to(device)).cpu() for part in spec.join(codes).split(batch_size)])
+def draw(G: Generator, joined: Tensor) -> Tensor:
+    """Pictures (n, channels, size, size) in [-1, 1] of G's inputs (n, spec.dim), on the CPU."""
+    # always as many at once, as rounding depends on it: the same seed is the same file everywhere
+    device, parts = next(G.parameters()).device, joined.split(DRAWN_AT_ONCE)
+    full = (F.pad(part, (0, 0, 0, DRAWN_AT_ONCE - len(part))).to(device) for part in parts)
+    return torch.cat([G(part).cpu() for part in full])[: len(joined)]
+
+
+def hold(spec: CodeSpec, codes: Codes, held: dict[str, float]) -> Codes:
+    """codes with the values of --set."""
+    for name, value in held.items():
+        codes = spec.traverse(codes, name, [value])
+    return codes
 
 
 def save_table(path: Path, lines: Iterable[Iterable[object]]) -> None:
@@ -84,20 +109,35 @@ def check_codes(spec: CodeSpec, where: str, codes: Iterable[str]) -> None:
 def read_names(args: argparse.Namespace, spec: CodeSpec, ckpt: dict) -> dict[str, str]:
     """What people call the codes: by --names, names.json beside the checkpoint, or within it."""
     path = Path(args.names or Path(args.ckpt).with_name("names.json"))
-    names = ckpt.get("names", {})
+    where, names = f"--names {path}" if args.names else str(path), ckpt.get("names", {})
     if args.names or path.exists():
         try:
             names = {**names, **json.loads(path.read_text(encoding="utf-8"))}
         except (OSError, ValueError, TypeError, RecursionError) as error:
-            like = '{"cont3": "tilt"}'
-            raise UserError(f"--names {path}: must be a table like {like}: {error}") from error
+            why = f'must be a table like {{"cont3": "tilt"}}: {error}'
+            raise UserError(f"{where}: {why}") from error
     if not isinstance(names, dict):
         raise UserError(f"{args.ckpt}: its names are no table")
-    check_codes(spec, f"--names {path}", names)
+    check_codes(spec, where, names)
     for code, name in names.items():
         if not isinstance(name, str) or not name.isprintable() or not 0 < len(name) <= 40:
-            raise UserError(f"--names {path}: {code}: must be one line of 1 to 40 characters")
+            raise UserError(f"{where}: {code}: must be one line of 1 to 40 characters")
     return names
+
+
+def read_set(text: str, spec: CodeSpec) -> dict[str, float]:
+    """The codes of "cat0=3,cont5=-0.8", with their values. Raises UserError."""
+    held, one_of = {}, f"a whole number from 0 to {spec.cat_dim - 1}"
+    for part in text.split(",") if text else ():
+        code, _, value = part.strip().partition("=")
+        check_codes(spec, "--set", [code])
+        v = float(value) if re.fullmatch(r"[-+]?[0-9]*\.?[0-9]+", value) else math.nan
+        cat = code.startswith("cat")
+        if code in held or not (v in range(spec.cat_dim) if cat else abs(v) <= 1000):
+            must = one_of if cat else "a number from -1000 to 1000"
+            raise UserError(f"--set {part.strip()}: {code} must be given once, as {must}")
+        held[code] = v
+    return held
 
 
 def label(code: str, names: dict[str, str]) -> str:
@@ -165,23 +205,20 @@ def heat_map(x: Tensor, y: Tensor) -> Tensor:
 def measure(model: Model, args: argparse.Namespace) -> list[Row]:
     """Rows for z and each kind of code together, then for every code, strongest effect first."""
     G, Q, spec, _ = model
-    rng, batch_size = torch.Generator().manual_seed(args.seed), args.batch_size
+    rng = torch.Generator().manual_seed(args.seed)
     codes, other = spec.sample(N_MEASURED, rng), spec.sample(N_MEASURED, rng)
-    x = draw(G, spec, codes, batch_size)
-    device, x_edges = next(Q.parameters()).device, edge_map(x)
-    L_I = torch.zeros(len(spec.names))
-    for i in range(0, N_MEASURED, batch_size):
-        part = Codes(*(c[i : i + batch_size].to(device) for c in codes))
-        q = Q.D(x[i : i + batch_size].to(device))[1]
-        L_I += infogan.mutual_information(spec, q, part).cpu() * len(part.z) / N_MEASURED
+    x = draw(G, spec.join(codes))
+    read, x_edges = [Q.D(part.to(args.device))[1] for part in x.split(args.batch_size)], edge_map(x)
+    q = infogan.QOutput(*(torch.cat(parts).cpu() for parts in zip(*read, strict=True)))
+    L_I = infogan.mutual_information(spec, q, codes)
 
     def row(name: str, *known: float | None) -> Row:
-        y = draw(G, spec, spec.replace(codes, name, other), batch_size)
+        y = draw(G, spec.join(spec.replace(codes, name, other)))
         figures = Row(name, *known, effect(x, y), effect(x_edges, edge_map(y)))
         if None in known:  # a group
             return figures
         ends = low_high(spec, Codes(*(c[:N_MOVED] for c in codes)), name, rng)
-        low, high = (draw(G, spec, end, batch_size) for end in ends)
+        low, high = (draw(G, spec.join(end)) for end in ends)
         return figures._replace(tint=tint(low, high), where=heat_map(low, high))
 
     groups = (["z"] if spec.z_dim else []) + [*spec.kinds]
@@ -197,6 +234,13 @@ def print_table(rows: list[Row], names: dict[str, str]) -> None:
         known = "" if r.L_I is None else f"{r.L_I:.2f} / {r.ceiling:.2f}"
         tinted = "" if r.tint is None else f"  {r.tint:.2f}"
         print(f"{name:{width}} {known:>12}  {r.effect:.4f}  {r.edges:.4f}{tinted}")
+
+
+def print_columns(rows: dict[str, list[str]]) -> None:
+    """A table: names to the left, cells to the right."""
+    wide, cell = max(map(len, rows)), max(16, *(len(c) for cells in rows.values() for c in cells))
+    for name, cells in rows.items():
+        print(f"{name:{wide}}" + "".join(f"  {c:>{cell}}" for c in cells))
 
 
 def patches(x: Tensor, rng: torch.Generator) -> list[Tensor]:
@@ -231,9 +275,8 @@ def sheet(
     title: str, x: Tensor, above: Sequence[str], left: Sequence[str] = (), zoom: int = 1
 ) -> Image.Image:
     """len(above) pictures in a row, labels above the columns and left of the rows."""
-    images, columns = [infogan.to_image(picture).convert("RGB") for picture in x], len(above)
-    k = max(1, 64 // x.shape[3]) * zoom  # 64 pixels at least, so that labels fit
-    tiles = [ImageOps.scale(image, k, Image.Resampling.NEAREST) for image in images]
+    k, columns = max(1, 64 // x.shape[3]) * zoom, len(above)  # 64 pixels at least: labels must fit
+    tiles = [ImageOps.scale(to_image(p).convert("RGB"), k, Image.Resampling.NEAREST) for p in x]
     font, small = ImageFont.load_default(15 * zoom), ImageFont.load_default(12 * zoom)
     gap, edge, top = 2 * zoom, 12 * zoom, (54 if any(above) else 40) * zoom
     step, lines = tiles[0].width + gap, [line for text in left for line in text.split("\n")]
@@ -269,19 +312,21 @@ def write_sheets(model: Model, args: argparse.Namespace, out: Path) -> str:
     figures = [[r.code, *("" if v is None else f"{v:.5f}" for v in r[1:-1])] for r in rows]
     named = [[*row, args.names.get(row[0], "")] for row in figures]
     save_table(out / "table.csv", [[*Row._fields[:-1], "name"], *named])
-    rng = torch.Generator().manual_seed(args.seed)
-    base, each_z = spec.sample(args.rows, rng), [f"z {i}" for i in range(args.rows)]
+    base = hold(spec, spec.sample_seeds(args.seeds), args.set)
+    each_z = [f"seed {s}" for s in args.seeds]
     first = Codes(*(c[:1] for c in base))
     smooth = [round(v, 6) + 0.0 for v in torch.linspace(*args.range, args.steps).tolist()]
     every = list(range(min(spec.cat_dim, MOST_SHOWN)))
     each, numbers = [f"{v:+.2f}" if v else "0" for v in smooth], [str(k) for k in every]
 
     def pictures(codes: Codes, name: str) -> Tensor:
-        values = every if name.startswith("cat") else smooth
-        return draw(G, spec, spec.traverse(codes, name, values), args.batch_size)
+        moved = spec.traverse(codes, name, every if name.startswith("cat") else smooth)
+        moved = hold(spec, moved, args.set) if name == "cat" else moved
+        return draw(G, spec.join(moved))
 
-    def save(name: str, *contents: object) -> None:
-        save_picture(out / name, sheet(*contents, zoom=args.zoom))
+    def save(name: str, title: str, *contents: object) -> None:
+        held = "".join(f"; {c} = {v:g}" for c, v in args.set.items() if name != f"{c}.png")
+        save_picture(out / name, sheet(title + held, *contents, zoom=args.zoom))
 
     strips, told = [], []
     for row in (row for row in rows if row.code in args.codes):
@@ -310,8 +355,9 @@ def write_sheets(model: Model, args: argparse.Namespace, out: Path) -> str:
             title = f"cat0 (rows) by {name} (columns)"
             pages.append(sheet(title, pictures(categories, name), each, numbers, args.zoom))
         save_picture(out / "cat-by-cont.png", beside(pages))
-    x = draw(G, spec, spec.sample(100, rng.manual_seed(args.seed)), args.batch_size)
-    save("samples.png", f"100 samples, seed {args.seed}, nothing selected", x, [""] * 10)
+    some = spec.sample_seeds(range(args.seed, args.seed + 100))
+    title = f"100 samples, seeds {args.seed} to {args.seed + 99}, nothing selected"
+    save("samples.png", title, draw(G, spec.join(hold(spec, some, args.set))), [""] * 10)
     return f"{out} has sheets and table.csv"
 
 
@@ -324,34 +370,47 @@ def save_gif(path: Path, title: str, x: Tensor, values: list[str], back: bool, z
     save_picture(path, frames[0], append_images=frames[1:], **how)
 
 
-def write_samples(model: Model, args: argparse.Namespace, out: Path) -> str:
-    """000000.png, … and codes.csv with the codes each was drawn from."""
+def write_walk(model: Model, args: argparse.Namespace, path: Path) -> str:
+    """From the face of each seed to the next, and from the last to the first, as GIF or WebP."""
     G, _, spec, _ = model
-    names = [f"{i:06d}.png" for i in range(args.samples)]
-    there = {p.name for p in out.glob("*.png")}
-    if others := there - set(names) if (out / "codes.csv").exists() else there:
+    a = spec.join(hold(spec, spec.sample_seeds(args.seeds), args.set))[:, None]
+    b, t = a.roll(-1, 0), torch.arange(args.steps)[:, None] / args.steps
+    codes, turn = a + t * (b - a), t * math.pi / 2  # (faces, steps, spec.dim)
+    z = turn.cos() * a + turn.sin() * b  # of variance 1 on the way too, so that faces stay sharp
+    codes[..., : spec.z_dim] = z[..., : spec.z_dim]
+    x = draw(G, codes.flatten(0, 1))
+    k = max(1, 128 // x.shape[3]) * args.zoom
+    frames = [ImageOps.scale(to_image(p).convert("RGB"), k, Image.Resampling.NEAREST) for p in x]
+    save_picture(path, frames[0], append_images=frames[1:], duration=80, loop=0, save_all=True)
+    return f"{path} has {len(frames)} frames"
+
+
+def write_samples(model: Model, args: argparse.Namespace, out: Path) -> str:
+    """A PNG for each seed, 000000.png, …, and codes.csv with the codes it was drawn from."""
+    G, _, spec, _ = model
+    names = [f"{seed:06d}.png" for seed in args.seeds]
+    if others := {p.name for p in out.glob("*.png")} - set(names):
         raise UserError(f"--out {out}: holds {len(others):,} other pictures; give an empty folder")
-    rng, table = torch.Generator().manual_seed(args.seed), [["file", *spec.names]]
-    save_table(out / "codes.csv", table)  # the folder is ours from now on, also if this is stopped
+    table = [["file", "seed", *spec.names]]
+    save_table(out / "codes.csv", table)  # no row of an earlier call, also if this one is stopped
 
     def write(x: Tensor, name: str) -> None:
         # lossless at any level; more would take four times as long for files as large
-        infogan.to_image(x).save(out / name, compress_level=1)
+        to_image(x).save(out / name, compress_level=1, **MARKED)
 
-    written = iter(())
+    written, step = iter(()), -(-args.batch_size // DRAWN_AT_ONCE) * DRAWN_AT_ONCE
     with ThreadPoolExecutor() as pool:  # Pillow compresses without the interpreter's lock
-        for start in range(0, args.samples, args.batch_size):
-            part = names[start : start + args.batch_size]
-            codes = spec.sample(len(part), rng)
-            x = draw(G, spec, codes, args.batch_size)
+        for start in range(0, len(names), step):
+            part, seeds = names[start : start + step], args.seeds[start : start + step]
+            codes = hold(spec, spec.sample_seeds(seeds), args.set)
+            x = draw(G, spec.join(codes))
             list(written)  # the batch before, which the threads wrote while this one was drawn
             written = pool.map(write, x, part)
-            cont = ([f"{v:.4f}" for v in row] for row in codes.c_cont.tolist())
-            known = zip(part, codes.c_cat.tolist(), cont, strict=True)
-            table += [[name, *c_cat, *c_cont] for name, c_cat, c_cont in known]
+            known = zip(part, seeds, codes.c_cat.tolist(), codes.c_cont.tolist(), strict=True)
+            table += [[*at, *c_cat, *(f"{v:.4f}" for v in c_cont)] for *at, c_cat, c_cont in known]
         list(written)  # raises what a thread could not write
     save_table(out / "codes.csv", table)
-    return f"{out} has {args.samples:,} pictures and codes.csv"
+    return f"{out} has {len(names):,} pictures and codes.csv"
 
 
 # two runs -----------------------------------------------------------------------------------------
@@ -372,40 +431,39 @@ def summarise(rows: list[Row]) -> dict[str, str]:
 def strongest(model: Model, args: argparse.Namespace, rows: list[Row], title: str) -> Image.Image:
     """A page with all categoricals moved together and, below, the strongest continuous code."""
     G, _, spec, _ = model
-    base = spec.sample(-(-args.rows // 2), torch.Generator().manual_seed(args.seed))
+    base = hold(spec, spec.sample_seeds(args.seeds[: -(-args.rows // 2)]), args.set)
     columns = min(spec.cat_dim, MOST_SHOWN) if spec.n_cat else args.steps
     x, left, above = [], [], [str(k) for k in range(columns)]
     values = {"cat": range(columns), "cont": torch.linspace(*args.range, columns).tolist()}
     conts = [r.code for r in rows if r.code.startswith("cont") and r.L_I is not None]
     for code in ["cat"] * (spec.n_cat > 0) + conts[:1]:
         moved = spec.traverse(base, code, list(values[code.rstrip("0123456789")]))
-        x.append(draw(G, spec, moved, args.batch_size))
+        moved = hold(spec, moved, args.set) if code == "cat" else moved
+        x.append(draw(G, spec.join(moved)))
         left += [code.replace("cat", "all cat")] * len(base.z)
     return sheet(title, torch.cat(x), above, left, args.zoom)
 
 
 def compare(model: Model, args: argparse.Namespace, out: Path) -> str:
     """Two runs in one table, with their distance to --data, and side by side in comparison.png."""
-    columns, pages, real, first = {}, [], None, None
-    for path, one in (args.ckpt, model), (args.versus, load_model(args.versus, args.device)):
-        spec, rng = one.spec, torch.Generator().manual_seed(args.seed)
-        x = draw(one.G, spec, spec.sample(N_MEASURED, rng), args.batch_size)
-        if first not in (None, (spec, x.shape)):
-            raise UserError(f"--versus {path}: has other codes or pictures than {args.ckpt}")
+    columns, pages, real, other = {}, [], None, load_model(args.versus, args.device)
+    then, now = model.ckpt["args"], other.ckpt["args"]
+    if differ := [n for n in infogan.SHAPE if n != "width" and now[n] != then[n]]:
+        how = ", ".join(f"--{n.replace('_', '-')} {now[n]}, not {then[n]}" for n in differ)
+        raise UserError(f"--versus {args.versus}: has other codes or pictures: {how}")
+    for path, one in (args.ckpt, model), (args.versus, other):
+        rng = torch.Generator().manual_seed(args.seed)
+        x = draw(one.G, one.spec.join(one.spec.sample(N_MEASURED, rng)))
         if args.data and real is None:
             some = load_pictures(args.data, x.shape[2], x.shape[1]).x
-            some = some[torch.randperm(len(some), generator=rng)[:N_MEASURED]]
-            real = infogan.make_batch(some, False, rng, torch.device("cpu"))
-        first, rows = (spec, x.shape), measure(one, args)
+            real = to_floats(some[torch.randperm(len(some), generator=rng)[:N_MEASURED]])
+        rows = measure(one, args)
         columns[path] = summarise(rows)
         if real is not None:
             swd = sliced_wasserstein(real, x[: len(real)], rng.manual_seed(args.seed))
             columns[path]["SWD x 1000, fine to coarse"] = " / ".join(f"{1000 * d:.0f}" for d in swd)
         pages.append(strongest(one, args, rows, path))
-    width = max(16, *map(len, columns))
-    for name in ("", *columns[args.ckpt]):
-        cells = [column.get(name, path) for path, column in columns.items()]
-        print(f"{name:33}" + "".join(f"  {cell:>{width}}" for cell in cells))
+    print_columns({n: [c.get(n, p) for p, c in columns.items()] for n in ("", *columns[args.ckpt])})
     save_picture(out / "comparison.png", beside(pages))
     return f"{out} has comparison.png"
 
@@ -438,51 +496,85 @@ def labels_of(data: str, names: list[str]) -> list[str]:
     return folders if "." not in folders and len(set(folders)) > 1 else []
 
 
+@torch.no_grad()
+def read_codes(model: Model, x: Tensor, args: argparse.Namespace) -> tuple[Tensor, Tensor]:
+    """Of bytes (n, h, w, channels): each code as Q reads it; how sure, or sigma: (n, codes)."""
+    read = []
+    for part in x.split(args.batch_size):
+        p, mu, sigma = model.Q(to_floats(part, device=args.device))
+        sure, c_cat = p.max(2)
+        read.append([torch.cat(pair, 1).cpu() for pair in ((c_cat, mu), (sure, sigma))])
+    return tuple(map(torch.cat, zip(*read, strict=True)))
+
+
 def sort_pictures(model: Model, args: argparse.Namespace, out: Path) -> str:
     """Sheets of real pictures by the codes that Q reads from them; codes.csv; how they agree."""
-    _, Q, spec, ckpt = model
-    root, named = Path(args.sort).expanduser().resolve(), args.sort in infogan.NAMED_SETS
+    _, _, spec, ckpt = model
+    root, named = Path(args.sort).resolve(), args.sort in infogan.NAMED_SETS
     if out.resolve().is_relative_to(root):
         raise UserError(f"--out {out}: lies within --sort {args.sort}; give another folder")
-    pictures = load_pictures(args.sort, ckpt["args"]["image_size"], ckpt["args"]["channels"])
+    shape = ckpt["args"]["image_size"], ckpt["args"]["channels"]
+    pictures = load_pictures(args.sort, *shape, flag="--sort")
     files = [name if named else os.path.relpath(name, root) for name in pictures.names]
-    x = infogan.make_batch(pictures.x, False, torch.Generator(), torch.device("cpu"))
-    with torch.no_grad():
-        read = [Q(part.to(args.device)) for part in x.split(args.batch_size)]
-    p, mu, sigma = (torch.cat(parts).cpu() for parts in zip(*read, strict=True))
-    sure, c_cat = p.max(2)  # both (n, n_cat)
+    values, doubts = read_codes(model, pictures.x, args)
+    c_cat, n_cat = values[:, : spec.n_cat].int(), spec.n_cat
 
-    head = ["file", *spec.names, *(f"{name}_p" for name in spec.names[: spec.n_cat])]
-    table = [[*head, *(f"{name}_sigma" for name in spec.names[spec.n_cat :])]]
-    floats = torch.cat([mu, sure, sigma], 1).tolist()
-    for name, cat, known in zip(files, c_cat.tolist(), floats, strict=True):
-        table.append([name, *cat, *(f"{v:.4f}" for v in known)])
-    save_table(out / "codes.csv", table)
+    head = ["file", *spec.names, *(f"{c}_{'p' if 'cat' in c else 'sigma'}" for c in spec.names)]
+    known = zip(files, c_cat, torch.cat([values[:, n_cat:], doubts], 1), strict=True)
+    lines = ([name, *cat.tolist(), *(f"{v:.4f}" for v in row.tolist())] for name, cat, row in known)
+    save_table(out / "codes.csv", itertools.chain([head], lines))
 
-    n, columns, labels = len(x), args.steps, labels_of(args.sort, files)
+    n, columns, labels = len(files), args.steps, labels_of(args.sort, files)
     for code in args.codes:
         name, j = label(code, args.names), spec.names.index(code)
         if j < spec.n_cat:
-            order, left, rows = sure[:, j].argsort(descending=True), [], []
+            order, left, rows = doubts[:, j].argsort(descending=True), [], []
             for k in range(min(spec.cat_dim, MOST_SHOWN)):
                 mine = order[c_cat[order, j] == k]
                 left.append(f"{k}\n{len(mine):,}")
                 blank = (0,) * 7 + (max(0, columns - len(mine)),)
-                rows.append(F.pad(x[mine[:columns]], blank, value=1.0))
+                rows.append(F.pad(to_floats(pictures.x[mine[:columns]]), blank, value=1.0))
             title = f"{name}: category, its number of pictures; the most certain first"
             page = sheet(title, torch.cat(rows), [""] * columns, left, args.zoom)
             if labels:
                 error, nmi = agreement(c_cat[:, j].tolist(), labels)
                 print(f"{name}: {error:.1%} error, NMI {nmi:.3f} ({len(set(labels))} labels)")
         else:
-            values, rows = mu[:, j - spec.n_cat], min(args.rows, n)  # neighbours below each other
+            rows = min(args.rows, n)  # neighbours below each other
             start = torch.linspace(0, n - rows, columns).round().long()
-            chosen = values.argsort()[start + torch.arange(rows)[:, None]]
-            above = [f"{v:+.2f}" for v in values[chosen].mean(0).tolist()]
+            chosen = values[:, j].argsort()[start + torch.arange(rows)[:, None]]
+            above = [f"{v:+.2f}" for v in values[chosen, j].mean(0).tolist()]
             title = f"{name}: lowest to highest, as Q reads it"
-            page = sheet(title, x[chosen.flatten()], above, zoom=args.zoom)
+            page = sheet(title, to_floats(pictures.x[chosen.flatten()]), above, zoom=args.zoom)
         save_picture(out / f"{code}.png", page)
     return f"{out} has sheets and codes.csv"
+
+
+def read_pictures(model: Model, args: argparse.Namespace, out: Path) -> str:
+    """A table of what Q reads from each picture; read.png: each beside what G draws of it."""
+    G, _, spec, ckpt = model
+    size, channels = ckpt["args"]["image_size"], ckpt["args"]["channels"]
+    paths = [Path(os.path.expanduser(path)) for path in args.read]
+    found = [infogan.read_picture(path, size, channels) for path in paths]
+    for why in (why for why, raw in found if raw is None):
+        raise UserError(f"--read {why}: cannot be read as a picture; --sort takes a folder")
+    raw = bytearray(b"".join(raw for _, raw in found))
+    x = torch.frombuffer(raw, dtype=torch.uint8).view(-1, size, size, channels)
+    values, doubts = read_codes(model, x, args)
+    forms = ["{:.0f} ({:.0%})"] * spec.n_cat + ["{:+.2f} ± {:.2f}"] * spec.n_cont
+    known = zip(spec.names, forms, values.T.tolist(), doubts.T.tolist(), strict=True)
+    told = {c: [*map(form.format, v, d)] for c, form, v, d in known if c in args.codes}
+    files = [path.name for path in paths]
+    print_columns({"": files} | {label(c, args.names): cells for c, cells in told.items()})
+    n = len(args.seeds)
+    c_cat, c_cont = values.repeat_interleave(n, 0).split([spec.n_cat, spec.n_cont], 1)
+    codes = Codes(spec.sample_seeds(args.seeds).z.repeat(len(x), 1), c_cat.long(), c_cont)
+    drawn = draw(G, spec.join(hold(spec, codes, args.set))).unflatten(0, (-1, n))
+    shown = torch.cat([to_floats(x)[:, None], drawn], 1).flatten(0, 1)
+    above = ["picture", *(f"seed {s}" for s in args.seeds)]
+    title = "each picture, and what G draws from the codes that Q reads"
+    save_picture(out / "read.png", sheet(title, shown, above, files, args.zoom))
+    return f"{out} has read.png"
 
 
 # for other programs -------------------------------------------------------------------------------
@@ -497,7 +589,7 @@ def folded(G: Generator) -> list[nn.ConvTranspose2d]:
 
 
 def write_explorer(model: Model, args: argparse.Namespace, out: Path) -> str:
-    """One HTML file that draws by itself; its first z are those of the sheets."""
+    """One HTML file that draws by itself, from --set on; its first z are those of the sheets."""
     spec, path, layers = model.spec, Path(args.ckpt), folded(model.G)
     weights = torch.cat([t.flatten() for m in layers for t in (m.weight, m.bias)]).cpu().half()
     if not weights.isfinite().all():
@@ -508,21 +600,23 @@ def write_explorer(model: Model, args: argparse.Namespace, out: Path) -> str:
         raise UserError(f"--explorer: generator too large: {much}; train with a smaller --width")
     rows = measure(model, args)
     print_table(rows, args.names)
-    z = spec.sample(args.rows, torch.Generator().manual_seed(args.seed)).z.tolist()
+    reach = [*args.range, *(v for code, v in args.set.items() if code.startswith("cont"))]
 
     def told(row: Row) -> dict:
         file = io.BytesIO()
-        infogan.to_image(row.where).save(file, "JPEG", quality=85)
+        to_image(row.where).save(file, "JPEG", quality=85)
         where = "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
         return row._asdict() | {"name": args.names.get(row.code), "where": where}
 
     data = {
         "title": f"{path.parent.name}/{path.name}, step {model.ckpt['step']:,}",
         "spec": vars(spec),
-        "range": sorted(args.range),
+        "range": [min(reach), max(reach)],
+        "at": "#" + "&".join(f"{code}={value:g}" for code, value in args.set.items()),
+        "seeds": [*args.seeds],
         "maps": [m.out_channels for m in layers],
         "codes": [told(r) for r in rows if r.where is not None],
-        "z": [[round(v, 4) for v in row] for row in z],
+        "z": [[round(v, 4) for v in z] for z in spec.sample_seeds(args.seeds).z.tolist()],
         "weights": encoded,
     }
     filled = json.dumps(data).replace("<", "\\u003c")  # a name must not end the script
@@ -543,6 +637,7 @@ def write_onnx(model: Model, args: argparse.Namespace, out: Path) -> str:
     names, n = {"input_names": ["codes"], "output_names": ["x"]}, ({0: torch.export.Dim("n")},)
     some = (torch.zeros(2, model.spec.dim),)
     program = torch.onnx.export(G, some, dynamic_shapes=n, dynamo=True, verbose=False, **names)
+    program.model_proto.doc_string = MARK
     with replacing(out / "generator.onnx") as file:
         file.write(program.model_proto.SerializeToString())
     return f"{out} has generator.onnx"
@@ -563,75 +658,122 @@ def shrink(model: Model, args: argparse.Namespace, _out: Path) -> str:
 
 # flags --------------------------------------------------------------------------------------------
 
-MODES = {  # a flag, what it does in place of sheets, and the folder beside the checkpoint
-    "explorer": (write_explorer, "traversals"),
-    "sort": (sort_pictures, "sorted"),
-    "samples": (write_samples, "generated"),
-    "versus": (compare, "traversals"),
-    "onnx": (write_onnx, "traversals"),
-    "shrink": (shrink, ""),
-}
 # fmt: off
+DRAW = "out seed seeds set "
+MODES = {  # what writes, into which folder beside the checkpoint; its files; the flags it uses
+"sheets": (write_sheets, "traversals", "table.csv CODE.png CODE.gif overview.png samples.png"
+  " all-categoricals.png cat-by-cont.png",
+  DRAW + "rows range batch-size zoom steps names codes gif"),
+"--explorer": (write_explorer, "traversals", "explorer.html", DRAW + "rows range batch-size names"),
+"--walk": (write_walk, "traversals/walk.gif", ".", DRAW + "rows zoom steps"),
+"--samples": (write_samples, "generated", "codes.csv SEED.png", DRAW + "batch-size"),
+"--read": (read_pictures, "traversals", "read.png", DRAW + "batch-size zoom names codes"),
+"--sort": (sort_pictures, "sorted", "codes.csv CODE.png",
+  "out rows zoom steps batch-size names codes"),
+"--versus": (compare, "traversals", "comparison.png",
+  "out seed set rows range batch-size zoom steps data"),
+"--onnx": (write_onnx, "traversals", "generator.onnx", "out"),
+"--shrink": (shrink, "", "", "names"),
+}
 FLAGS = {  # as in infogan.py
 "sheets": [
     ("--ckpt", None, "FILE", "such as checkpoint/v3/last.pt"),
-    ("--out", None, "FOLDER", "where everything goes (default: a folder beside the checkpoint)"),
+    ("--out", None, "FOLDER", "where to write (default: a folder beside the checkpoint)"),
     ("--codes", None, "NAMES", "such as cat0,cont3 (default: every code)"),
-    ("--rows", 8, (1, 100), "rows of a sheet"),
-    ("--steps", 11, (2, 100), "columns of a sheet of a continuous code"),
+    ("--rows", 8, (1, 100), "rows of a sheet; faces of --walk"),
+    ("--seed", 0, (0, 10**9), "of the first picture or row; the others have the next numbers"),
+    ("--seeds", None, "LIST", "these instead, such as 3,17,40-49"),
+    ("--set", None, "LIST", "hold codes at values, such as cat0=3,cont5=-0.8"),
+    ("--range", None, "V", "LOW HIGH of a continuous code's values (default -1 1, as in training)"),
+    ("--steps", 11, (2, 100), "columns of a continuous code's sheet; frames to the next face"),
     ("--zoom", 1, (1, 8), "enlarge sheets N times"),
     ("--gif", False, bool, "also write an animated GIF for each code"),
     ("--names", None, "FILE", "names for codes, JSON (default: names.json beside the checkpoint)"),
-    ("--seed", 0, (0, 2**63 - 1), "seed of z and codes"),
-    ("--batch-size", 250, (1, 65_536), "pictures drawn at once"),
+    ("--batch-size", 256, (1, 65_536), "pictures in memory at once"),
     ("--device", "auto", "DEVICE", "cpu, cuda, cuda:1, mps; auto takes the fastest"),
 ], "instead of sheets": [
     ("--explorer", False, bool, "write explorer.html, a page to move the codes"),
     ("--sort", None, "FOLDER", "sort real pictures by the codes that Q reads: a folder or mnist"),
-    ("--samples", None, (1, 10**7), "write N single PNGs and codes.csv, for FID tools"),
+    ("--samples", None, (0, 10**7), "write N PNGs, or that of each of --seeds, and codes.csv"),
+    ("--read", None, "PICTURE", "tell what Q reads from pictures, draw each again"),
+    ("--walk", False, bool, "write an animation that moves through the faces of the seeds"),
     ("--versus", None, "FILE", "compare with this checkpoint"),
     ("--data", None, "FOLDER", "with --versus: real pictures to measure both against"),
     ("--onnx", False, bool, "write generator.onnx, for other runtimes"),
     ("--shrink", None, "FILE", "write a checkpoint in half precision, to share"),
 ]}
+SEVERAL = {"samples": {"nargs": "?", "const": 0}, "read": {"nargs": "+"},
+  "range": {"nargs": 2, "type": float}}
 # fmt: on
 LIMITS = infogan.limits_of(FLAGS)
 
 
+def read_seeds(text: str) -> list[int]:
+    """The numbers of "3,17,40-49". Raises UserError."""
+    parts = [re.fullmatch("([0-9]{1,9})(?:-([0-9]{1,9}))?", p.strip()) for p in text.split(",")]
+    each = [range(int(m[1]), int(m[2] or m[1]) + 1) if m else range(0) for m in parts]
+    seeds = [*itertools.chain(*each)] if all(each) and sum(map(len, each)) <= 10**7 else []
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise UserError(f"--seeds {text}: must be different whole numbers such as 3,17,40-49")
+    return seeds
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The flags. Raises UserError in one line for what is out of range."""
+    """The flags. Raises UserError in one line for what is out of range or has no effect."""
     p = infogan.Parser("generate.py", __doc__, FLAGS)
-    low_high = {"type": float, "nargs": 2, "metavar": ("LOW", "HIGH"), "default": (-1.0, 1.0)}
-    p.add_argument(
-        "--range",
-        help="range of a continuous code's values (default -1 1, as in training)",
-        **low_high,
-    )
+    for action in p._actions:
+        vars(action).update(SEVERAL.get(action.dest, {}))
     args = p.parse_args(argv)
+    given = {w.partition("=")[0] for w in (sys.argv if argv is None else argv) if w[:2] == "--"}
     if not args.ckpt:
         raise UserError("--ckpt: give a checkpoint, such as checkpoint/v3/last.pt; see --help")
-    if not all(abs(v) <= 1000 for v in args.range):  # false for NaN too
-        raise UserError("--range: must be two numbers from -1000 to 1000")
-    if len(given := [mode for mode in MODES if getattr(args, mode)]) > 1:
-        raise UserError(f"--{given[0]} and --{given[1]}: give only one of them")
-    if args.data and not args.versus:
-        raise UserError("--data: measures two runs, so give --versus too")
+    if len(modes := [mode for mode in MODES if mode in given]) > 1:
+        raise UserError(f"{modes[0]} and {modes[1]}: give only one of them")
+    args.mode = mode = [*modes, "sheets"][0]
+    used = {"--ckpt", "--device", mode, *(f"--{flag}" for flag in MODES[mode][3].split())}
+    for flag in sorted(given - used):
+        users = ", ".join(m for m, (*_, flags) in MODES.items() if flag[2:] in flags.split())
+        raise UserError(f"{flag} has no effect on {mode}, only on {users}")
+    args.range = low, high = args.range or (-1.0, 1.0)
+    if low == high or not all(abs(v) <= 1000 for v in args.range):  # true for NaN
+        raise UserError("--range: must be two different numbers from -1000 to 1000")
+    for name in ("ckpt", "versus"):
+        if os.path.isdir(getattr(args, name) or ""):
+            setattr(args, name, os.path.join(getattr(args, name), "last.pt"))
+    count = {"--samples": args.samples, "--read": N_READ}.get(mode, args.rows)
+    seeds = read_seeds(args.seeds) if args.seeds else range(args.seed, args.seed + count)
+    number = args.samples or ("--rows" in given and args.rows)
+    if args.seeds and ("--seed" in given or number not in (False, 0, len(seeds))):
+        raise UserError(f"--seeds names {len(seeds)}; leave out --seed, --rows and N of --samples")
+    least, most = 1 + (mode == "--walk"), 10**7 if mode == "--samples" else 100
+    if not least <= len(seeds) <= most:
+        raise UserError(f"{mode}: needs {least:,} to {most:,} seeds, not {len(seeds):,}")
+    args.seeds, args.rows = seeds, len(seeds)
     return args
 
 
 def show(args: argparse.Namespace) -> int:
     """Writes what was asked for and says where it is."""
-    args.device, path = str(infogan.pick_device(args.device)), Path(args.ckpt)
-    model = load_model(args.ckpt, args.device)
+    args.device, path = infogan.pick_device(args.device), Path(args.ckpt)
+    model, (write, folder, files, _) = load_model(args.ckpt, args.device), MODES[args.mode]
     args.codes = args.codes.split(",") if args.codes else model.spec.names
     check_codes(model.spec, "--codes", args.codes)
     args.names = read_names(args, model.spec, model.ckpt)
-    given = [mode for name, mode in MODES.items() if getattr(args, name)]
-    write, folder = [*given, (write_sheets, "traversals")][0]
+    args.set = read_set(args.set or "", model.spec)
     folder = folder if path.name == "last.pt" else f"{path.stem}-{folder}"
-    out = Path(args.out) if args.out else path.parent / folder
-    if write is not shrink:
-        out.mkdir(parents=True, exist_ok=True)
+    out = Path(args.out or path.parent / folder)
+    stems = {"CODE": args.codes, "SEED": (f"{seed:06d}" for seed in args.seeds)}
+    names = map(os.path.splitext, files.split())
+    paths = (out / f"{stem}{end}" for name, end in names for stem in stems.get(name, [name]))
+    if write is write_walk and out.suffix.lower() not in (".gif", ".webp"):
+        raise UserError(f"--out {out}: must end with .gif or .webp")
+    for path in (path for path in paths if path.exists()):
+        raw = path.read_bytes() if path.is_file() else b"a folder"
+        if raw and MARK.encode() not in raw and not raw.startswith(HEADS):
+            why = "is there, but not from this version of generate.py"
+            raise UserError(f"{path}: {why}; move it, or give another --out")
+    if files:
+        (out.parent if write is write_walk else out).mkdir(parents=True, exist_ok=True)
     print(write(model, args, out))
     return 0
 

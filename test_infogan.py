@@ -1976,8 +1976,8 @@ def test_the_same_command_gives_the_same_bytes(faces, tmp_path, threads):
     try:
         for name in ("a", "b"):
             assert infogan.main(tiny(faces, tmp_path / name, "--max-steps", 4)) == 0
-            command = ["--ckpt", str(tmp_path / name / "last.pt"), "--codes", "cat0"]
-            assert generate.main([*command, "--samples", "8"]) == 0
+            command = ["--ckpt", str(tmp_path / name / "last.pt"), "--samples", "8"]
+            assert generate.main(command) == 0
     finally:
         torch.set_num_threads(before)
     assert same(tmp_path / "a/last.pt", tmp_path / "b/last.pt")
@@ -2425,6 +2425,37 @@ def test_nothing_of_the_user_s_is_overwritten(ckpt, faces, tmp_path, capsys):
     assert before == {p.name: p.read_bytes() for p in photos.iterdir() if p.is_file()}
 
 
+def test_nothing_that_is_not_ours_is_overwritten(ckpt, sheets, tmp_path, capsys):
+    """One file of another origin under a name of ours, for each name of each mode."""
+    mine = {"sheets": [path.name for path in sheets.iterdir()]}
+    mine |= {"--explorer": ["explorer.html"], "--walk": ["walk.gif"], "--onnx": ["generator.onnx"]}
+    mine |= {"--samples": ["000002.png", "codes.csv"], "--versus": ["comparison.png"]}
+    mine |= {"--read": ["read.png"], "--sort": ["codes.csv", "cat1.png"]}
+    value = {"--samples": "3", "--versus": str(ckpt), "--read": "none.png", "--sort": str(HERE)}
+    assert mine.keys() | {"--shrink"} == generate.MODES.keys()
+    for mode, names in mine.items():
+        for name in names:
+            out = tmp_path / "out"
+            out.mkdir()
+            (out / name).write_bytes(b"file,mine\n")
+            flags = [f for f in (mode, value.get(mode)) if f and f != "sheets"]
+            flags += ["--out", str(out / name if mode == "--walk" else out)]
+            assert generate.main(["--ckpt", str(ckpt), *flags]) == 2, (mode, name)
+            said_one_line(capsys, name, "is there")
+            assert [(p.name, p.read_bytes()) for p in out.iterdir()] == [(name, b"file,mine\n")]
+            shutil.rmtree(out)
+
+
+def test_what_is_ours_is_written_again(ckpt, faces, tmp_path):
+    few = few_pictures(tmp_path / "few")
+    read, rows = ["--read", few / "0.png"], ["--rows", 1, "--steps", 2, "--gif"]
+    for mode in (rows, ["--samples", 2], ["--sort", few], ["--explorer"], read):
+        out = tmp_path / mode[0].strip("-")
+        assert draws(["--ckpt", ckpt, *mode], out) == draws(["--ckpt", ckpt, *mode], out)
+    (tmp_path / "samples/000001.png").write_bytes(b"")  # of a call that was killed
+    draws(["--ckpt", ckpt, "--samples", 2], tmp_path / "samples")
+
+
 def test_the_included_model_is_small_and_its_Q_reads_what_its_G_was_told():
     path = HERE / "checkpoint/animefaces-v3.pt"
     assert path.stat().st_size < 8e6
@@ -2485,7 +2516,18 @@ def test_pictures_without_subfolders_have_no_labels_to_compare_with(ckpt, faces,
 
 def test_sorting_a_folder_that_is_none_is_one_line(ckpt, tmp_path, capsys):
     assert generate.main(["--ckpt", str(ckpt), *SORT, str(tmp_path / "none")]) == 2
-    said_one_line(capsys, "none")
+    assert "--data" not in said_one_line(capsys, "--sort", "none")
+
+
+def test_sorting_takes_as_floats_a_batch_at_a_time(ckpt, faces, tmp_path, monkeypatch):
+    """At 65 kB a picture, CelebA would not fit into memory."""
+    sizes, real = [], generate.to_floats
+    monkeypatch.setattr(
+        generate, "to_floats", lambda x, **to: (sizes.append(len(x)), real(x, **to))[1]
+    )
+    flags = ["--codes", "cat0,cont1", "--rows", "2", *SORT[:4], "--sort", str(faces)]
+    assert generate.main(["--ckpt", str(ckpt), "--out", str(tmp_path), *flags]) == 0
+    assert sizes.count(7) > 80 and max(sizes) <= 10  # a row of 5, two rows of 5
 
 
 def test_mnist_has_labels_of_its_own(tmp_path, monkeypatch):
@@ -2585,10 +2627,125 @@ def test_two_runs_are_compared_in_a_table_and_a_picture(ckpt, faces, tmp_path, c
     assert not (tmp_path / "a/traversals/table.csv").exists()
 
 
-def test_runs_with_other_codes_are_not_compared(ckpt, capsys):
-    other = str(HERE / "data/format-1.pt")
-    assert generate.main(["--ckpt", str(ckpt), "--versus", other]) == 2
-    said_one_line(capsys, "--versus", "other codes")
+def test_runs_with_other_codes_are_not_compared_and_it_says_what_differs(ckpt, tmp_path, capsys):
+    state, args, _, _ = tiny_state("--n-cont", "3", "--z-dim", "7")
+    infogan.save_file(tmp_path / "last.pt", infogan.gather_checkpoint(state, args, ""))
+    assert generate.main(["--ckpt", str(ckpt), "--versus", str(tmp_path)]) == 2
+    said = said_one_line(capsys, "--versus", "other codes", "--z-dim 7, not 100")
+    assert "--n-c" not in said
+
+
+def draws(argv: list[object], out: Path) -> dict[str, bytes]:
+    """What generate.py leaves in out, by name."""
+    assert generate.main([*map(str, argv), "--out", str(out)]) == 0
+    return {path.name: path.read_bytes() for path in out.iterdir()}
+
+
+def test_a_seed_is_the_same_picture_at_any_batch_size_and_any_number(tmp_path):
+    draw = ["--ckpt", HERE / "checkpoint/animefaces-v3.pt", "--samples"]
+    many = draws([*draw, 40, "--batch-size", 256], tmp_path / "many")
+    few = draws([*draw, 30, "--seed", 2, "--batch-size", 1], tmp_path / "few")
+    some = draws([*draw, "--seeds", "7, 39,3-5", "--batch-size", 2], tmp_path / "some")
+    assert few.keys() == {"codes.csv", *(f"{seed:06d}.png" for seed in range(2, 32))}
+    assert some.keys() == {"codes.csv", *(f"{seed:06d}.png" for seed in (3, 4, 5, 7, 39))}
+    for name, raw in [*few.items(), *some.items()]:
+        assert raw == many[name] or name == "codes.csv", name
+    rows = {row.split(",", 1)[0]: row for row in many["codes.csv"].decode().splitlines()}
+    assert list(rows)[:2] == ["file", "000000.png"] and rows["000039.png"].split(",")[1] == "39"
+    assert all(rows[r.split(",")[0]] == r for r in some["codes.csv"].decode().splitlines())
+
+
+def test_seeds_have_the_distribution_of_z_and_codes():
+    z, c_cat, c_cont = CodeSpec(2, 4, 3, 5).sample_seeds(range(4000))
+    assert z.mean().abs() < 0.03 and z.std() == pytest.approx(1, abs=0.03)
+    assert all((c_cat == k).float().mean() == pytest.approx(0.25, abs=0.03) for k in range(4))
+    assert c_cont.mean().abs() < 0.03 and c_cont.std() == pytest.approx(3**-0.5, abs=0.02)
+    every = torch.cat([z, c_cat, c_cont], 1)
+    related = torch.corrcoef(torch.cat([every[:-1], every[1:]], 1).T) - torch.eye(20)
+    assert related.abs().max() < 0.09  # also of neighbours
+
+
+def test_codes_that_are_set_are_held_wherever_something_is_drawn(ckpt, tmp_path, monkeypatch):
+    """Each picture that is drawn for a mode has the set values, but where a sheet moves them."""
+    drawn, real = [], generate.draw
+    monkeypatch.setattr(generate, "draw", lambda G, x: (drawn.append(x), real(G, x))[1])
+    table = [generate.Row("cat1", 0.5, 1.1, 0.1, 0.1, 0.5, torch.zeros(3, 16, 16))]
+    monkeypatch.setattr(generate, "measure", lambda model, args: table)
+    picture = tmp_path / "me.png"
+    Image.new("RGB", (20, 20), "red").save(picture)
+    head = ["--ckpt", ckpt, "--set", "cat0=2, cont1=-0.5", "--seed", 3]
+    spec = infogan.load_generator(ckpt)[1]
+    cat0, cont1 = slice(spec.z_dim, spec.z_dim + spec.cat_dim), spec.dim - spec.n_cont + 1
+    for mode in (["--samples", 5], ["--walk"], ["--read", picture], ["--rows", 2, "--steps", 4]):
+        drawn.clear()
+        out = ["--out", tmp_path / "w.webp"] if mode == ["--walk"] else ["--out", tmp_path / "o"]
+        assert generate.main([*map(str, [*head, *mode, *out])]) == 0
+        held = [(x[:, cat0].argmax(1) == 2) & (x[:, cont1] == -0.5) for x in drawn]
+        assert drawn and all(h.all() for x, h in zip(drawn, held, strict=True) if len(x) != 3 * 4)
+        shutil.rmtree(tmp_path / "o", ignore_errors=True)
+        together = (
+            drawn[2 % len(drawn)][:, spec.z_dim : -spec.n_cont]
+            .unflatten(1, (spec.n_cat, -1))
+            .argmax(2)
+        )
+    assert together[:3].tolist() == [[2, 0], [2, 1], [2, 2]], "the other categorical moves alone"
+    monkeypatch.undo()
+    draws([*head, "--explorer"], tmp_path / "page")
+    page = (tmp_path / "page/explorer.html").read_text()
+    assert '"at": "#cat0=2&cont1=-0.5"' in page and '"seeds": [3, 4,' in page
+
+
+def test_a_walk_is_closed_and_its_z_keeps_its_length(tmp_path, monkeypatch):
+    drawn, real = [], generate.draw
+    monkeypatch.setattr(generate, "draw", lambda G, x: (drawn.append(x), real(G, x))[1])
+    ckpt = HERE / "checkpoint/animefaces-v3.pt"  # equal frames would be saved as one
+    spec = infogan.load_generator(ckpt)[1]
+    faces = spec.join(spec.sample_seeds([4, 9, 2]))
+    for suffix in ("gif", "webp"):
+        path = tmp_path / f"w.{suffix}"
+        walk = ["--ckpt", ckpt, "--walk", "--seeds", "4,9,2", "--steps", 6, "--out", path]
+        for _ in range(2):  # again over its own
+            assert generate.main([*map(str, walk)]) == 0
+        film = Image.open(path)
+        assert (film.format, film.n_frames, film.width) == (suffix.upper(), 18, 128)
+        assert film.info["loop"] == 0 and path.stat().st_size < 5e5
+        x = drawn[-1]
+        assert x[::6].allclose(faces, atol=1e-6)
+        z, codes = x.split([spec.z_dim, spec.dim - spec.z_dim], 1)
+        assert (z.norm(dim=1) / spec.z_dim**0.5 - 1).abs().max() < 0.3
+        assert (codes[3] - (codes[0] + codes[6]) / 2).abs().max() < 1e-6
+        assert x.diff(dim=0).norm(dim=1).max() < 0.4 * (faces[0] - faces[1]).norm()
+        assert (x[-1] - x[0]).norm() < 0.4 * (faces[2] - faces[0]).norm(), "not closed"
+
+
+def test_Q_reads_a_picture_of_one_s_own_and_G_draws_it_again(ckpt, tmp_path, capsys):
+    mine = [tmp_path / "a.png", tmp_path / "b.jpg"]
+    for path, colour in zip(mine, ("red", "blue"), strict=True):
+        Image.new("RGB", (50, 40), colour).save(path)
+    (tmp_path / "names.json").write_text('{"cont1": "tilt"}')
+    read = ["--ckpt", ckpt, "--names", tmp_path / "names.json", "--seeds", "5,6,8", "--read"]
+    draws([*read, *mine], tmp_path / "out")
+    told = capsys.readouterr().out
+    Q, spec = infogan.load_encoder(ckpt)
+    x = [infogan.read_picture(path, 16, 3)[1] for path in mine]
+    x = torch.frombuffer(bytearray(b"".join(x)), dtype=torch.uint8).view(2, 16, 16, 3)
+    p, mu, sigma = Q(infogan.make_batch(x, False, seeded(), CPU))
+    for i in range(2):
+        assert f"{mu[i, 1]:+.2f} ± {sigma[i, 1]:.2f}" in told.split("cont1 (tilt)")[1]
+        assert f"{p[i, 1].argmax()} ({p[i, 1].max():.0%})" in told.split("cat1")[1]
+    assert "a.png" in told and Image.open(tmp_path / "out/read.png").width > 4 * 64
+    for bad in (HERE / "README.md", tmp_path / "none.png", tmp_path):
+        assert generate.main([*map(str, [*read, mine[0], bad])]) == 2
+        said_one_line(capsys, "--read", str(bad))
+
+
+def test_a_folder_of_a_run_is_its_last_checkpoint(ckpt, tmp_path, capsys):
+    shutil.copy(ckpt, tmp_path / "last.pt")
+    assert generate.main(["--ckpt", str(tmp_path), "--samples", "1"]) == 0
+    assert (tmp_path / "generated/000000.png").exists()
+    (tmp_path / "last.pt").unlink()
+    assert generate.main(["--ckpt", str(tmp_path), "--samples", "1"]) == 2
+    said_one_line(capsys, "last.pt: no such checkpoint")
 
 
 def test_samples_come_with_their_codes_and_mix_with_no_others(ckpt, tmp_path, capsys):
@@ -2598,7 +2755,8 @@ def test_samples_come_with_their_codes_and_mix_with_no_others(ckpt, tmp_path, ca
     assert len(list(out.glob("*.png"))) == 7
     with open(out / "codes.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 7 and list(rows[0]) == ["file", "cat0", "cat1", "cont0", "cont1", "cont2"]
+    names = ["cat0", "cat1", "cont0", "cont1", "cont2"]
+    assert len(rows) == 7 and list(rows[0]) == ["file", "seed", *names]
     capsys.readouterr()
     assert generate.main([*command[:2], "--samples", "3", "--out", str(out)]) == 2
     said_one_line(capsys, "4 other pictures")
@@ -2716,7 +2874,7 @@ def explorer(browser, page) -> tuple[Generator, CodeSpec, str]:
 
 def test_the_explorer_draws_what_python_draws(browser, explorer):
     (G, spec, _), rng, seen = explorer, random.Random(0), []
-    z = spec.sample(8, seeded()).z
+    z = spec.sample_seeds(range(8)).z
     for k in (0, 3, 7):
         values = {f"cat{i}": rng.randrange(spec.cat_dim) for i in range(spec.n_cat)}
         values |= {f"cont{i}": round(rng.uniform(-1, 1), 2) for i in range(spec.n_cont)}
@@ -2727,6 +2885,21 @@ def test_the_explorer_draws_what_python_draws(browser, explorer):
         seen.append(browser.face(32))
         assert (seen[-1] - (x + 1) * 127.5).abs().max() <= 2, link
     assert not seen[0].equal(seen[1])
+
+
+def test_the_explorer_opens_with_the_codes_that_are_set(browser, explorer, page, tmp_path):
+    G, spec, _ = explorer
+    held = {c: v for c, v in {"cat0": 1, "cont0": -1.5}.items() if c in spec.names}
+    given = ",".join(f"{code}={value}" for code, value in held.items())
+    of_codes = ["--set", given] if held else []
+    draws(["--ckpt", page[0], "--explorer", "--seeds", "6,2", *of_codes], tmp_path)
+    browser.ask("/url", url=(tmp_path / "explorer.html").as_uri())
+    plain = Codes(torch.zeros(1), torch.zeros(1, spec.n_cat).long(), torch.zeros(1, spec.n_cont))
+    codes = generate.hold(spec, plain._replace(z=spec.sample_seeds([6]).z), held)
+    x = G(spec.join(codes))[0]
+    assert (browser.face(32) - (x + 1) * 127.5).abs().max() <= 2
+    thumbs = "return [...document.querySelectorAll('.z')].slice(0, 3).map(b => b.title)"
+    assert browser.run(thumbs) == ["seed 6", "seed 2", "z 2"]
 
 
 def test_the_explorer_has_a_control_for_each_code_and_they_move_the_picture(browser, explorer):
@@ -2926,6 +3099,22 @@ def test_every_number_has_limits(module, capsys):
     (["--ckpt", "CKPT", "--zoom", "9"], ("--zoom 9", "1 to 8")),
     (["--ckpt", "CKPT", "--explorer", "--samples", "3"], ("--explorer", "--samples")),
     (["--ckpt", "CKPT", "--data", "."], ("--data", "--versus")),
+    (["--ckpt", "CKPT", "--samples", "3", "--gif"], ("--gif", "--samples", "only on sheets")),
+    (["--ckpt", "CKPT", "--samples", "3", "--rows", "8"], ("--rows", "--samples", "--walk")),
+    (["--ckpt", "CKPT", "--shrink", "x", "--codes", "cat0"], ("--codes", "--shrink")),
+    (["--ckpt", "CKPT", "--explorer", "--steps=11"], ("--steps", "--explorer")),
+    (["--ckpt", "CKPT", "--range", "1", "1"], ("--range", "different")),
+    (["--ckpt", "CKPT", "--samples"], ("--samples", "not 0")),
+    (["--ckpt", "CKPT", "--walk", "--seeds", "3"], ("--walk", "not 1")),
+    (["--ckpt", "CKPT", "--walk", "--out", "a.mp4"], ("--out a.mp4", ".gif or .webp")),
+    (["--ckpt", "CKPT", "--seeds", "1,2", "--rows", "3"], ("--seeds", "--rows")),
+    (["--ckpt", "CKPT", "--samples", "3", "--seeds", "1,2"], ("--seeds", "--samples")),
+    (["--ckpt", "CKPT", "--seeds", "1,2", "--seed", "0"], ("--seeds", "--seed,")),
+    *((["--ckpt", "CKPT", "--seeds", bad], (f"--seeds {bad}",))
+      for bad in ("3,3", "5-3", "x", "1,", "-1", "1-2-3", "9999999999", "0-99999999")),
+    *((["--ckpt", "CKPT", "--set", bad], ("--set", bad.partition(",")[0].partition("=")[0]))
+      for bad in ("cat0=3", "cat0=-1", "cat0=1.5", "cat0", "cont0=x", "cont0=nan", "cont0=1001",
+                  "cat9=0", "z=1", "cat0=1,cat0=1")),
 ])  # fmt: skip
 def test_bad_flags_of_generate_get_one_line(ckpt, capsys, flags, words):
     assert generate.main([str(ckpt) if f == "CKPT" else f for f in flags]) == 2
