@@ -513,6 +513,8 @@ def sort_pictures(model: Model, args: argparse.Namespace, out: Path) -> str:
     root, named = Path(args.sort).resolve(), args.sort in infogan.NAMED_SETS
     if out.resolve().is_relative_to(root):
         raise UserError(f"--out {out}: lies within --sort {args.sort}; give another folder")
+    if root.is_file():
+        raise UserError(f"--sort {args.sort}: must be a folder; --read takes single pictures")
     shape = ckpt["args"]["image_size"], ckpt["args"]["channels"]
     pictures = load_pictures(args.sort, *shape, flag="--sort")
     files = [name if named else os.path.relpath(name, root) for name in pictures.names]

@@ -1729,6 +1729,7 @@ def signals_in_a_step(number: signal.Signals, times: int, patch=setattr) -> None
 @pytest.mark.parametrize("name", ["SIGUSR1", "SIGUSR2", "SIGXCPU"])
 def test_what_batch_systems_send_saves_however_often_it_comes(faces, tmp_path, monkeypatch, name):
     out, number = tmp_path / "run", getattr(signal, name)
+    signal.signal(number, signal.default_int_handler)  # else the default would end the tests
     signals_in_a_step(number, 2, monkeypatch.setattr)
     assert infogan.main(tiny(faces, out, *ENDLESS)) == 128 + number
     assert infogan.load_checkpoint(out / "last.pt")["step"] == 6
@@ -3106,6 +3107,7 @@ def test_every_number_has_limits(module, capsys):
     (["--ckpt", "CKPT", "--range", "1", "1"], ("--range", "different")),
     (["--ckpt", "CKPT", "--samples"], ("--samples", "not 0")),
     (["--ckpt", "CKPT", "--walk", "--seeds", "3"], ("--walk", "not 1")),
+    (["--ckpt", "CKPT", "--sort", __file__], ("--sort", "--read takes single pictures")),
     (["--ckpt", "CKPT", "--walk", "--out", "a.mp4"], ("--out a.mp4", ".gif or .webp")),
     (["--ckpt", "CKPT", "--seeds", "1,2", "--rows", "3"], ("--seeds", "--rows")),
     (["--ckpt", "CKPT", "--samples", "3", "--seeds", "1,2"], ("--seeds", "--samples")),
