@@ -410,6 +410,9 @@ class State:
     minutes: float = 0.0  # of training, over all starts
 
 
+COMPILE = {"mode": "reduce-overhead"}  # CUDA graphs: no kernel waits for Python
+
+
 def new_state(args: argparse.Namespace, device: torch.device) -> State:
     """Networks and optimisers at step 0; every random number comes from args.seed."""
     spec, rng = spec_of(args), torch.Generator().manual_seed(args.seed)
@@ -428,6 +431,8 @@ def new_state(args: argparse.Namespace, device: torch.device) -> State:
     opt_G = torch.optim.Adam(with_G, args.lr_g, **adam)
     opt_D = torch.optim.Adam(with_D, args.lr_d, **adam)
     G_ema = copy.deepcopy(G).eval().requires_grad_(False)
+    for net in (G.layers, D.trunk, D.q_head) if args.compile else ():
+        net.compile(**COMPILE)  # at the first step; checkpoints hold the same names as without
     sums = torch.zeros(len(spec.metrics), device=device)
     return State(spec, G, G_ema, D, opt_G, opt_D, rng, sums)
 
@@ -1265,7 +1270,6 @@ def rank_0_first() -> Iterator[None]:
 
 LOG_EVERY = 20  # steps between two rows of log.csv, and between two waits for the device
 SAVE_MINUTES, SAVE_STEPS = 10.0, 100  # at most, and at least, between two saves of last.pt
-COMPILE = {"mode": "reduce-overhead"}  # CUDA graphs: no kernel waits for Python
 
 
 def pick_device(name: str) -> torch.device:
@@ -1296,12 +1300,6 @@ def to_device_if_it_fits(x: Tensor, device: torch.device) -> Tensor:
     """The set on a GPU where it takes less than half of the free memory there, else unchanged."""
     fits = device.type == "cuda" and x.nbytes < torch.cuda.mem_get_info(device)[0] // 2
     return x.to(device) if fits else x
-
-
-def compile_nets(state: State) -> None:
-    """By torch.compile, at the first step; checkpoints hold the same names as without."""
-    for net in (state.G.layers, state.D.trunk, state.D.q_head):
-        net.compile(**COMPILE)
 
 
 def schedule(state: State, args: argparse.Namespace, n: int) -> tuple[int, int, int]:
@@ -1364,8 +1362,6 @@ def train(args: argparse.Namespace) -> int:
             print(f"{total} steps are too few to learn from; raise --epochs or --max-steps")
         if args.batch_size > B:
             print(f"--batch-size {args.batch_size}: there are only {n} pictures, so a batch is {B}")
-        if args.compile:
-            compile_nets(state)
         all_max(0)  # all have read --init, which may lie in the run that is moved
         if is_main():
             if args.restart and contents(out):
