@@ -14,16 +14,8 @@ from x. With L_I, a lower bound of the mutual information I(c; x) (Eqs. 5 and 6)
     python generate.py --ckpt checkpoint/cat1-cont2/last.pt   look at what each code does
 The same command given again resumes the run.
 
-Sections, the paper first (search for "# step ---"):
-    codes, networks    CodeSpec draws, joins and moves codes; Generator; Discriminator with Q's head
-    objective, step    the losses, L_I and its lambda, identity; train_step: D and Q, then G
-    pictures           any folder or a named set, decoded once into a cache
-    checkpoint         saving, and loading of files that may be damaged or from strangers
-    run folder         lock, resume, signals
-    display            grids, animation, log.csv, curves.png, TensorBoard
-    processes, loop    several processes on one batch; train: set up or resume; loop
-    flags              a table with limits, errors in one line, main
-
+Sections, the paper first (search for "# step ---"): codes, networks, objective, step; then
+pictures, checkpoint, run folder (lock, resume, signals), display, processes, loop, flags.
 Left out on purpose: labels, learning-rate schedules, growing networks, loader processes, configs.
 """
 
