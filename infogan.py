@@ -1344,9 +1344,7 @@ def train(args: argparse.Namespace) -> int:
 
         B, per_epoch, total = schedule(state, args, n)
         if state.step >= total:
-            print(
-                f"{out} is finished, {state.step:,} steps; to go on raise --epochs or --max-steps"
-            )
+            print(f"{out} is finished, {state.step:,} steps; raise --epochs or --max-steps")
             return 0
         if args.recipe == "notebook":
             print("--recipe notebook: the notebook's settings and its defects, to compare with")
@@ -1470,8 +1468,7 @@ FLAGS = {  # by group: flag, default (None: parse_args sets it), limits or choic
     ("--width", None, (1, 1024), "channels of D's first and G's last layer (default 64; mnist 32)"),
     ("--recipe", "default", ["default", "notebook"], "notebook: its settings and faults"),
     ("--lam-cat", None, (0.0, 1000.0), "lambda of each categorical code's L_I (default 1)"),
-    ("--lam-cont", None, (0.0, 1000.0),
-     "lambda of each continuous code's L_I (default 3 / n_cont, at most 0.3)"),
+    ("--lam-cont", None, (0.0, 1000.0), "of each continuous code's (default 3 / n_cont, max 0.3)"),
     ("--cap-cont", None, (0.0, 3.0), "G is rewarded for a continuous code's L_I up to X nats"
      " (default 1.4; with up to 5 codes 3, which is no limit)"),
     ("--lam-identity", None, (0.0, 1000.0), "of the identity loss: pictures of the same categories"
@@ -1480,8 +1477,7 @@ FLAGS = {  # by group: flag, default (None: parse_args sets it), limits or choic
     ("--q-augment", None, (0.0, 3.0), "how strongly pictures are moved, turned, blurred and"
      " relit before Q reads categorical codes (default 1 with up to 5 codes, else 0)"),
     ("--r1", None, (0.0, 1e3), "D's gradient penalty (default 0.3; below 64 pixels 0; mnist 0.1)"),
-    ("--ema", None, (0.0, 1.0),
-     "half-life of G's average, relative to the steps so far (default 0.03)"),
+    ("--ema", None, (0.0, 1.0), "half-life of G's average, as a share of its steps (default 0.03)"),
 ], "training": [
     ("--epochs", 150, (1, 10**9), "passes over the pictures"),
     ("--batch-size", None, (2, 65_536), "pictures in a step (default 128; mnist 64)"),
@@ -1498,8 +1494,7 @@ FLAGS = {  # by group: flag, default (None: parse_args sets it), limits or choic
     ("--out", None, "FOLDER", "the run's folder (default checkpoint/cat1-cont2, by its codes)"),
     ("--save-every", None, (1, 10**9),
      "epochs between checkpoints that are kept (default 25; more if they are short)"),
-    ("--sample-every", None, (1, 10**9),
-     "epochs between grids of samples (default 5; more if they are short)"),
+    ("--sample-every", None, (1, 10**9), "epochs between grids (default 5; more if short)"),
     ("--allow-changes", False, bool, "go on though pictures or flags are not those of the run"),
     ("--restart", False, bool, "start from step 0; the old run is moved to OUT.old-1"),
 ]}
