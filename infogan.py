@@ -501,8 +501,8 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "JPEG2000", "PPM", "ICO"
 FORMATS += ("QOI", "TGA", "AVIF")  # not all that Pillow knows: for EPS it starts a program
 MAX_PIXELS = 2**30 // 12  # of one file, Pillow's own limit: decoding takes up to 16 bytes for each
 DECODERS = 8  # threads; what is larger than their share of MAX_PIXELS is decoded alone
-SYSTEM = {"@eadir", "@recycle", "#recycle", "#snapshot", "$recycle.bin", "recycler", "__macosx"}
-SYSTEM |= {"system volume information", "lost+found", "lost.dir", "found.000", "thumbs"}
+SYSTEM = r"(?is)\..*|@eadir|[@#$]recycle(\.bin)?|recycler|#snapshot|__macosx|lost\+found|lost\.dir"
+SYSTEM += r"|found\.000|system volume information|desktop\.ini|thumbs(\.db)?"  # hidden ones too
 MADE = [{"args.json", "log.csv"}, {"last.pt"}, {"codes.csv"}, {"table.csv", "overview.png"}]
 DATA = Path("data")  # where torchvision keeps the named sets
 NAMED_SETS = {  # torchvision's class, a file or folder of the set, a package that it needs
@@ -540,7 +540,7 @@ def find_pictures(folder: Path) -> tuple[list[Path], str]:
                 passed[f"folder {here.name} (a run, or by generate.py)"] += real not in seen
                 names, folders[:] = [], []
             seen.add(real)
-            hidden = [name for name in folders if name[0] == "." or name.lower() in SYSTEM]
+            hidden = [name for name in folders if re.fullmatch(SYSTEM, name)]
             passed.update(f"folder {name}" for name in hidden)
             folders[:] = [name for name in folders if name not in hidden]
             roots += [path for path in map(here.joinpath, folders) if path.is_symlink()]
@@ -919,15 +919,14 @@ NEW_RUN = "--restart moves the old run aside, another --out starts beside it"
 MAY_DIFFER = {"data", "out", "epochs", "max_steps", "max_minutes", "device", "amp", "restart"}
 MAY_DIFFER |= {"compile", "save_every", "sample_every", "allow_changes", "changes"}
 KEPT = (*SHAPE, "init")  # what never differs; the rest may with --allow-changes
-LITTER = r"\..*|lost\+found|desktop\.ini|thumbs\.db|@eadir|\$recycle\.bin|system volume information"
-LITTER += r"|.*\.(txt|log|out|err|sh|[oe]\d+)|logs|old-\d+"  # is in no run's way, and stays
+IGNORED = SYSTEM + r"|.*\.(txt|log|out|err|sh|[oe]\d+)|logs|old-\d+"  # in no run's way, and stays
 SIGNALS = ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"]
 SIGNALS = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
 
 
 def contents(out: Path) -> list[Path]:
-    """What lies in a run's folder, but LITTER; what makes it a run comes last."""
-    found = [path for path in out.iterdir() if not re.fullmatch(LITTER, path.name.lower())]
+    """What lies in a run's folder, but IGNORED; what makes it a run comes last."""
+    found = [path for path in out.iterdir() if not re.fullmatch(IGNORED, path.name)]
     return sorted(found, key=lambda path: path.name in ("last.pt", "args.json"))
 
 
