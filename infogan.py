@@ -968,13 +968,11 @@ def locked(out: Path) -> Iterator[None]:
 
 def move_aside(out: Path) -> None:
     """The old run becomes OUT.old-1; out itself, perhaps a link or a mounted volume, stays."""
-    aside, beside = (
-        next(path for i in count(1) if not (path := Path(f"{start}{i}")).exists())
-        for start in (f"{out}/old-", f"{out.resolve()}.old-")
-    )
+    aside = next(p for i in count(1) if not (p := out / f"old-{i}").exists())
     aside.mkdir()
     for path in contents(out):
         path.rename(aside / path.name)
+    beside = next(p for i in count(1) if not (p := Path(f"{out.resolve()}.old-{i}")).exists())
     with suppress(OSError):  # another file system, or a folder of somebody else: OUT/old-1
         aside = aside.rename(beside)
     print(f"the old run is now {aside}")
