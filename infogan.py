@@ -559,7 +559,11 @@ def find_pictures(folder: Path) -> tuple[list[Path], str]:
 def get_named_set(name: str, flag: str, opened: bool = False) -> Path | list[Image.Image]:
     """The file or folder of a set, downloaded if it is missing; or the pictures in its file."""
     kind, path, package = NAMED_SETS[name]
-    path = DATA / path
+    path, own = DATA / path, Path(name)
+    usable = own.is_dir() and not (own / "log.csv").exists()  # which a run has
+    if not path.exists() and usable and find_pictures(own)[0]:
+        why = f"a known set, and a folder of pictures here: give {flag} ./{name} for the folder"
+        raise UserError(f"{flag} {name}: {why}, or rename it to get the known set")
     try:
         if opened or not path.exists():
             from torchvision import datasets  # takes a second, so only here
@@ -683,12 +687,8 @@ def load_pictures(
     which depended on names: the pictures then have it, and their order of then. Raises UserError,
     with the flag that names the set, when fewer than two remain.
     """
-    own, named = Path(os.path.expanduser(data)), data in NAMED_SETS
-    elsewhere = named and not (DATA / NAMED_SETS[data][1]).exists() and own.is_dir()
-    if elsewhere and find_pictures(own)[0] and not (own / "log.csv").exists():  # which a run has
-        why = f"a known set, and a folder of pictures here: give {flag} ./{data} for the folder"
-        raise UserError(f"{flag} {data}: {why}, or rename it to get the known set")
-    folder = get_named_set(data, flag) if named else own
+    named = data in NAMED_SETS
+    folder = get_named_set(data, flag) if named else Path(os.path.expanduser(data))
     if not named and not folder.is_dir():
         raise UserError(f"{flag} {data}: no such folder; {GET_PICTURES}")
     folder = folder.resolve()  # one set, however its path is written
