@@ -28,7 +28,6 @@ import io
 import json
 import math
 import os
-import pickle
 import pickletools
 import re
 import signal
@@ -819,11 +818,11 @@ def load_checkpoint(path: str | Path) -> dict:
             pickles = [archive.read(entry) for entry in entries if entry.filename.endswith(".pkl")]
         ops = (op for raw in pickles for op in pickletools.genops(raw))
         if not {name for op, name, _ in ops if op.name.endswith("GLOBAL")} <= PICKLED:
-            raise pickle.UnpicklingError
+            raise ValueError
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
         tensors = [leaf for leaf in tree_leaves(ckpt) if isinstance(leaf, Tensor)]
         if sum(t.nbytes for t in tensors) > size:  # one number stretched over a huge shape
-            raise pickle.UnpicklingError
+            raise ValueError
         if (written := int(ckpt["format"])) not in range(1, FORMAT + 1):
             raise UserError(f"format {written}, but this infogan.py knows only 1 to {FORMAT}")
         args = ADDED | {RENAMED.get(name, name): value for name, value in ckpt["args"].items()}
