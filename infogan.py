@@ -917,7 +917,6 @@ def restore(state: State, ckpt: dict, out: Path, weights_only: bool = False) -> 
 NEW_RUN = "--restart moves the old run aside, another --out starts beside it"
 MAY_DIFFER = {"data", "out", "epochs", "max_steps", "max_minutes", "device", "amp", "restart"}
 MAY_DIFFER |= {"compile", "save_every", "sample_every", "allow_changes", "changes"}
-KEPT = (*SHAPE, "init")  # what never differs; the rest may with --allow-changes
 IGNORED = SYSTEM + r"|.*\.(txt|log|out|err|sh|[oe]\d+)|logs|old-\d+"  # in no run's way, and stays
 SIGNALS = ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"]
 SIGNALS = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
@@ -1008,7 +1007,7 @@ def find_checkpoint(args: argparse.Namespace) -> dict | None:
             continue
         then = ckpt["args"]
         args.channels, args.init = args.channels or then["channels"], args.init or then["init"]
-        if kept := differences(args, then, KEPT):
+        if kept := differences(args, then, (*SHAPE, "init")):  # not even with --allow-changes
             raise UserError(f"{out} was started with {kept[0]}; {NEW_RUN}")
         if then["lam_identity"] == 0 != args.lam_identity and not args.allow_changes:
             args.lam_identity = 0.0
@@ -1589,18 +1588,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     few = args.n_cat + args.n_cont <= 5
     unset = {"out": f"checkpoint/cat{args.n_cat}-cont{args.n_cont}", "image_size": size}
     unset |= {"width": 64, "z_dim": 100, "batch_size": 128, "lr_g": 2e-4, "lr_d": 2e-4}
-    unset |= {"info_to": "trunk", "ema": 0.03, "changes": []}
+    unset |= {"info_to": "trunk", "ema": 0.03, "lam_identity": 2.0, "changes": []}
     unset["flip"] = args.data not in ("mnist", "fashion-mnist", "svhn")  # no mirrored digits
     # continuous codes share one weight; a categorical stops by itself once Q reads it
     unset |= {"lam_cat": 1.0, "lam_cont": min(0.3, 3 / max(args.n_cont, 1))}
     unset["cap_cont"] = 3.0 if few else 1.4  # else they go on growing, and categoricals fade
-    unset["lam_identity"] = 2.0
     unset["q_augment"] = 1.0 if few else 0.0  # many codes would be learned too slowly
     unset["r1"] = 0.3 if size >= 64 else 0.0  # without it D wins
     if args.recipe == "notebook":  # its defect: with 20 continuous codes their loss was never added
         unset |= {"lam_cont": 0.0 if args.n_cont == 20 else 0.1, "info_to": "head", "ema": 0.0}
-        unset |= {"cap_cont": 3.0, "q_augment": 0.0, "r1": 0.0, "lam_identity": 0.0}
-        unset["flip"] = False
+        unset |= {"cap_cont": 3.0, "q_augment": 0.0, "r1": 0.0, "lam_identity": 0.0, "flip": False}
     elif args.data == "mnist":
         # the paper's lr_g, narrow nets, and a z too small to choose the digit in place of c
         unset |= {"width": 32, "batch_size": 64, "lr_g": 1e-3, "z_dim": 16, "r1": 0.1}
