@@ -296,15 +296,12 @@ def mutual_information(spec: CodeSpec, q: QOutput, codes: Codes) -> Tensor:
     return log_q(q, codes).mean(0) + torch.tensor(spec.entropies, device=q.q_mu.device)
 
 
-def lambda_L_I(spec: CodeSpec, L_I: Tensor, args: argparse.Namespace) -> Tensor:
-    """lambda L_I, with one lambda for each kind of code (paper, section 7.2)."""
-    return args.lam_cat * L_I[: spec.n_cat].sum() + args.lam_cont * L_I[spec.n_cat :].sum()
-
-
-def cap_cont(spec: CodeSpec, L_I: Tensor, args: argparse.Namespace) -> Tensor:
-    """L_I as G is rewarded for it: a continuous code that Q reads well need not grow further."""
+def lambda_L_I(
+    spec: CodeSpec, L_I: Tensor, args: argparse.Namespace, cap_cont: float = math.inf
+) -> Tensor:
+    """lambda L_I (paper, section 7.2); a continuous code counts up to cap_cont nats."""
     cat, cont = L_I.split([spec.n_cat, spec.n_cont])
-    return torch.cat([cat, cont.clamp(max=args.cap_cont)])
+    return args.lam_cat * cat.sum() + args.lam_cont * cont.clamp(max=cap_cont).sum()
 
 
 IDENTITY_FREE = 0.25, 0.05  # shares of brightness and colour that others may change from afar
@@ -460,7 +457,8 @@ def train_step(state: State, args: argparse.Namespace, x: Tensor, codes: Codes) 
         d_fake_G, q = d_and_q(D, x_fake, args.q_augment, state.rng)
     loss_G = g_loss(d_fake_G)
     L_I = mutual_information(spec, q, codes)
-    loss = loss_G - lambda_L_I(spec, cap_cont(spec, L_I, args), args)  # here L_I reaches G (Eq. 6)
+    # here L_I reaches G (Eq. 6); a continuous code that Q reads well need not grow further
+    loss = loss_G - lambda_L_I(spec, L_I, args, args.cap_cont)
     if args.lam_identity and spec.n_cat:  # as far as Q knows c: before, G has only z to vary x with
         known = L_I[: spec.n_cat].detach().mean() / spec.entropies[0]
         loss = loss + args.lam_identity * known.clamp(0, 1) ** 4 * identity_loss(x_fake)

@@ -392,7 +392,7 @@ def test_a_code_that_Q_misreads_changes_G_s_step(recipe):
 def test_G_is_paid_for_a_continuous_code_until_Q_reads_it_well_enough():
     spec, args = CodeSpec(1, 10, 2), infogan.parse_args(["--cap-cont", "1.4"])
     L_I = torch.tensor([2.0, 1.5, 1.3], requires_grad=True)
-    infogan.lambda_L_I(spec, infogan.cap_cont(spec, L_I, args), args).backward()
+    infogan.lambda_L_I(spec, L_I, args, args.cap_cont).backward()
     assert L_I.grad.tolist() == pytest.approx([args.lam_cat, 0, args.lam_cont])
 
 
