@@ -643,7 +643,7 @@ def decode(
     if copies := len(items) - len(skipped) - len(kept):
         summary += f", {copies:,} exact {'copy' if copies == 1 else 'copies'} dropped"
     if skipped:
-        named = ascii(", ".join(skipped[:10]) + ", …" * (len(skipped) > 10))
+        named = ascii(", ".join(skipped[:10]) + ", ..." * (len(skipped) > 10))
         summary += f", {len(skipped):,} unreadable file{'s' * (len(skipped) > 1)} skipped: {named}"
     if len(kept) < 2:
         raise UserError(f"{flag} {data}: {summary}, at least 2 are needed; {GET_PICTURES}")
@@ -766,15 +766,15 @@ BROKEN = (AttributeError, EOFError, KeyError, OSError, RuntimeError, TypeError, 
 
 
 @contextmanager
-def replacing(path: Path, patient: bool = True) -> Iterator[BinaryIO]:
-    """A file that appears under its name complete or not at all; patient waits for its readers."""
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file that appears under its name complete or not at all, once its readers let go of it."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")  # two processes may write at once
     try:
         with open(part, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        for seconds in (0.1, 0.2, 0.5, 1.0, 2.0, 0.0) if patient else (0.0,):
+        for seconds in (0.1, 0.2, 0.5, 1.0, 2.0, 0.0):
             with suppress(PermissionError if seconds else ()):  # of a scanner or viewer on Windows
                 os.replace(part, path)
                 break
@@ -1059,9 +1059,9 @@ def make_grid(x: Tensor, columns: int = 8, gap: int = 2) -> Tensor:
     return F.pad(rows.flatten(3).flatten(1, 2), (0, gap, 0, gap), value=-1.0)
 
 
-def save_picture(path: Path, image: Image.Image, patient: bool = True, **how: object) -> None:
+def save_picture(path: Path, image: Image.Image, **how: object) -> None:
     """A PNG or a GIF, by the path's ending, complete or not at all."""
-    with replacing(path, patient) as file:
+    with replacing(path) as file:
         image.save(file, path.suffix[1:], **how)
 
 
@@ -1163,7 +1163,7 @@ class Log:
         for i, (title, names, top) in enumerate(panels):
             lines = [columns[name] for name in names]
             page.paste(draw_panel(title, columns["epoch"], lines, top), (0, 200 * i))
-        self.attempt("curves.png", save_picture, self.path.with_name("curves.png"), page, False)
+        self.attempt("curves.png", save_picture, self.path.with_name("curves.png"), page)
 
 
 def draw_panel(title: str, x: list[float], lines: list[list[float]], top: float) -> Image.Image:

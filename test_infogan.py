@@ -708,7 +708,8 @@ def test_a_folder_of_rubbish_alone_is_one_line(tmp_path, capsys):
     folder.mkdir()
     bad = put_rubbish(folder)
     assert infogan.main(tiny(folder, tmp_path / "run")) == 2
-    said_one_line(capsys, "0 pictures", f"{bad} unreadable", "at least 2")
+    said = said_one_line(capsys, "0 pictures", f"{bad} unreadable", ", ...'", "at least 2")
+    assert "\\u2026" not in said  # an ellipsis that was escaped like the names
     assert not (tmp_path / "run").exists()
 
 
