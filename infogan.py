@@ -21,7 +21,6 @@ Left out on purpose: labels, learning-rate schedules, growing networks, loader p
 
 from __future__ import annotations
 
-import argparse
 import copy
 import hashlib
 import io
@@ -36,6 +35,7 @@ import time
 import warnings
 import zipfile
 import zlib
+from argparse import ArgumentParser, BooleanOptionalAction, Namespace, RawDescriptionHelpFormatter
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -296,9 +296,7 @@ def mutual_information(spec: CodeSpec, q: QOutput, codes: Codes) -> Tensor:
     return log_q(q, codes).mean(0) + torch.tensor(spec.entropies, device=q.q_mu.device)
 
 
-def lambda_L_I(
-    spec: CodeSpec, L_I: Tensor, args: argparse.Namespace, cap_cont: float = math.inf
-) -> Tensor:
+def lambda_L_I(spec: CodeSpec, L_I: Tensor, args: Namespace, cap_cont: float = math.inf) -> Tensor:
     """lambda L_I (paper, section 7.2); a continuous code counts up to cap_cont nats."""
     cat, cont = L_I.split([spec.n_cat, spec.n_cont])
     return args.lam_cat * cat.sum() + args.lam_cont * cont.clamp(max=cap_cont).sum()
@@ -401,7 +399,7 @@ class State:
 COMPILE = {"mode": "reduce-overhead"}  # CUDA graphs: no kernel waits for Python
 
 
-def new_state(args: argparse.Namespace, device: torch.device) -> State:
+def new_state(args: Namespace, device: torch.device) -> State:
     """Networks and optimisers at step 0; every random number comes from args.seed."""
     spec, rng = spec_of(args), torch.Generator().manual_seed(args.seed)
     shape = (spec, args.image_size, args.width, args.channels)
@@ -425,7 +423,7 @@ def new_state(args: argparse.Namespace, device: torch.device) -> State:
     return State(spec, G, G_ema, D, opt_G, opt_D, rng, sums)
 
 
-def train_step(state: State, args: argparse.Namespace, x: Tensor, codes: Codes) -> Tensor:
+def train_step(state: State, args: Namespace, x: Tensor, codes: Codes) -> Tensor:
     """One step of D, then of G, on n real pictures x and n drawn codes; returns the metrics.
 
     L_I always trains G. It trains Q together with D's trunk in D's step (args.info_to "trunk", as
@@ -837,7 +835,7 @@ def load_checkpoint(path: str | Path) -> dict:
 def load_net(path: str | Path, kind: type, key: str, device: str) -> nn.Module:
     """The weights under key in the architecture that the checkpoint names: float32, frozen."""
     ckpt = load_checkpoint(path)
-    args, weights = argparse.Namespace(**ckpt["args"]), ckpt.get(key)
+    args, weights = Namespace(**ckpt["args"]), ckpt.get(key)
     with torch.device("meta"):  # takes no memory before the shapes are known to fit
         net = kind(spec_of(args), args.image_size, args.width, args.channels)
     try:
@@ -870,7 +868,7 @@ def check_finite(state: State, metrics: list[float]) -> None:
             raise Diverged(f"step {state.step}: {name} is {value}")
 
 
-def gather_checkpoint(state: State, args: argparse.Namespace, fingerprint: str) -> dict:
+def gather_checkpoint(state: State, args: Namespace, fingerprint: str) -> dict:
     """All that a run needs to resume bit for bit; all processes call it, to average the metrics."""
     all_mean_([state.sums])
     check_finite(state, state.sums.tolist())
@@ -974,13 +972,13 @@ def move_aside(out: Path) -> None:
     print(f"the old run is now {aside}")
 
 
-def differences(args: argparse.Namespace, then: dict, names: Collection[str]) -> list[str]:
+def differences(args: Namespace, then: dict, names: Collection[str]) -> list[str]:
     """ "--r1 0.3, not 1.0" for each flag that is not as it was then."""
     changed = [(k, now) for k, now in vars(args).items() if k in names and then.get(k, now) != now]
     return [f"--{name.replace('_', '-')} {then[name]}, not {now}" for name, now in changed]
 
 
-def check_changes(args: argparse.Namespace, ckpt: dict, changes: list[str]) -> None:
+def check_changes(args: Namespace, ckpt: dict, changes: list[str]) -> None:
     """Tells and keeps what is not as in the run so far; without --allow-changes it is an error."""
     if changes and not args.allow_changes:
         why = f"{args.out} was started with {', '.join(changes)}"
@@ -992,7 +990,7 @@ def check_changes(args: argparse.Namespace, ckpt: dict, changes: list[str]) -> N
         ckpt["since"] = ckpt["step"]
 
 
-def find_checkpoint(args: argparse.Namespace) -> dict | None:
+def find_checkpoint(args: Namespace) -> dict | None:
     """last.pt, else the newest that can be read, if the run was started with the same flags."""
     out = Path(args.out)
     kept = sorted(out.glob("epoch_*.pt"), key=lambda p: (len(p.name), p.name), reverse=True)
@@ -1287,7 +1285,7 @@ def to_device_if_it_fits(x: Tensor, device: torch.device) -> Tensor:
     return x.to(device) if fits else x
 
 
-def schedule(state: State, args: argparse.Namespace, n: int) -> tuple[int, int, int]:
+def schedule(state: State, args: Namespace, n: int) -> tuple[int, int, int]:
     """Pictures in a step, steps in an epoch, and steps in all, for n pictures."""
     B, world = min(args.batch_size, n), rank_and_world()[1]
     if B % world or B // world < 2:
@@ -1297,7 +1295,7 @@ def schedule(state: State, args: argparse.Namespace, n: int) -> tuple[int, int, 
 
 
 def batches(
-    state: State, args: argparse.Namespace, x: Tensor, rows: Tensor
+    state: State, args: Namespace, x: Tensor, rows: Tensor
 ) -> Iterator[tuple[Tensor, Codes]]:
     """Endless batches of x's rows, and codes to draw as many; sets each epoch's epoch_seed."""
     device, (B, per_epoch, _) = state.sums.device, schedule(state, args, len(x))
@@ -1314,7 +1312,7 @@ def batches(
             yield real, pair(codes) if args.lam_identity else codes
 
 
-def train(args: argparse.Namespace) -> int:
+def train(args: Namespace) -> int:
     """Trains until --epochs, --max-steps, --max-minutes or a signal; returns the exit code."""
     end = time.monotonic() + 60 * (args.max_minutes or math.inf)
     device, out = pick_device(args.device), Path(args.out)
@@ -1365,7 +1363,7 @@ def train(args: argparse.Namespace) -> int:
     return 128 + stopped_by if stopped_by else 0
 
 
-def loop(state: State, args: argparse.Namespace, pictures: Pictures, end: float) -> int:
+def loop(state: State, args: Namespace, pictures: Pictures, end: float) -> int:
     """Steps, logs, saves until the last step, the time `end` or a signal, which it returns."""
     out, device, spec, n = Path(args.out), state.sums.device, state.spec, len(pictures.x)
     B, per_epoch, total = schedule(state, args, n)
@@ -1532,23 +1530,23 @@ def check_limits(values: dict, limits: dict = LIMITS) -> None:
             raise UserError(f"--{name.replace('_', '-')} {value}: must be {must}")
 
 
-def spec_of(args: argparse.Namespace) -> CodeSpec:
+def spec_of(args: Namespace) -> CodeSpec:
     """The codes that a run's flags ask for."""
     return CodeSpec(args.n_cat, args.cat_dim, args.n_cont, args.z_dim)
 
 
-class Parser(argparse.ArgumentParser):
+class Parser(ArgumentParser):
     """Flags from a table like FLAGS; errors in one line, where argparse would print the usage."""
 
     def __init__(self, program: str, about: str | None, flags: dict):
-        raw = argparse.RawDescriptionHelpFormatter
+        raw = RawDescriptionHelpFormatter
         super().__init__(program, description=about, formatter_class=raw, allow_abbrev=False)
         self.limits = limits_of(flags)
         for title, rows in flags.items():
             group = self.add_argument_group(title)
             for flag, default, kind, meaning in rows:
                 if kind is bool:
-                    on_off = argparse.BooleanOptionalAction
+                    on_off = BooleanOptionalAction
                     how = {"action": on_off if default is None else "store_true"}
                 elif isinstance(kind, tuple):
                     how = {"type": type(kind[0]), "metavar": "N" if type(kind[0]) is int else "X"}
@@ -1557,7 +1555,7 @@ class Parser(argparse.ArgumentParser):
                 meaning += "" if default is None or default is False else f" (default {default})"
                 group.add_argument(flag, default=default, help=meaning, **how)
 
-    def parse_args(self, argv: list[str] | None = None) -> argparse.Namespace:
+    def parse_args(self, argv: list[str] | None = None) -> Namespace:
         """The flags, when every given number is within its limits."""
         args = super().parse_args(argv)
         for name, text in ((k, v) for k, v in vars(args).items() if isinstance(v, str)):
@@ -1571,7 +1569,7 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see --help")
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+def parse_args(argv: list[str] | None = None) -> Namespace:
     """The flags, every default resolved but --amp's and --channels', which train resolves."""
     parser = Parser("infogan.py", (__doc__ or "").split("\nSections")[0], FLAGS)
     args = parser.parse_args(argv)
