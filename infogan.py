@@ -1294,16 +1294,15 @@ def schedule(state: State, args: Namespace, n: int) -> tuple[int, int, int]:
     return B, n // B, min(last, args.max_steps or sys.maxsize)
 
 
-def batches(
-    state: State, args: Namespace, x: Tensor, rows: Tensor
-) -> Iterator[tuple[Tensor, Codes]]:
-    """Endless batches of x's rows, and codes to draw as many; sets each epoch's epoch_seed."""
-    device, (B, per_epoch, _) = state.sums.device, schedule(state, args, len(x))
+def batches(state: State, args: Namespace, pictures: Pictures) -> Iterator[tuple[Tensor, Codes]]:
+    """Endless batches, and codes to draw as many; sets each epoch's epoch_seed."""
+    x, device = pictures.x, state.sums.device
+    B, per_epoch, _ = schedule(state, args, len(x))
     while True:
         if (done := (state.step - state.since) % per_epoch) == 0:
             state.epoch_seed = int(torch.randint(2**62, (), generator=state.rng))
         rng = torch.Generator().manual_seed(state.epoch_seed)
-        order = rows[torch.randperm(len(x), generator=rng)]
+        order = pictures.order[torch.randperm(len(x), generator=rng)]
         for i in range(done, per_epoch):
             some = x.index_select(0, my_rows(order[i * B : (i + 1) * B]).to(x.device))
             real = make_batch(some, args.flip, state.rng, device)
@@ -1395,9 +1394,9 @@ def loop(state: State, args: Namespace, pictures: Pictures, end: float) -> int:
     draw_every, keep_every = args.sample_every or 5 * together, args.save_every or 25 * together
     line = {"bar_format": "{desc}{rate_fmt}{postfix}", "unit": "img", "unit_scale": True}
     line["mininterval"] = 0.5 if sys.stderr.isatty() else 30.0
-    x = to_device_if_it_fits(pictures.x, device)
+    pictures = pictures._replace(x=to_device_if_it_fits(pictures.x, device))
     with caught_signals() as caught, tqdm(total=total * B, initial=first * B, **line) as bar:
-        for real, codes in batches(state, args, x, pictures.order):
+        for real, codes in batches(state, args, pictures):
             state.sums += train_step(state, args, real, codes)
             now = time.monotonic()
             state.minutes = (now - start) / 60
@@ -1546,8 +1545,7 @@ class Parser(ArgumentParser):
             group = self.add_argument_group(title)
             for flag, default, kind, meaning in rows:
                 if kind is bool:
-                    on_off = BooleanOptionalAction
-                    how = {"action": on_off if default is None else "store_true"}
+                    how = {"action": BooleanOptionalAction if default is None else "store_true"}
                 elif isinstance(kind, tuple):
                     how = {"type": type(kind[0]), "metavar": "N" if type(kind[0]) is int else "X"}
                 else:
