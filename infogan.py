@@ -938,6 +938,8 @@ def locked(out: Path) -> Iterator[None]:
                 import fcntl
 
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.fstat(file.fileno()).st_nlink == 0:  # a run that has just ended removed it
+                    raise BlockingIOError
             else:
                 import msvcrt
 

@@ -1791,6 +1791,17 @@ def test_one_run_at_a_time_in_a_folder(faces, tmp_path, capsys):
     assert not (out / ".lock").exists()
 
 
+@unix
+def test_a_lock_that_an_ending_run_removes_protects_nothing(tmp_path, monkeypatch):
+    """Opened before that, locked after it: a third start would lock a new file."""
+    import fcntl
+
+    real = fcntl.flock
+    monkeypatch.setattr("fcntl.flock", lambda f, how: (Path(f.name).unlink(), real(f, how))[1])
+    with pytest.raises(UserError, match="is training there"), infogan.locked(tmp_path / "run"):
+        pass
+
+
 def small_files() -> None:
     import resource
 
