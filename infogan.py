@@ -47,6 +47,9 @@ from itertools import chain, count, cycle
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, TextIO
 
+if __name__ == "__main__":  # Ctrl-C while torch is loading, which takes a second: no traceback
+    sys.excepthook = lambda kind, *e: kind is KeyboardInterrupt or sys.__excepthook__(kind, *e)
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
