@@ -759,7 +759,7 @@ def make_batch(x: Tensor, flip: bool, rng: torch.Generator, device: torch.device
 FORMAT = 1
 SHAPE = ("n_cat", "cat_dim", "n_cont", "z_dim", "image_size", "width", "channels")
 RENAMED = {"enough": "cap_cont", "q_view": "q_augment"}  # flags of older checkpoints
-ADDED = {"lam_identity": 0.0, "init": None, "changes": ()}  # and what stands for how it was
+ADDED = {"lam_identity": 0.0, "init": None, "changes": (), "compile": False}  # how it was then
 NETS, OPTIMISERS = ("G", "G_ema", "D"), ("opt_G", "opt_D")  # names in State and in the file
 PICKLED = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2"}
 PICKLED |= {f"torch {kind}Storage" for kind in ("Float", "Half", "Long", "Byte")}
