@@ -686,7 +686,7 @@ FLAGS = {  # as in infogan.py
     ("--seed", 0, (0, 10**9), "of the first picture or row; the others have the next numbers"),
     ("--seeds", None, "LIST", "these instead, such as 3,17,40-49"),
     ("--set", None, "LIST", "hold codes at values, such as cat0=3,cont5=-0.8"),
-    ("--range", None, "V", "LOW HIGH of a continuous code's values (default -1 1, as in training)"),
+    ("--range", None, "V", "of a continuous code's values (default -1 1, as in training)"),
     ("--steps", 11, (2, 100), "columns of a continuous code's sheet; frames to the next face"),
     ("--zoom", 1, (1, 8), "enlarge sheets N times"),
     ("--gif", False, bool, "also write an animated GIF for each code"),
@@ -705,7 +705,7 @@ FLAGS = {  # as in infogan.py
     ("--shrink", None, "FILE", "write a checkpoint in half precision, to share"),
 ]}
 SEVERAL = {"samples": {"nargs": "?", "const": 0}, "read": {"nargs": "+"},
-  "range": {"nargs": 2, "type": float}}
+  "range": {"nargs": 2, "type": float, "metavar": ("LOW", "HIGH")}}
 # fmt: on
 LIMITS = infogan.limits_of(FLAGS)
 
