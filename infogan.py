@@ -1262,16 +1262,15 @@ SAVE_MINUTES, SAVE_STEPS = 10.0, 100  # at most, and at least, between two saves
 
 def pick_device(name: str) -> torch.device:
     """The fastest device for "auto". Raises UserError when the one asked for is missing."""
-    there = {"cuda": torch.cuda.is_available() and torch.cuda.device_count()}
-    there |= {"mps": int(torch.backends.mps.is_available()), "cpu": 1}
-    kind, _, number = name.partition(":")
-    if name == "auto":
-        kind = next(kind for kind, n in there.items() if n)
-    if (number or "0") not in map(str, range(there.get(kind, 0))):
+    n_cuda = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    there = ["cuda", *(f"cuda:{i}" for i in range(n_cuda))] if n_cuda else []
+    there += ["mps", "mps:0"] * torch.backends.mps.is_available() + ["cpu", "cpu:0"]
+    if name not in ["auto", *there]:
         raise UserError(f"--device {name}: not available here; use --device auto")
-    if kind == "cuda" and rank_and_world()[1] > 1:
-        number = number or os.environ["LOCAL_RANK"]
-    return torch.device(kind, int(number)) if number else torch.device(kind)
+    name = there[0] if name == "auto" else name
+    if name == "cuda" and rank_and_world()[1] > 1:
+        name += ":" + os.environ["LOCAL_RANK"]
+    return torch.device(name)
 
 
 def speed_up(device: torch.device) -> bool:
