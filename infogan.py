@@ -1257,7 +1257,7 @@ def rank_0_first() -> Iterator[None]:
 # loop ---------------------------------------------------------------------------------------------
 
 LOG_EVERY = 20  # steps between two rows of log.csv, and between two waits for the device
-SAVE_MINUTES, SAVE_STEPS = 10.0, 100  # at most, and at least, between two saves of last.pt
+SAVE_SECONDS, SAVE_STEPS = 600.0, 100  # at most, and at least, between two saves of last.pt
 
 
 def pick_device(name: str) -> torch.device:
@@ -1395,7 +1395,7 @@ def loop(state: State, args: Namespace, pictures: Pictures, end: float) -> int:
     start, saved = began - 60 * state.minutes, began
     # epochs between saves, grids, checkpoints to keep: those of few steps count together
     together = -(-SAVE_STEPS // per_epoch)
-    draw_every, keep_every = args.sample_every or 5 * together, args.save_every or 25 * together
+    every = (together, args.sample_every or 5 * together, args.save_every or 25 * together)
     line = {"bar_format": "{desc}{rate_fmt}{postfix}", "unit": "img", "unit_scale": True}
     line["mininterval"] = 0.5 if sys.stderr.isatty() else 30.0
     pictures = pictures._replace(x=to_device_if_it_fits(pictures.x, device))
@@ -1404,11 +1404,10 @@ def loop(state: State, args: Namespace, pictures: Pictures, end: float) -> int:
             state.sums += train_step(state, args, real, codes)
             now = time.monotonic()
             state.minutes = (now - start) / 60
-            due = now - saved > 60 * SAVE_MINUTES
-            stopped_by, late, due = all_max(*caught[:1] or [0], now > end, due)
+            stopped_by, late, due = all_max(sum(caught[:1]), now > end, now > saved + SAVE_SECONDS)
             epoch, rest = divmod(state.epoch * per_epoch + state.step - state.since, per_epoch)
             done = state.step == total
-            ends = [rest == 0 and epoch % n == 0 for n in (together, draw_every, keep_every)]
+            save, draw, keep = (rest == 0 and epoch % epochs == 0 for epochs in every)
             if state.step % LOG_EVERY == 0:
                 all_mean_([state.sums])
                 values = (state.sums / LOG_EVERY).tolist()
@@ -1422,7 +1421,7 @@ def loop(state: State, args: Namespace, pictures: Pictures, end: float) -> int:
             bar.set_postfix_str(f"eta {bar.format_interval(max(0, left))}", refresh=False)
             bar.update(B)
 
-            if log and ends[1]:
+            if log and draw:
                 log.add_grid("samples", save_samples(f"epoch_{epoch:04d}"), epoch)
                 if spec.names:
                     one = Codes(*(c[:1] for c in latents))
@@ -1430,13 +1429,12 @@ def loop(state: State, args: Namespace, pictures: Pictures, end: float) -> int:
                 log.draw()
             if log and done:  # before last.pt, so that a finished run is complete
                 finish()
-            if any(ends) or due or stopped_by or late or done:
+            if save or draw or keep or due or stopped_by or late or done:
                 state.epoch, state.since = epoch, state.step - rest
                 ckpt, saved = gather_checkpoint(state, args, pictures.fingerprint), now
-                if log and ends[2]:
-                    save_file(out / f"epoch_{epoch:04d}.pt", ckpt)
-                if log:
-                    save_file(out / "last.pt", ckpt)
+                names = [f"epoch_{epoch:04d}.pt"] * keep + ["last.pt"]
+                for name in names if log else ():
+                    save_file(out / name, ckpt)
             if stopped_by or late or done:
                 break
         if log and not done:  # after last.pt: who asked to stop may not wait
