@@ -1329,7 +1329,7 @@ def train(args: Namespace) -> int:
             init = load_checkpoint(args.init) if args.init and not ckpt else None
             seen = ckpt and ckpt.get("fingerprint")
             pictures = load_pictures(args.data, args.image_size, args.channels, seen=seen)
-            if ckpt and ckpt.get("fingerprint", pictures.fingerprint) != pictures.fingerprint:
+            if seen and seen != pictures.fingerprint:
                 check_changes(args, ckpt, ["other pictures"])
         args.channels, n = pictures.x.shape[3], len(pictures.x)
         state = new_state(args, device)
