@@ -763,6 +763,7 @@ ADDED = {"lam_identity": 0.0, "init": None, "changes": (), "compile": False}  # 
 NETS, OPTIMISERS = ("G", "G_ema", "D"), ("opt_G", "opt_D")  # names in State and in the file
 PICKLED = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2"}
 PICKLED |= {f"torch {kind}Storage" for kind in ("Float", "Half", "Long", "Byte")}
+LOWER_LR = "last.pt is the last good one, if saved. Lower --lr-g and --lr-d"
 BROKEN = (AttributeError, EOFError, KeyError, OSError, RuntimeError, TypeError, ValueError)
 
 
@@ -868,7 +869,7 @@ def check_finite(state: State, metrics: list[float]) -> None:
     """Raises Diverged that names the first metric which is NaN or infinite."""
     for name, value in zip(state.spec.metrics, metrics, strict=True):
         if not math.isfinite(value):
-            raise Diverged(f"step {state.step}: {name} is {value}")
+            raise Diverged(f"step {state.step}: {name} is {value}; {LOWER_LR}")
 
 
 def gather_checkpoint(state: State, args: Namespace, fingerprint: str) -> dict:
@@ -878,7 +879,7 @@ def gather_checkpoint(state: State, args: Namespace, fingerprint: str) -> dict:
     ckpt = {name: getattr(state, name).state_dict() for name in NETS + OPTIMISERS}
     for name in NETS:
         if not all(w.isfinite().all() for w in ckpt[name].values()):
-            raise Diverged(f"step {state.step}: {name} has weights that are not finite")
+            raise Diverged(f"step {state.step}: {name} has weights that are not finite; {LOWER_LR}")
     numbers = ("sums", "epoch_seed", "step", "epoch", "since", "minutes")
     ckpt |= {name: getattr(state, name) for name in numbers}
     ckpt |= {"format": FORMAT, "spec": asdict(state.spec), "args": vars(args)}
@@ -1512,9 +1513,6 @@ class Diverged(UserError):
     """The training itself went wrong: NaN or infinity."""
 
     code = 1
-
-    def __init__(self, what: str):
-        super().__init__(f"{what}; last.pt is the last good one, if saved. Lower --lr-g and --lr-d")
 
 
 def check_limits(values: dict, limits: dict = LIMITS) -> None:
