@@ -909,7 +909,8 @@ def restore(state: State, ckpt: dict, out: Path, weights_only: bool = False) -> 
         state.sums.copy_(ckpt["sums"])
         state.rng.set_state(ckpt["rng"])
     except BROKEN as error:
-        raise UserError(f"{out}: training cannot resume from its checkpoint; {NEW_RUN}") from error
+        cure = "give another --init" if weights_only else NEW_RUN
+        raise UserError(f"{out}: training cannot go on from its checkpoint; {cure}") from error
 
 
 # run folder ---------------------------------------------------------------------------------------

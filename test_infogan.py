@@ -1426,6 +1426,14 @@ def test_a_new_run_begins_with_another_s_weights(ckpt, faces, tmp_path, capsys, 
     said_one_line(capsys, "--init before.pt, not", "another --out")
 
 
+def test_an_init_whose_weights_do_not_fit_is_one_line(ckpt, faces, tmp_path, capsys):
+    bad, out = tmp_path / "bad.pt", tmp_path / "run"
+    rewritten(ckpt, bad, lambda c: c.pop("D"))
+    assert infogan.main(["--data", str(faces), "--out", str(out), "--init", str(bad)]) == 2
+    assert "--restart" not in said_one_line(capsys, f"{bad}: ", "give another --init")
+    assert not out.exists()
+
+
 def test_a_shrunken_checkpoint_and_a_run_s_own_begin_a_run(ckpt, faces, tmp_path):
     small, out = tmp_path / "small.pt", tmp_path / "run"
     assert generate.main(["--ckpt", str(ckpt), "--shrink", str(small)]) == 0
