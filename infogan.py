@@ -1010,8 +1010,8 @@ def find_checkpoint(args: Namespace) -> dict | None:
             continue
         then = ckpt["args"]
         args.channels, args.init = args.channels or then["channels"], args.init or then["init"]
-        if kept := differences(args, then, (*SHAPE, "init")):  # not even with --allow-changes
-            raise UserError(f"{out} was started with {kept[0]}; {NEW_RUN}")
+        if fixed := differences(args, then, (*SHAPE, "init")):  # not even with --allow-changes
+            raise UserError(f"{out} was started with {fixed[0]}; {NEW_RUN}")
         if then["lam_identity"] == 0 != args.lam_identity and not args.allow_changes:
             args.lam_identity = 0.0
             print("--lam-identity 0.0: as this run was started")
