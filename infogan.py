@@ -499,29 +499,44 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "JPEG2000", "PPM", "ICO"
 FORMATS += ("QOI", "TGA", "AVIF")  # not all that Pillow knows: for EPS it starts a program
 MAX_PIXELS = 2**30 // 12  # of one file, Pillow's own limit: decoding takes up to 16 bytes for each
 DECODERS = 8  # threads; what is larger than their share of MAX_PIXELS is decoded alone
+DECODED_AT_ONCE = 512  # so memory stays flat however large a set is
+DECODER = 3  # counts up whenever decode changes its result
+CROPS = {"centre": 0.5, "top": 0.0}  # how much of what a tall picture loses lies above the square
 SYSTEM = r"(?is)\..*|@eadir|[@#$]recycle(\.bin)?|recycler|#snapshot|__macosx|lost\+found|lost\.dir"
 SYSTEM += r"|found\.000|system volume information|desktop\.ini|thumbs(\.db)?"  # hidden ones too
 MADE = [{"args.json", "log.csv"}, {"last.pt"}, {"codes.csv"}, {"table.csv", "overview.png"}]
-DATA = Path("data")  # where torchvision keeps the named sets
-NAMED_SETS = {  # torchvision's class, a file or folder of the set, a package that it needs
-    "mnist": ("MNIST", "MNIST/raw/train-images-idx3-ubyte", None),
-    "fashion-mnist": ("FashionMNIST", "FashionMNIST/raw/train-images-idx3-ubyte", None),
-    "svhn": ("SVHN", "train_32x32.mat", "scipy"),
-    "celeba": ("CelebA", "celeba/img_align_celeba", "gdown"),
-}
-CELEBA = 202_599  # pictures
 GET_PICTURES = "give a folder of pictures; `make data` downloads faces, `make demo` draws some"
-DECODED_AT_ONCE = 512  # so memory stays flat however large a set is
-DECODER = 2  # counts up whenever decode changes its result
+
+
+class NamedSet(NamedTuple):
+    kind: str  # torchvision's class, which downloads and reads it
+    path: str  # of its file or folder, below DATA
+    size: int  # --image-size
+    flip: bool  # whether its pictures may be mirrored
+    n: int = 0  # how many a whole folder has
+
+
+DATA, IDX = Path("data"), "raw/train-images-idx3-ubyte"  # where torchvision keeps them
+NAMED_SETS = {
+    "mnist": NamedSet("MNIST", f"MNIST/{IDX}", 32, False),
+    "fashion-mnist": NamedSet("FashionMNIST", f"FashionMNIST/{IDX}", 32, False),
+    "svhn": NamedSet("SVHN", "train_32x32.mat", 32, False),
+    "celeba": NamedSet("CelebA", "celeba/img_align_celeba", 32, True, 202_599),
+}
 
 
 class Pictures(NamedTuple):
     """A training set, decoded once."""
 
     x: Tensor  # uint8 (N, size, size, channels), mapped from a file and read as needed
-    fingerprint: str  # of its contents, whatever their names: what a run resumes with
+    fingerprint: str  # of the files' bytes, whatever their names, and the crop: a run keeps it
     names: list[str]  # paths, or numbers in a named set
-    order: Tensor  # int64 (N,), the order that runs take them in: by their contents
+    order: Tensor  # int64 (N,), the order that runs take them in: by their hashes
+
+
+def first_ten(texts: list[str]) -> str:
+    """Ten at most, in one line that every terminal can show."""
+    return ascii(", ".join(texts if len(texts) <= 10 else [*texts[:10], "..."]))[1:-1]
 
 
 def find_pictures(folder: Path) -> tuple[list[Path], str]:
@@ -529,59 +544,54 @@ def find_pictures(folder: Path) -> tuple[list[Path], str]:
 
     Linked folders are followed, each once; what cannot be opened counts as a file.
     """
-    kinds, found, passed = Image.registered_extensions(), [], Counter()
-    roots, seen = [folder], {*map(str, folder.parents)}
-    for root in roots:  # links last, so that pictures keep the names that they have without
-        for at, folders, names in os.walk(root, onerror=lambda e: found.append(Path(e.filename))):
-            here, real = Path(at), os.path.realpath(at)
-            if real in seen or (here != folder and any(marks <= {*names} for marks in MADE)):
-                passed[f"folder {here.name} (a run, or by generate.py)"] += real not in seen
-                names, folders[:] = [], []
-            seen.add(real)
-            hidden = [name for name in folders if re.fullmatch(SYSTEM, name)]
-            passed.update(f"folder {name}" for name in hidden)
-            folders[:] = [name for name in folders if name not in hidden]
-            roots += [path for path in map(here.joinpath, folders) if path.is_symlink()]
-            for path in map(here.joinpath, names):
-                suffix = re.split("[?:_]", path.suffix.lower())[0]  # .jpg?w=400 and .jpg_large too
-                if kinds.get(suffix) not in FORMATS and os.path.exists(path):
-                    passed[f"of {suffix or 'no suffix'}"] += path.name[0] != "."
-                elif path.name[0] == ".":
-                    passed["hidden"] += 1
-                else:
-                    found.append(path)
-    told = [f"{n:,} {ascii(what)[1:-1]}" for what, n in (+passed).most_common()]
-    return sorted(found), ", ".join(told[:10] + ["…"] * (len(told) > 10))
+    files, passed_over, formats = [], Counter(), Image.registered_extensions()
+    folders, links, visited = [folder], [], {*map(str, folder.parents)}
+    while folders or links:  # links last, so that pictures keep the names that they have without
+        here = folders.pop() if folders else links.pop(0)
+        real, names = os.path.realpath(here), set()
+        try:
+            names = {*os.listdir(here)} - {".DS_Store"} if real not in visited else names
+        except OSError:
+            files.append(here)
+        visited.add(real)
+        if here != folder and any(marks <= names for marks in MADE):
+            passed_over[f"folder {here.name} (a run, or by generate.py)"] += 1
+            continue
+        for path in map(here.joinpath, sorted(names)):
+            suffix = re.split("[?:_]", path.suffix.lower())[0]  # .jpg?w=400 and .jpg_large too
+            if os.path.isdir(path) and not re.fullmatch(SYSTEM, path.name):
+                (links if path.is_symlink() else folders).append(path)
+            elif os.path.isdir(path):
+                passed_over[f"folder {path.name}"] += 1
+            elif path.name[0] == ".":
+                passed_over["hidden"] += 1
+            elif formats.get(suffix) in FORMATS or not os.path.exists(path):
+                files.append(path)
+            else:
+                passed_over[f"of {suffix or 'no suffix'}"] += 1
+    return sorted(files), first_ten([f"{n:,} {kind}" for kind, n in passed_over.most_common()])
 
 
-def get_named_set(name: str, flag: str, opened: bool = False) -> Path | list[Image.Image]:
-    """The file or folder of a set, downloaded if it is missing; or the pictures in its file."""
-    kind, path, package = NAMED_SETS[name]
-    path, own = DATA / path, Path(name)
-    usable = own.is_dir() and not (own / "log.csv").exists()  # which a run has
-    if not path.exists() and usable and find_pictures(own)[0]:
+def open_named_set(name: str, flag: str) -> Collection[tuple]:
+    """torchvision's (picture, label) pairs, downloaded where they are missing."""
+    path, own = DATA / NAMED_SETS[name].path, Path(name)
+    is_run = (own / "log.csv").exists()
+    if not path.exists() and own.is_dir() and not is_run and find_pictures(own)[0]:
         why = f"a known set, and a folder of pictures here: give {flag} ./{name} for the folder"
         raise UserError(f"{flag} {name}: {why}, or rename it to get the known set")
     try:
-        if opened or not path.exists():
-            from torchvision import datasets  # takes a second, so only here
-        if not path.exists():
-            getattr(datasets, kind)(DATA, download=True)
-        if not opened:
-            return path
-        if name == "svhn":
-            return [*map(Image.fromarray, datasets.SVHN(DATA).data.transpose(0, 2, 3, 1))]
-        return [*map(Image.fromarray, datasets.mnist.read_image_file(str(path)).numpy())]
+        from torchvision import datasets  # takes a second, so only here
+
+        return getattr(datasets, NAMED_SETS[name].kind)(DATA, download=True)
     except Exception as error:  # of any kind: torchvision, gdown and scipy raise them
-        why = " ".join(str(error).split()) or type(error).__name__
-        if opened and not isinstance(error, ImportError):
-            why = f"{path} is damaged: delete it, and the same command gets it again ({why})"
-        why += f"; it needs `pip install {package}`" if package else ""
-        raise UserError(f"{flag} {name}: torchvision cannot get it into {DATA}/: {why}") from error
+        why = f"torchvision cannot get it into {DATA}/"
+        if path.exists() and not isinstance(error, ImportError):
+            why = f"{path} is damaged: delete it, and the same command gets it again"
+        raise UserError(f"{flag} {name}: {why} ({type(error).__name__}: {error})") from error
 
 
-def to_square(image: Image.Image, size: int, channels: int) -> Image.Image:
-    """Any picture as (size, size) in 1 or 3 channels: upright, on white, scaled, centre cropped."""
+def to_square(image: Image.Image, size: int, channels: int, crop: str = "centre") -> Image.Image:
+    """Any picture as (size, size) in 1 or 3 channels: upright, on white, cropped, scaled."""
     ImageOps.exif_transpose(image, in_place=True)
     if image.mode == "F":
         raise NotImplementedError("floats have no known white")
@@ -591,67 +601,73 @@ def to_square(image: Image.Image, size: int, channels: int) -> Image.Image:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     image = image.convert("L" if channels == 1 else "RGB")
-    return ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
+    return ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR, 0, (0.5, CROPS[crop]))
 
 
 def read_picture(
-    item: Path | Image.Image, size: int, channels: int, max_pixels: int = MAX_PIXELS
-) -> tuple[str, bytes | None]:
-    """A picture's hash and its (size, size, channels) bytes; or what is wrong with it, and None."""
+    item: Path | Image.Image, size: int, channels: int, crop: str = "centre", most: int = MAX_PIXELS
+) -> tuple[str, bytes | None, bool]:
+    """A picture's hash, its (size, size, channels) bytes, whether the crop takes a third or more.
+
+    What cannot be read, or has more than `most` pixels: what is wrong with it, None, False.
+    """
     try:
         if isinstance(item, Image.Image):
             raw, image = item.tobytes(), item
         elif not item.is_file():  # a pipe would never end
             raise FileNotFoundError
-        elif item.stat().st_size > 4 * max_pixels:
+        elif item.stat().st_size > 4 * most:
             raise Image.DecompressionBombError
         else:
             raw = item.read_bytes()
             image = Image.open(io.BytesIO(raw), formats=FORMATS)  # decodes nothing yet
         whole = image.size
         image.draft(None, (2 * size, 2 * size))  # a JPEG is decoded at 1/2, 1/4 or 1/8
-        if math.prod(whole if "progressive" in image.info else image.size) > max_pixels:
+        if math.prod(whole if "progressive" in image.info else image.size) > most:
             raise Image.DecompressionBombError
-        return hashlib.sha256(raw).hexdigest(), to_square(image, size, channels).tobytes()
-    except Exception as error:  # decoders raise anything; load_pictures reports it
-        return f"{item} ({type(error).__name__})", None
+        x = to_square(image, size, channels, crop).tobytes()
+        return hashlib.sha256(raw).hexdigest(), x, 3 * min(whole) <= 2 * max(whole)
+    except Exception as error:  # decoders raise anything; decode tells it
+        return f"{item} ({type(error).__name__})", None, False
 
 
-def decode(
-    data: str, items: list, size: int, channels: int, file: BinaryIO, flag: str
-) -> dict[str, object]:
-    """Writes (size, size, channels) bytes for each picture to file; returns facts about the set."""
-    kept, skipped, checksum, grey = {}, [], 0, True
+def decode(data: str, flag: str, items: list, how: tuple[int, int, str], file: BinaryIO) -> dict:
+    """Writes all different items, decoded; returns facts about them. how: size, channels, crop."""
+    numbers, unreadable, n_cut, is_grey, checksum = {}, [], 0, True, 0  # numbers of items, by hash
+    (size, channels, crop), share = how, MAX_PIXELS // DECODERS
     Image.init()  # loads Pillow's formats, which threads must not do at the same time
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    with warnings.catch_warnings(), ThreadPoolExecutor(min(cores or 1, DECODERS)) as pool:
+    with warnings.catch_warnings(), ThreadPoolExecutor(DECODERS) as pool:
         warnings.simplefilter("ignore")  # Pillow's, about files that it can read all the same
         parts = (items[i : i + DECODED_AT_ONCE] for i in range(0, len(items), DECODED_AT_ONCE))
-        how = (size, channels, MAX_PIXELS // DECODERS)
-        read = (pool.map(lambda p: read_picture(p, *how), part) for part in parts)
+        read = (pool.map(lambda item: read_picture(item, *how, share), part) for part in parts)
         read = tqdm(chain.from_iterable(read), "pictures", len(items), leave=False, disable=None)
-        for i, (key, x) in enumerate(read):  # decoders release the GIL
+        for i, (key, x, is_cut) in enumerate(read):  # decoders release the GIL
             if x is None and "(DecompressionBomb" in key:  # too large for several at once
-                key, x = read_picture(items[i], size, channels)
+                key, x, is_cut = read_picture(items[i], *how)
             if x is None:
-                skipped.append(key)
-            elif key not in kept:
-                kept[key] = str(items[i] if isinstance(items[i], Path) else i)
-                file.write(x)
+                unreadable.append(key)
+            elif key not in numbers:
+                numbers[key] = i
+                n_cut += is_cut
+                is_grey = is_grey and all(x[::channels] == x[c::channels] for c in range(channels))
                 checksum = zlib.crc32(x, checksum)
-                grey = grey and all(x[::channels] == x[c::channels] for c in range(channels))
-    summary = f"{len(kept):,} pictures in {data}"
-    if copies := len(items) - len(skipped) - len(kept):
+                file.write(x)
+    n, hashes = len(numbers), sorted(numbers)
+    summary = f"{n:,} pictures in {data}"
+    if copies := len(items) - len(unreadable) - n:
         summary += f", {copies:,} exact {'copy' if copies == 1 else 'copies'} dropped"
-    if skipped:
-        named = ascii(", ".join(skipped[:10]) + ", ..." * (len(skipped) > 10))
-        summary += f", {len(skipped):,} unreadable file{'s' * (len(skipped) > 1)} skipped: {named}"
-    if len(kept) < 2:
+    if unreadable:
+        kind = "file" if len(unreadable) == 1 else "files"
+        summary += f", {len(unreadable):,} unreadable {kind} skipped: {first_ten(unreadable)}"
+    if n < 2:
         raise UserError(f"{flag} {data}: {summary}, at least 2 are needed; {GET_PICTURES}")
-    old, now = (hashlib.sha256("".join(k).encode()).hexdigest() for k in (kept, sorted(kept)))
-    facts = {"n": len(kept), "told": summary, "checksum": checksum, "grey": grey}
-    facts |= {"fingerprint": now[:16], "by_name": old[:16], "names": "\0".join(kept.values())}
-    return facts | {"order": sorted(range(len(kept)), key=[*kept].__getitem__)}
+    if crop == "centre" and n_cut > n / 10:
+        summary += f"\n{n_cut:,} of them lose a third of their area or more: their middle is taken;"
+        summary += " infogan.py --crop top takes the upper part of tall ones"
+    facts = {"summary": summary, "shape": (n, size, size, channels), "checksum": checksum}
+    facts["fingerprint"] = hashlib.sha256("".join([crop, *hashes]).encode()).hexdigest()[:16]
+    facts["names"] = [str(items[i] if isinstance(items[i], Path) else i) for i in numbers.values()]
+    return facts | {"grey": is_grey, "order": sorted(range(n), key=[*numbers].__getitem__)}
 
 
 def cache_folder() -> Path:
@@ -660,86 +676,81 @@ def cache_folder() -> Path:
     return Path(os.devnull if path[0] == "~" else path) / "infogan"  # no home: caches nothing
 
 
-def read_cache(path: Path, key: str, shape: tuple[int, ...]) -> tuple[Tensor, dict] | None:
-    """(N, *shape), mapped into memory, and facts; None where the file is not as it was written."""
-    # it holds the pictures' bytes, then the facts as JSON, then the JSON's length
-    with suppress(OSError, ValueError, KeyError, TypeError, RuntimeError), open(path, "rb") as file:
-        file.seek(-8, os.SEEK_END)
-        length = int.from_bytes(file.read(), "little")
-        size = file.seek(-8 - length, os.SEEK_END)
-        facts = json.loads(file.read(length))
-        if facts["key"] == key and size == facts["n"] * math.prod(shape):
-            x = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
-            if zlib.crc32(x.numpy()) == facts["checksum"]:
-                return x.view(-1, *shape), facts
+def read_cache(path: Path, key: str) -> tuple[Tensor, dict] | None:
+    """(N, size, size, channels), mapped into memory, and facts; None where they do not fit."""
+    with suppress(OSError, ValueError, KeyError, TypeError, RuntimeError):
+        facts, n_bytes = json.loads(path.with_suffix(".json").read_bytes()), path.stat().st_size
+        x = torch.from_file(str(path), shared=False, size=n_bytes, dtype=torch.uint8)
+        if facts["key"] == key and facts["checksum"] == zlib.crc32(x.numpy()):
+            return x.view(facts["shape"]), facts
     return None
 
 
+def write_cache(path: Path, key: str, decode_to: Callable[[BinaryIO], dict]) -> None:
+    """Pixels in one file, then facts in another: pixels without their facts do not count."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for part in path.parent.glob(".*.part"):  # of a killed process: others hold a lock
+        with suppress(OSError, AttributeError), open(part, "r+b") as file:
+            os.lockf(file.fileno(), os.F_TLOCK, 0)
+            part.unlink()
+    with replacing(path.with_suffix(".json")) as facts, replacing(path) as pixels:
+        with suppress(OSError, AttributeError):  # Windows has no lockf
+            os.lockf(facts.fileno(), os.F_TLOCK, 0)
+            os.lockf(pixels.fileno(), os.F_TLOCK, 0)
+        facts.write(json.dumps(decode_to(pixels) | {"key": key}).encode())
+
+
 def load_pictures(
-    data: str, size: int, channels: int | None = None, flag: str = "--data", seen: str | None = None
+    data: str, size: int, channels: int | None = None, crop: str = "centre", flag: str = "--data"
 ) -> Pictures:
     """A folder or a named set, decoded once: later starts map the cache's file into memory.
 
-    channels None takes what the set has: 1 when every picture is grey, else 3. Exact copies and
-    unreadable files are left out and counted. seen, a run's fingerprint, may be one of before,
-    which depended on names: the pictures then have it, and their order of then. Raises UserError,
-    with the flag that names the set, when fewer than two remain.
+    channels None takes what the set has: 1 when every picture is grey, else 3. crop: the "centre"
+    or the "top" of tall pictures. Exact copies and unreadable files are left out and counted.
+    Raises UserError, with the flag that names the set, when fewer than two remain.
     """
-    named = data in NAMED_SETS
-    folder = get_named_set(data, flag) if named else Path(os.path.expanduser(data))
-    if not named and not folder.is_dir():
+    named = NAMED_SETS.get(data)
+    root = DATA / named.path if named else Path(os.path.expanduser(data))
+    if named and not root.exists():
+        open_named_set(data, flag)
+    elif not named and not root.is_dir():
         raise UserError(f"{flag} {data}: no such folder; {GET_PICTURES}")
-    folder = folder.resolve()  # one set, however its path is written
-    files, passed = find_pictures(folder) if folder.is_dir() else ([folder], "")
-    if passed:
-        print(f"passed over in {data}: {passed}")
-    if data == "celeba" and len(files) < CELEBA:
-        cure = f"delete it to get it anew, or give {flag} {folder} to use these"
-        raise UserError(f"{flag} celeba: {folder} has {len(files):,} of {CELEBA:,}; {cure}")
-    contents = hashlib.sha256(str(DECODER).encode())  # changes with every name, size and time
-    for path in files:
-        contents.update(os.fsencode(path))
+    root = root.resolve()  # one set, however its path is written
+    items, passed_over = find_pictures(root) if root.is_dir() else ([root], "")
+    if passed_over:
+        print(f"passed over in {data}: {passed_over}")
+    if named and len(items) < named.n:
+        cure = f"delete it to get it anew, or give {flag} {root} to use these"
+        raise UserError(f"{flag} {data}: {root} has {len(items):,} of {named.n:,}; {cure}")
+    files = hashlib.sha256(str(DECODER).encode())  # changes with every name, size and time
+    for path in items:
+        files.update(os.fsencode(path))
         with suppress(OSError):  # an unreadable one counts by its name
-            now = path.stat()
-            contents.update(f" {now.st_size} {now.st_mtime_ns}\0".encode())
-    # one file for each folder and way to decode it, so that a changed set replaces the old one
-    where, key = hashlib.sha256(os.fsencode(folder)).hexdigest()[:16], contents.hexdigest()
-    for depth in (3, 1):
-        path, shape = cache_folder() / f"{where}-{size}x{size}x{depth}", (size, size, depth)
-        found = read_cache(path, key, shape)
-        if channels != 1 or (found and found[1]["grey"]):
+            files.update(f" {path.stat().st_size} {path.stat().st_mtime_ns}\0".encode())
+    key, place = files.hexdigest(), hashlib.sha256(os.fsencode(root)).hexdigest()[:16]
+    for depth in (3, 1):  # one cache for each set and way to decode it, made anew when it changes
+        path = cache_folder() / f"{place}-{size}x{size}x{depth}-{crop}.pixels"
+        cached = read_cache(path, key)
+        if channels != 1 or (cached and cached[1]["grey"]):
             break
-    if not found:
-        items = files if folder.is_dir() else get_named_set(data, flag, opened=True)
+    if not cached:
+        if root.is_file():
+            items = [image for image, _ in open_named_set(data, flag)]
+        job = (data, flag, items, (size, depth, crop))
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            for part in path.parent.glob(".*.part"):  # who still writes one holds its lock
-                with suppress(OSError, AttributeError), open(part, "r+b") as file:
-                    os.lockf(file.fileno(), os.F_TLOCK, 0)
-                    part.unlink()
-            with replacing(path) as file:
-                with suppress(OSError, AttributeError):  # Windows has no lockf
-                    os.lockf(file.fileno(), os.F_TLOCK, 0)
-                facts = decode(data, items, size, depth, file, flag)
-                tail = json.dumps(facts | {"key": key}).encode()
-                file.write(tail + len(tail).to_bytes(8, "little"))
-            found = read_cache(path, key, shape)
-            why = "damaged as soon as it was written"
+            write_cache(path, key, lambda file: decode(*job, file))
+            if not (cached := read_cache(path, key)):
+                raise OSError("damaged as soon as it was written")
         except OSError as error:
-            why = error.strerror or str(error)
-        if not found:
-            print(f"{path}: {why}; pictures are not cached, each start decodes them")
+            print(f"{path}: {error.strerror or error}; not cached, each start decodes the pictures")
             memory = io.BytesIO()
-            facts = decode(data, items, size, depth, memory, flag)
+            facts = decode(*job, memory)
             x = torch.frombuffer(memory.getbuffer(), dtype=torch.uint8)
-            found = x.view(-1, *shape), facts
-    x, facts = found
-    print(facts["told"])
+            cached = x.view(facts["shape"]), facts
+    x, facts = cached
+    print(facts["summary"])
     x = x[..., :1] if facts["grey"] and channels != 3 else x
-    names, order = facts["names"].split("\0"), torch.tensor(facts["order"])
-    if seen == facts["by_name"]:
-        return Pictures(x, seen, names, torch.arange(len(x)))
-    return Pictures(x, facts["fingerprint"], names, order)
+    return Pictures(x, facts["fingerprint"], facts["names"], torch.tensor(facts["order"]))
 
 
 def make_batch(x: Tensor, flip: bool, rng: torch.Generator, device: torch.device) -> Tensor:
@@ -748,7 +759,7 @@ def make_batch(x: Tensor, flip: bool, rng: torch.Generator, device: torch.device
         x = x.pin_memory()  # so that the copy does not wait for the device's earlier work
     x = x.to(device, non_blocking=True)
     if flip:
-        mirrored = my_rows(torch.rand(len(x) * rank_and_world()[1], 1, 1, 1, generator=rng) < 0.5)
+        mirrored = torch.rand(len(x), 1, 1, 1, generator=rng) < 0.5
         x = torch.where(mirrored.to(device, non_blocking=True), x.flip(2), x)
     x = x.contiguous().permute(0, 3, 1, 2).float()  # moved as bytes; its layout is channels_last
     return torch.add(x.new_full((), -1.0), x, alpha=1 / 127.5, out=x)  # x / 127.5 - 1 in one pass
@@ -1329,9 +1340,8 @@ def train(args: Namespace) -> int:
                 held.enter_context(locked(out))
             ckpt = None if args.restart else find_checkpoint(args)
             init = load_checkpoint(args.init) if args.init and not ckpt else None
-            seen = ckpt and ckpt.get("fingerprint")
-            pictures = load_pictures(args.data, args.image_size, args.channels, seen=seen)
-            if seen and seen != pictures.fingerprint:
+            pictures = load_pictures(args.data, args.image_size, args.channels, args.crop)
+            if ckpt and ckpt.get("fingerprint", pictures.fingerprint) != pictures.fingerprint:
                 check_changes(args, ckpt, ["other pictures"])
         args.channels, n = pictures.x.shape[3], len(pictures.x)
         state = new_state(args, device)
@@ -1452,6 +1462,7 @@ FLAGS = {  # by group: flag, default (None: parse_args sets it), limits or choic
     ("--data", "data/anime", "FOLDER", f"a folder, or {', '.join(NAMED_SETS)}"),
     ("--image-size", None, (16, 256), "16, 32, 64, 128 or 256 (default 64; named sets 32)"),
     ("--channels", None, (1, 3), "1 grey, 3 colour (default: what the set has)"),
+    ("--crop", "centre", [*CROPS], "the square that is taken from tall pictures"),
     ("--flip", None, bool, "mirror half of them (default on; digits and clothes off)"),
 ], "codes": [
     ("--n-cat", 1, (0, 64), "categorical codes, 0 to 64"),
