@@ -550,7 +550,7 @@ def find_pictures(folder: Path) -> tuple[list[Path], str]:
         here = folders.pop() if folders else links.pop(0)
         real, names = os.path.realpath(here), set()
         try:
-            names = {*os.listdir(here)} - {".DS_Store"} if real not in visited else names
+            names = {*os.listdir(here)} if real not in visited else names
         except OSError:
             files.append(here)
         visited.add(real)
@@ -564,12 +564,12 @@ def find_pictures(folder: Path) -> tuple[list[Path], str]:
             elif os.path.isdir(path):
                 passed_over[f"folder {path.name}"] += 1
             elif path.name[0] == ".":
-                passed_over["hidden"] += 1
+                passed_over["hidden"] += formats.get(suffix) in FORMATS
             elif formats.get(suffix) in FORMATS or not os.path.exists(path):
                 files.append(path)
             else:
                 passed_over[f"of {suffix or 'no suffix'}"] += 1
-    return sorted(files), first_ten([f"{n:,} {kind}" for kind, n in passed_over.most_common()])
+    return sorted(files), first_ten([f"{n:,} {kind}" for kind, n in passed_over.most_common() if n])
 
 
 def open_named_set(name: str, flag: str) -> Collection[tuple]:
@@ -582,11 +582,11 @@ def open_named_set(name: str, flag: str) -> Collection[tuple]:
     try:
         from torchvision import datasets  # takes a second, so only here
 
-        return getattr(datasets, NAMED_SETS[name].kind)(DATA, download=True)
+        return getattr(datasets, NAMED_SETS[name].kind)(DATA, download=not path.exists())
     except Exception as error:  # of any kind: torchvision, gdown and scipy raise them
         why = f"torchvision cannot get it into {DATA}/"
         if path.exists() and not isinstance(error, ImportError):
-            why = f"{path} is damaged: delete it, and the same command gets it again"
+            why = f"{path} is damaged or not all: delete it, and the same command gets it again"
         raise UserError(f"{flag} {name}: {why} ({type(error).__name__}: {error})") from error
 
 
