@@ -558,9 +558,9 @@ def read_pictures(model: Model, args: argparse.Namespace, out: Path) -> str:
     size, channels = ckpt["args"]["image_size"], ckpt["args"]["channels"]
     paths = [Path(os.path.expanduser(path)) for path in args.read]
     found = [infogan.read_picture(path, size, channels) for path in paths]
-    for why in (why for why, raw in found if raw is None):
+    for why in (why for why, raw, _ in found if raw is None):
         raise UserError(f"--read {why}: cannot be read as a picture; --sort takes a folder")
-    raw = bytearray(b"".join(raw for _, raw in found))
+    raw = bytearray(b"".join(raw for _, raw, _ in found))
     x = torch.frombuffer(raw, dtype=torch.uint8).view(-1, size, size, channels)
     values, doubts = read_codes(model, x, args)
     forms = ["{:.0f} ({:.0%})"] * spec.n_cat + ["{:+.2f} ± {:.2f}"] * spec.n_cont
