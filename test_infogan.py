@@ -101,6 +101,17 @@ def tiny_state(*flags: str) -> tuple[infogan.State, Namespace, torch.Tensor, Cod
     return state, args, x, state.spec.sample(8, seeded(2))
 
 
+EACH = ("--save-every", 1, "--sample-every", 1)
+
+
+@pytest.fixture(scope="session")
+def trained(faces, tmp_path_factory) -> Path:
+    """A finished run of 3 epochs of 18 steps, each epoch kept and drawn. Tests copy it."""
+    out = tmp_path_factory.mktemp("trained") / "run"
+    assert infogan.main(tiny(faces, out, *EACH, "--epochs", 3)) == 0
+    return out
+
+
 def said_one_line(capsys, *words: str) -> str:
     """What stderr holds: one line, no traceback, with these words."""
     err = capsys.readouterr().err
@@ -196,7 +207,7 @@ class Run:
 
     def __init__(self, argv: list[str], said: Path, prepare=None):
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["infogan", "torch.utils.tensorboard"])
+        context.set_forkserver_preload(["test_infogan", "torch.utils.tensorboard", "torch._dynamo"])
         self.said = said
         self.process = context.Process(target=self.train, args=(argv, said, prepare))
         self.process.start()
@@ -1027,49 +1038,6 @@ def test_training_needs_no_cache(tmp_path, monkeypatch, capsys):
     assert infogan.load_pictures(str(folder), 16).x.equal(pictures.x)
 
 
-MEMORY = """
-import contextlib, os, sys, infogan
-if sys.argv[3:]:
-    os.cpu_count = lambda: int(sys.argv[3])
-def memory(kind):
-    with open("/proc/self/status") as file:
-        return int(next(line for line in file if line.startswith(kind)).split()[1]) / 1024
-with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:
-    file.write("5")  # the peak so far is forgotten
-private, now = memory("RssAnon"), memory("VmRSS")
-x = infogan.load_pictures(sys.argv[1], int(sys.argv[2]), 3).x
-peak = memory("VmHWM") - now
-print(sum(int(x.index_select(0, i).sum()) for i in infogan.torch.arange(len(x)).split(100)))
-print(len(x), x.nbytes / 2**20, memory("RssAnon") - private, peak)
-"""
-
-
-def memory(folder: Path, size: int, *decoders: int) -> tuple[float, float, float, float]:
-    """How many pictures a folder has, and the MB that loading it takes in a process of its own.
-
-    Those of the decoded set; of private memory, once all of it was read; and at the peak.
-    """
-    script = [sys.executable, "-c", MEMORY, *map(str, (folder, size, *decoders))]
-    more = {"capture_output": True, "text": True, "check": True, "timeout": PATIENCE}
-    said = subprocess.run(script, cwd=HERE, **more)
-    return tuple(map(float, said.stdout.split()[-4:]))
-
-
-STATUS = Path("/proc/self/status")
-LINUX = STATUS.exists() and "VmHWM" in STATUS.read_text()
-linux = pytest.mark.skipif(not LINUX, reason="Linux tells a process's memory")
-
-
-@linux
-def test_private_memory_does_not_grow_with_the_set(tmp_path):
-    folder = tmp_path / "faces"
-    folder.mkdir()
-    for i in range(2000):
-        Image.new("RGB", (1, 1), (i % 256, i // 256, 0)).save(folder / f"{i}.bmp")
-    cold, warm = (memory(folder, 128) for _ in range(2))
-    assert cold[1] == warm[1] > 90 and cold[2] < 60 and warm[2] < 40, (cold, warm)
-
-
 # training -----------------------------------------------------------------------------------------
 
 
@@ -1641,52 +1609,6 @@ def test_compiled_networks_make_the_same_step(monkeypatch, amp):
 # nothing lost -------------------------------------------------------------------------------------
 
 
-def survive(faces: Path, folder: Path, kills: int, epochs: int, longest: float) -> int:
-    """Kills a run at random moments, going on each time; returns how often it was alive to kill.
-
-    What it leaves must be what an undisturbed run leaves: the weights bit for bit, each logged
-    step once and in order, every grid, no temporary file.
-    """
-    whole, killed, rng = folder / "whole", folder / "killed", random.Random(0)
-    flags = ("--epochs", epochs, "--sample-every", 1, "--save-every", 2)
-    assert Run(tiny(faces, whole, *flags), folder / "said").end()[0] == 0
-    died = 0
-    for _ in range(kills):
-        run = Run(tiny(faces, killed, *flags), folder / "said")
-        run.process.join(rng.uniform(0.02, longest))
-        died += run.process.is_alive()
-        run.kill()
-    code, said = Run(tiny(faces, killed, *flags), folder / "said").end()
-    assert code == 0, said
-    assert same(whole / "last.pt", killed / "last.pt")
-    whole_log, log = (
-        [row.split(",")[:2] + row.split(",")[3:] for row in (out / "log.csv").read_text().split()]
-        for out in (whole, killed)
-    )
-    assert log == whole_log and len(log) == epochs * 18 // 20 + 1
-    for out in (whole, killed):
-        left = {p.relative_to(out).as_posix() for p in out.rglob("*") if "tfevents" not in p.name}
-        assert left == {"args.json", "curves.png", "last.pt", "log.csv", "training.gif",
-            "samples", "samples/real.png", "samples/last.png",
-            *(f"epoch_{e:04d}.pt" for e in range(2, epochs + 1, 2)),
-            *(f"samples/epoch_{e:04d}.png" for e in range(epochs + 1))}  # fmt: skip
-    for path in whole.glob("samples/*.png"):
-        assert path.read_bytes() == (killed / "samples" / path.name).read_bytes()
-    return died
-
-
-@unix
-def test_kills_leave_no_trace(faces, tmp_path):
-    survive(faces, tmp_path, kills=5, epochs=6, longest=1.5)
-
-
-@unix
-def torture_fifty_kills_leave_no_trace(faces, tmp_path, capsys):
-    kills = survive(faces, tmp_path, 50, 60, 2.0)
-    with capsys.disabled():
-        print(f"\n{kills} kills survived, bit for bit")
-
-
 @unix
 @pytest.mark.parametrize("number", infogan.SIGNALS[:3])
 def test_a_signal_saves_and_leaves(faces, tmp_path, number):
@@ -2084,110 +2006,6 @@ def ckpt(faces, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("trained")
     assert infogan.main(tiny(faces, out, "--max-steps", 3, "--n-cont", 3)) == 0
     return out / "last.pt"
-
-
-def garble(raw: bytes, rng: random.Random) -> bytes:
-    """A copy with some bytes changed, cut, doubled, moved or appended."""
-    raw = bytearray(raw)
-    for _ in range(rng.choice([1, 1, 1, 2, 8])):
-        i, j = sorted(rng.randrange(len(raw) + 1) for _ in range(2))
-        kind = rng.randrange(6)
-        if kind == 0:
-            del raw[i:]
-        elif kind == 1:
-            del raw[i : min(j, i + 99)]
-        elif kind == 2:
-            raw[i:i] = raw[i : min(j, i + 99)]
-        elif kind == 3:
-            raw += rng.randbytes(9)
-        else:
-            raw[i : i + 1] = rng.randbytes(1)
-        raw = raw or bytearray(b"x")
-    return bytes(raw)
-
-
-def garble_inside(raw: bytes, rng: random.Random) -> bytes:
-    """A copy whose checksums are right though what they cover is garbled: the pickle, mostly."""
-    packed = io.BytesIO()
-    with zipfile.ZipFile(io.BytesIO(raw)) as old, zipfile.ZipFile(packed, "w") as new:
-        for entry in old.infolist():
-            hit = entry.filename.endswith("data.pkl") or rng.random() < 0.01
-            new.writestr(entry.filename, garble(old.read(entry), rng) if hit else old.read(entry))
-    return packed.getvalue()
-
-
-def fuzz_checkpoints(ckpt: Path, folder: Path, n: int) -> int:
-    """Loads n garbled checkpoints as generate.py and a resumed run do; returns how many passed.
-
-    None may raise anything but UserError; one that loads with a checksum unchanged must be equal.
-    About a tenth passes: what is appended, or hits nothing that is read, does no harm.
-    """
-    rng, raw, bad, loaded = random.Random(0), ckpt.read_bytes(), folder / "bad.pt", 0
-    whole = infogan.load_checkpoint(ckpt)
-    args = Namespace(**whole["args"])
-    state = infogan.new_state(args, CPU)
-    for i in range(n):
-        bad.write_bytes((garble, garble_inside)[i % 2](raw, rng))
-        try:
-            got = infogan.load_checkpoint(bad)
-            if i % 2 == 0:
-                assert all(got["G"][k].equal(v) for k, v in whole["G"].items()), i
-            infogan.load_generator(bad)
-            infogan.load_encoder(bad)
-            infogan.restore(state, got, folder)
-            loaded += 1
-        except UserError:
-            continue
-    assert n / 50 < loaded < n / 5, loaded
-    return loaded
-
-
-def fuzz_pictures(folder: Path, n: int) -> int:
-    """Decodes n garbled pictures of all formats; returns how many could be read all the same.
-
-    About a third: where one byte of the pixels has changed, a decoder sees nothing wrong.
-    """
-    rng, kinds = random.Random(0), ("png", "jpeg", "gif", "webp", "bmp")
-    noise, raws = Image.frombytes("RGB", (40, 30), rng.randbytes(3600)), []
-    for kind in kinds:
-        buffer = io.BytesIO()
-        noise.save(buffer, kind)
-        raws.append(buffer.getvalue())
-    for i in range(n):
-        path = folder / f"{i}.{kinds[i % len(kinds)]}"
-        path.write_bytes(garble(raws[i % len(kinds)], rng))
-    read = len(infogan.load_pictures(str(folder), 16).x)
-    assert n / 5 < read < n / 2, read
-    return read
-
-
-def test_of_garbled_checkpoints_only_the_harmless_ones_load(tmp_path):
-    fuzz_checkpoints(HERE / "data/format-1.pt", tmp_path, 100)
-
-
-def test_of_garbled_pictures_those_that_decode_are_used(tmp_path):
-    fuzz_pictures(tmp_path, 200)
-
-
-def torture_ten_thousand_garbled_files_raise_no_error(tmp_path, capsys):
-    (tmp_path / "pictures").mkdir()
-    read = fuzz_pictures(tmp_path / "pictures", 10_000)
-    loaded = fuzz_checkpoints(HERE / "data/format-1.pt", tmp_path, 10_000)
-    with capsys.disabled():
-        print(f"\n10,000 garbled pictures: {read:,} could be read all the same; no error")
-        print(f"10,000 garbled checkpoints: {loaded:,} loaded, the others refused; no error")
-
-
-@linux
-def torture_large_pictures_and_bombs_take_the_memory_of_one_picture(tmp_path, capsys):
-    """At its peak, decoding one after the other: at most 24 bytes for each pixel of the largest."""
-    for i in range(20):
-        Image.new("RGBA", (8192, 4096), (i, 0, 0, 9)).save(tmp_path / f"{i}.png")
-        (tmp_path / f"bomb{i}.png").write_bytes((tmp_path / f"{i}.png").read_bytes()[:30] + b"x")
-    n, _, _, peak = memory(tmp_path, 16, 1)
-    assert n == 20 and peak < 24 * 8192 * 4096 / 2**20, peak
-    with capsys.disabled():
-        print(f"\n20 pictures of 8192x4096 and 20 bombs took {peak:,.0f} MB more")
 
 
 def rewritten(ckpt: Path, where: Path, change) -> Path:

@@ -62,7 +62,7 @@ def test_every_script_of_data_is_asked_for_help():
 # pages, Makefile ----------------------------------------------------------------------------------
 
 PAGES = [HERE / "README.md", HERE / "checkpoint/README.md"]
-each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.parent.name)
+each_page = pytest.mark.parametrize("page", PAGES, ids=["README", "checkpoint/README"])
 MAKEFILE = (HERE / "Makefile").read_text()
 TARGETS = re.findall(r"^([a-z0-9-]+):", MAKEFILE, re.M)
 GIVEN = {"MAKEFLAGS", "MFLAGS", *re.findall(r"^(\w+) *\?=", MAKEFILE, re.M)}  # to this make test
