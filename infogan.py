@@ -118,7 +118,7 @@ class CodeSpec:
     @property
     def metrics(self) -> list[str]:
         """The figures that train_step returns, in order."""
-        return ["loss_D", "loss_G", "D_real", "D_fake", *self.names]
+        return ["loss_D", "loss_G", "D_real", "D_fake", "R1", "identity", *self.names]
 
     @property
     def entropies(self) -> list[float]:
@@ -199,17 +199,45 @@ class ConvTranspose2dFromPixel(nn.ConvTranspose2d):
         return y.unflatten(1, (*self.kernel_size, -1)).permute(0, 3, 1, 2)
 
 
-class Generator(nn.Module):
-    """x = G(z, c): (n, spec.dim) to (n, channels, size, size) in [-1, 1] (DCGAN, 1511.06434)."""
+class UpsampleConv2d(nn.Conv2d):
+    """Nearest neighbours to twice the size, then a 3x3 convolution; no chequered grain."""
 
-    def __init__(self, spec: CodeSpec, image_size: int = 64, width: int = 64, channels: int = 3):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv_transpose2d(x, self.folded(), self.bias, stride=2, padding=1)
+
+    def folded(self) -> Tensor:
+        """Both as one transposed convolution (4, 2, 1): a 4x4 kernel (in, out, 4, 4), as fast."""
+        # a pixel that is doubled meets the sum of the kernel's weights in each 2x2 window
+        kernel = 4 * F.avg_pool2d(F.pad(self.weight, [1] * 4), 2, 1)
+        return kernel.flip(2, 3).transpose(0, 1)
+
+
+class Generator(nn.Module):
+    """x = G(z, c): (n, spec.dim) to (n, channels, size, size) in [-1, 1].
+
+    upsample "nearest": UpsampleConv2d; "transposed": transposed convolutions (DCGAN, 1511.06434).
+    """
+
+    def __init__(
+        self,
+        spec: CodeSpec,
+        image_size: int = 64,
+        width: int = 64,
+        channels: int = 3,
+        upsample: str = "nearest",
+    ):
         super().__init__()
         check_limits({"image_size": image_size, "width": width, "channels": channels})
         widths = layer_widths(image_size, width)[::-1]
+        double = {"nearest": (UpsampleConv2d, 3, 1, 1), "transposed": (nn.ConvTranspose2d, 4, 2, 1)}
+        conv, *shape = double[upsample]
         layers = [ConvTranspose2dFromPixel(spec.dim, widths[0], 4, bias=False)]
-        for now, then in zip(widths, [*widths[1:], channels], strict=True):
-            layers += [nn.BatchNorm2d(now), nn.ReLU(True)]
-            layers += [nn.ConvTranspose2d(now, then, 4, 2, 1, bias=then == channels)]
+        for n_in, n_out in zip(widths, [*widths[1:], width], strict=True):
+            layers += [nn.BatchNorm2d(n_in), nn.ReLU(True), conv(n_in, n_out, *shape, bias=False)]
+        if upsample == "nearest" and image_size >= 64:  # at 32x32 this layer made pictures worse
+            layers += [nn.BatchNorm2d(width), nn.ReLU(True), nn.Conv2d(width, channels, 3, 1, 1)]
+        else:
+            layers[-1] = conv(width, channels, *shape)
         self.layers = nn.Sequential(*layers, nn.Tanh())
 
     def forward(self, joined: Tensor) -> Tensor:
@@ -296,7 +324,8 @@ def log_q(q: QOutput, codes: Codes) -> Tensor:
 
 def mutual_information(spec: CodeSpec, q: QOutput, codes: Codes) -> Tensor:
     """L_I = E[log Q(c|x)] + H(c) of each code in nats (paper, Eq. 5), (n_cat + n_cont,)."""
-    return log_q(q, codes).mean(0) + torch.tensor(spec.entropies, device=q.q_mu.device)
+    cat, cont = log_q(q, codes).mean(0).split([spec.n_cat, spec.n_cont])
+    return torch.cat([cat + math.log(spec.cat_dim), cont + math.log(2)])  # H(c), see entropies
 
 
 def lambda_L_I(spec: CodeSpec, L_I: Tensor, args: Namespace, cap_cont: float = math.inf) -> Tensor:
@@ -315,7 +344,7 @@ def identity_loss(x: Tensor) -> Tensor:
     averages: E[(p - p')^2] / 2 / Var(p), 0 where p is decided by the categories, 1 where they do
     not matter. The mean over brightness and colour of what lies above IDENTITY_FREE.
     """
-    p = F.adaptive_avg_pool2d(x[: len(x) // 2 * 2], 4)
+    p = F.avg_pool2d(x[: len(x) // 2 * 2], x.shape[3] // 4)
     light, losses = p.mean(1, keepdim=True), []
     parts = (light, p - light)[: p.shape[1]]  # a grey picture has no colour
     for part, free in zip(parts, IDENTITY_FREE, strict=False):
@@ -338,42 +367,64 @@ def r1_penalty(d_real: Tensor, x: Tensor) -> Tensor:
     return gradient.square().sum((1, 2, 3)).mean() / 2
 
 
-def augment(x: Tensor, strength: float, rng: torch.Generator) -> Tensor:
+def shift(x: Tensor, u: Tensor, reach: Tensor) -> Tensor:
+    """Pictures moved by up to `reach` whole pixels in x and y, on grey (DiffAugment, 2006.10738).
+
+    u (n, 2) says how far each goes, uniform in [0, 1).
+    """
+    by = ((2 * reach + 1) * u).floor() - reach
+    i = torch.arange(x.shape[3], device=x.device)
+    Y, X = (i[:, None] + by[:, :, None, None] == i).to(x.dtype).unbind(1)  # (n, size, size): 0, 1
+    return Y[:, None] @ x @ X[:, None].mT
+
+
+def augment(x: Tensor, u: Tensor, strength: float) -> Tensor:
     """Pictures (n, channels, size, size) warped, blurred, in another light, each in its own way.
 
     At strength 1: turned up to 17 degrees, 30% larger or smaller, moved by 15% of the width, half
-    as much light or half as much again.
+    as much light or half as much again. u (n, 8) says how, uniform in [0, 1).
     """
-    seed = int(torch.randint(2**62, (), generator=rng))  # the rest is drawn on x's device
-    at = {"generator": torch.Generator(x.device).manual_seed(seed), "device": x.device}
-    n = len(x) * rank_and_world()[1]
-    warp = 0.3 * strength * (2 * my_rows(torch.rand(n, 2, 3, **at)) - 1)
+    u = strength * (2 * u - 1)
+    warp = 0.3 * u[:, :6].unflatten(1, (2, 3))
+    gain, light = (0.5 * u[:, 6:, None, None]).split(1, 1)
     where = F.affine_grid(torch.eye(2, 3, device=x.device) + warp, x.shape, align_corners=False)
     edge = 1 - 1 / x.shape[3]  # clamped to the outermost pixels: just what padding_mode="border" is
     on = "cpu" if x.device.type == "mps" else x.device  # until torch 2.13 MPS has no gradient of it
     y = F.grid_sample(x.to(on), where.clamp(-edge, edge).to(on), align_corners=False).to(x.device)
     y = F.avg_pool2d(F.pad(y, [1] * 4, mode="replicate"), 3, 1)
-    light = torch.rand(2, n, 1, 1, 1, **at).transpose(0, 1)
-    gain, shift = 0.5 * strength * (2 * my_rows(light).transpose(0, 1) - 1)
-    y = (gain.exp() * (y + shift)).clamp(-1, 1)
+    y = (gain.exp() * (y + light)).clamp(-1, 1)
     return y.contiguous(memory_format=torch.channels_last)
 
 
-def d_and_q(
-    D: Discriminator, x: Tensor, strength: float, rng: torch.Generator
-) -> tuple[Tensor, QOutput]:
-    """D's logits of x and Q(c|x); with a strength Q reads the categoricals from augmented x.
+@contextmanager
+def not_recorded(D: Discriminator) -> Iterator[None]:
+    """Batch norm's running averages stay: they are of pictures as they are, which Q is used on."""
+    norms = [m for m in D.modules() if isinstance(m, (nn.BatchNorm2d, nn.SyncBatchNorm))]
+    for norm in norms:
+        norm.momentum = 0.0
+    yield
+    for norm in norms:
+        norm.momentum = 0.1
 
-    What a category means must then survive the augmentation: it is not pose, stroke or light.
+
+def d_and_q(
+    D: Discriminator, x: Tensor, u: Tensor, reach: Tensor | None, strength: float
+) -> tuple[Tensor, QOutput]:
+    """D's logits of shifted x, and Q(c|x) of x as it is; one pass for both where reach is None.
+
+    With a strength Q reads the categoricals from augmented x: what a category means must survive
+    that, so it is not pose, stroke or light. u (n, 10) says how x is shifted and augmented.
     """
-    d, q = D(x)
+    if reach is None:
+        d, q = D(x)
+    else:
+        with not_recorded(D):
+            d = D.d_logits(D.trunk(shift(x, u[:, :2], reach)))
+        q = D.q_output(D.trunk(x))
     if strength and D.spec.n_cat:
-        norms = [m for m in D.modules() if isinstance(m, (nn.BatchNorm2d, nn.SyncBatchNorm))]
-        for m in norms:
-            m.momentum = 0.0  # its average stays that of pictures as they are, which Q is used on
-        q = q._replace(q_logits=D.q_output(D.trunk(augment(x, strength, rng))).q_logits)
-        for m in norms:
-            m.momentum = 0.1
+        with not_recorded(D):
+            augmented = D.q_output(D.trunk(augment(x, u[:, 2:], strength)))
+        q = q._replace(q_logits=augmented.q_logits)
     return d, q
 
 
@@ -391,12 +442,18 @@ class State:
     opt_G: torch.optim.Optimizer
     opt_D: torch.optim.Optimizer
     rng: torch.Generator  # the run's only randomness; on the CPU, so a run can change devices
-    sums: Tensor  # metrics added up since the last logged step
+    sums: dict[str, Tensor]  # metrics added up since the last logged step
+    per_epoch: int = 1  # steps
     epoch_seed: int = 0  # draws the order of this epoch's pictures, also after a resume
     step: int = 0
     epoch: int = 0  # whole epochs until step `since`; before, they may have had another length
     since: int = 0
     minutes: float = 0.0  # of training, over all starts
+
+    @property
+    def epochs(self) -> float:
+        """Passes over the pictures so far."""
+        return self.step / self.per_epoch
 
 
 COMPILE = {"mode": "reduce-overhead"}  # CUDA graphs: no kernel waits for Python
@@ -406,7 +463,7 @@ def new_state(args: Namespace, device: torch.device) -> State:
     """Networks and optimisers at step 0; every random number comes from args.seed."""
     spec, rng = spec_of(args), torch.Generator().manual_seed(args.seed)
     shape = (spec, args.image_size, args.width, args.channels)
-    G, D = Generator(*shape), Discriminator(*shape)
+    G, D = Generator(*shape, args.upsample), Discriminator(*shape)
     for net in (G, D):
         init_weights(net, rng)
         net.to(device, memory_format=torch.channels_last)
@@ -422,55 +479,85 @@ def new_state(args: Namespace, device: torch.device) -> State:
     G_ema = copy.deepcopy(G).eval().requires_grad_(False)
     for net in (G.layers, D.trunk, D.q_head) if args.compile else ():
         net.compile(**COMPILE)  # at the first step; checkpoints hold the same names as without
-    sums = torch.zeros(len(spec.metrics), device=device)
-    return State(spec, G, G_ema, D, opt_G, opt_D, rng, sums)
+    return State(spec, G, G_ema, D, opt_G, opt_D, rng, {})
 
 
-def train_step(state: State, args: Namespace, x: Tensor, codes: Codes) -> Tensor:
-    """One step of D, then of G, on n real pictures x and n drawn codes; returns the metrics.
+class Batch(NamedTuple):
+    """What a step takes, all of it on the device: a CUDA graph can copy nothing from the CPU."""
+
+    x: Tensor  # (n, channels, size, size), real pictures in [-1, 1]
+    codes: Codes  # of n pictures to draw
+    u: Tensor  # (n, 22), uniform in [0, 1): how pictures are shifted and augmented
+    reach: Tensor  # (): how far D's pictures are shifted, in pixels
+    beta: Tensor  # (): the share of G_ema that stays
+
+
+def variant(state: State, args: Namespace) -> tuple[bool, bool]:
+    """Whether this step has R1, and whether D sees shifted pictures."""
+    return args.r1 > 0 and state.step % R1_EVERY == 0, reach_at(state, args) > 0
+
+
+SHIFT_EPOCHS = 40  # D remembers only what it has seen often: shifts grow until then
+
+
+def reach_at(state: State, args: Namespace) -> int:
+    """How far D's pictures are shifted at this step, in pixels."""
+    return int(args.shift * args.image_size * min(1, state.epochs / SHIFT_EPOCHS))
+
+
+def beta_at(state: State, args: Namespace) -> float:
+    """Of G_ema: a half-life that grows with training fits runs of any length (2312.02696, 3.1)."""
+    steps = state.step + 1 + (1000 if args.init else 0)  # else --init's were gone after one
+    return 0.5 ** (1 / (args.ema * steps)) if args.ema else 0.0
+
+
+def train_step(state: State, args: Namespace, batch: Batch) -> dict[str, Tensor]:
+    """One step of D, then of G, on n real pictures and n drawn codes; returns the metrics.
 
     L_I always trains G. It trains Q together with D's trunk in D's step (args.info_to "trunk", as
     the paper's own code does), or Q's head alone in G's step ("head", the notebook).
     """
     spec, G, D, to_trunk = state.spec, state.G, state.D, args.info_to == "trunk"
+    x, codes, u, reach, beta = batch
     mixed = torch.autocast(x.device.type, torch.bfloat16, enabled=args.amp)
-    with_r1 = args.r1 > 0 and state.step % R1_EVERY == 0
-    x = x.detach().requires_grad_(with_r1)
-    if args.compile:
-        torch.compiler.cudagraph_mark_step_begin()
+    with_r1, shifted = variant(state, args)
+    u_real, u_fake, u_fake_G = u.split([2, 10, 10], 1)
+    reach = reach if shifted else None
 
     D.requires_grad_(True)
     with mixed:
         x_fake = G(spec.join(codes))  # drawn once, for both steps
-        trunk = D.trunk.forward if with_r1 else D.trunk  # torch.compile has no double backward
-        d_real = D.d_logits(trunk(x))  # Q's batch norm sees generated pictures only
-        d_fake, q = d_and_q(D, x_fake.detach(), args.q_augment, state.rng)
+        x = (shift(x, u_real, reach) if shifted else x).detach().requires_grad_(with_r1)
+        with not_recorded(D):
+            d_real = D.d_logits(D.trunk(x))
+        d_fake, q = d_and_q(D, x_fake.detach(), u_fake, reach, args.q_augment)
     loss_D = loss = d_loss(d_real, d_fake)
     if to_trunk:  # -V - lambda L_I, which trains Q and the trunk
         loss = loss - lambda_L_I(spec, mutual_information(spec, q, codes), args)
-    if with_r1:
-        loss = loss + R1_EVERY * args.r1 * r1_penalty(d_real, x)
-    descend(state.opt_D, loss)
+    R1 = r1_penalty(d_real, x) if with_r1 else x.new_zeros(())
+    descend(state.opt_D, loss + R1_EVERY * args.r1 * R1 if with_r1 else loss)
 
     D.requires_grad_(False)  # G's step needs no gradient of D's weights
     D.q_head.requires_grad_(not to_trunk)
     with mixed:
-        d_fake_G, q = d_and_q(D, x_fake, args.q_augment, state.rng)
+        d_fake_G, q = d_and_q(D, x_fake, u_fake_G, reach, args.q_augment)
     loss_G = g_loss(d_fake_G)
     L_I = mutual_information(spec, q, codes)
     # here L_I reaches G (Eq. 6); a continuous code that Q reads well need not grow further
     loss = loss_G - lambda_L_I(spec, L_I, args, args.cap_cont)
+    identity = x.new_zeros(())
     if args.lam_identity and spec.n_cat:  # as far as Q knows c: before, G has only z to vary x with
-        known = L_I[: spec.n_cat].detach().mean() / spec.entropies[0]
-        loss = loss + args.lam_identity * known.clamp(0, 1) ** 4 * identity_loss(x_fake)
+        known = L_I[: spec.n_cat].detach().mean() / math.log(spec.cat_dim)
+        identity = identity_loss(x_fake)
+        loss = loss + args.lam_identity * known.clamp(0, 1) ** 4 * identity
     descend(state.opt_G, loss)
+    update_ema(state.G_ema, G, beta)
 
-    state.step += 1
-    # a half-life that grows with training fits a run of any length (2312.02696, section 3.1)
-    steps = state.step + (1000 if args.init else 0)  # else --init's average were gone after one
-    update_ema(state.G_ema, G, 0.5 ** (1 / (args.ema * steps)) if args.ema else 0.0)
-    d_mean = [d_real.sigmoid().mean(), d_fake.sigmoid().mean()]
-    return torch.cat([torch.stack([loss_D, loss_G, *d_mean]), L_I]).detach()
+    metrics = {"loss_D": loss_D, "loss_G": loss_G}
+    metrics |= {"D_real": d_real.sigmoid().mean(), "D_fake": d_fake.sigmoid().mean()}
+    metrics |= {"R1": R1_EVERY * R1, "identity": identity}  # a mean over R1_EVERY steps is R1's
+    metrics |= dict(zip(spec.names, L_I.unbind(), strict=True))
+    return {name: value.detach() for name, value in metrics.items()}
 
 
 def descend(opt: torch.optim.Optimizer, loss: Tensor) -> None:
@@ -483,11 +570,13 @@ def descend(opt: torch.optim.Optimizer, loss: Tensor) -> None:
 
 
 @torch.no_grad()
-def update_ema(G_ema: nn.Module, G: nn.Module, beta: float) -> None:
+def update_ema(G_ema: nn.Module, G: nn.Module, beta: Tensor) -> None:
     """G_ema = beta G_ema + (1 - beta) G, batch norm's statistics included."""
     pairs = list(zip(G_ema.state_dict().values(), G.state_dict().values(), strict=True))
-    floats = [(e, g) for e, g in pairs if e.is_floating_point()]
-    torch._foreach_lerp_([e for e, _ in floats], [g for _, g in floats], 1 - beta)
+    averages, news = zip(*[(e, g) for e, g in pairs if e.is_floating_point()], strict=True)
+    change = torch._foreach_sub(news, averages)
+    torch._foreach_mul_(change, 1 - beta)
+    torch._foreach_add_(averages, change)
     for e, g in pairs:
         if not e.is_floating_point():
             e.copy_(g)
@@ -757,7 +846,7 @@ def make_batch(x: Tensor, flip: bool, rng: torch.Generator, device: torch.device
 # checkpoint ---------------------------------------------------------------------------------------
 
 FORMAT = 1
-SHAPE = ("n_cat", "cat_dim", "n_cont", "z_dim", "image_size", "width", "channels")
+SHAPE = ("n_cat", "cat_dim", "n_cont", "z_dim", "image_size", "width", "channels", "upsample")
 RENAMED = {"enough": "cap_cont", "q_view": "q_augment"}  # flags of older checkpoints
 ADDED = {"lam_identity": 0.0, "init": None, "changes": (), "compile": False}  # how it was then
 NETS, OPTIMISERS = ("G", "G_ema", "D"), ("opt_G", "opt_D")  # names in State and in the file
@@ -841,7 +930,8 @@ def load_net(path: str | Path, kind: type, key: str, device: str) -> nn.Module:
     ckpt = load_checkpoint(path)
     args, weights = Namespace(**ckpt["args"]), ckpt.get(key)
     with torch.device("meta"):  # takes no memory before the shapes are known to fit
-        net = kind(spec_of(args), args.image_size, args.width, args.channels)
+        shape = (spec_of(args), args.image_size, args.width, args.channels)
+        net = kind(*shape, args.upsample) if kind is Generator else kind(*shape)
     try:
         weights = {k: w.float() if w.is_floating_point() else w for k, w in weights.items()}
         net.load_state_dict(weights, assign=True)
@@ -865,17 +955,17 @@ def load_encoder(path: str | Path, device: str = "cpu") -> tuple[Encoder, CodeSp
     return Encoder(D).eval(), D.spec
 
 
-def check_finite(state: State, metrics: list[float]) -> None:
+def check_finite(state: State, metrics: dict[str, float]) -> None:
     """Raises Diverged that names the first metric which is NaN or infinite."""
-    for name, value in zip(state.spec.metrics, metrics, strict=True):
+    for name, value in metrics.items():
         if not math.isfinite(value):
             raise Diverged(f"step {state.step}: {name} is {value}; {LOWER_LR}")
 
 
 def gather_checkpoint(state: State, args: Namespace, fingerprint: str) -> dict:
     """All that a run needs to resume bit for bit; all processes call it, to average the metrics."""
-    all_mean_([state.sums])
-    check_finite(state, state.sums.tolist())
+    all_mean_([*state.sums.values()])
+    check_finite(state, state.sums)
     ckpt = {name: getattr(state, name).state_dict() for name in NETS + OPTIMISERS}
     for name in NETS:
         if not all(w.isfinite().all() for w in ckpt[name].values()):
@@ -906,7 +996,7 @@ def restore(state: State, ckpt: dict, out: Path, weights_only: bool = False) -> 
         state.epoch_seed, state.step = int(ckpt["epoch_seed"]), int(ckpt["step"])
         state.epoch, state.since = int(ckpt.get("epoch", 0)), int(ckpt.get("since", 0))
         state.minutes = float(ckpt["minutes"])
-        state.sums.copy_(ckpt["sums"])
+        state.sums = {k: v.to(next(state.G.parameters()).device) for k, v in ckpt["sums"].items()}
         state.rng.set_state(ckpt["rng"])
     except BROKEN as error:
         cure = "give another --init" if weights_only else NEW_RUN
@@ -1258,7 +1348,7 @@ def rank_0_first() -> Iterator[None]:
 
 # loop ---------------------------------------------------------------------------------------------
 
-LOG_EVERY = 20  # steps between two rows of log.csv, and between two waits for the device
+LOG_EVERY = 16  # steps between two rows of log.csv, and between two waits for the device
 SAVE_SECONDS, SAVE_STEPS = 600.0, 100  # at most, and at least, between two saves of last.pt
 
 
@@ -1302,7 +1392,7 @@ def schedule(state: State, args: Namespace, n: int) -> tuple[int, int, int]:
 
 def batches(state: State, args: Namespace, pictures: Pictures) -> Iterator[tuple[Tensor, Codes]]:
     """Endless batches, and codes to draw as many; sets each epoch's epoch_seed."""
-    x, device = pictures.x, state.sums.device
+    x, device = pictures.x, next(state.G.parameters()).device
     B, per_epoch, _ = schedule(state, args, len(x))
     while True:
         if (done := (state.step - state.since) % per_epoch) == 0:
@@ -1314,7 +1404,14 @@ def batches(state: State, args: Namespace, pictures: Pictures) -> Iterator[tuple
             real = make_batch(some, args.flip, state.rng, device)
             codes = state.spec.sample(B, state.rng)
             codes = Codes(*(my_rows(c).to(device, non_blocking=True) for c in codes))
-            yield real, pair(codes) if args.lam_identity else codes
+            u = torch.rand(B, 22, generator=state.rng)
+            yield Batch(
+                real,
+                pair(codes) if args.lam_identity else codes,
+                my_rows(u).to(device),
+                torch.full((), float(reach_at(state, args)), device=device),
+                torch.full((), beta_at(state, args), device=device),
+            )
 
 
 def train(args: Namespace) -> int:
@@ -1370,8 +1467,14 @@ def train(args: Namespace) -> int:
 
 def loop(state: State, args: Namespace, pictures: Pictures, end: float) -> int:
     """Steps, logs, saves until the last step, the time `end` or a signal, which it returns."""
-    out, device, spec, n = Path(args.out), state.sums.device, state.spec, len(pictures.x)
+    out, device, spec, n = (
+        Path(args.out),
+        next(state.G.parameters()).device,
+        state.spec,
+        len(pictures.x),
+    )
     B, per_epoch, total = schedule(state, args, n)
+    state.per_epoch = per_epoch
     rng = torch.Generator().manual_seed(args.seed)  # the same pictures and z at each start
     some = pictures.x[pictures.order[torch.randperm(n, generator=rng)[:64]]]
     latents = Codes(*(c.to(device) for c in spec.sample(64, rng)))
@@ -1402,8 +1505,10 @@ def loop(state: State, args: Namespace, pictures: Pictures, end: float) -> int:
     line["mininterval"] = 0.5 if sys.stderr.isatty() else 30.0
     pictures = pictures._replace(x=to_device_if_it_fits(pictures.x, device))
     with caught_signals() as caught, tqdm(total=total * B, initial=first * B, **line) as bar:
-        for real, codes in batches(state, args, pictures):
-            state.sums += train_step(state, args, real, codes)
+        for batch in batches(state, args, pictures):
+            metrics = train_step(state, args, batch)
+            state.step += 1
+            state.sums = {k: v + state.sums.get(k, 0.0) for k, v in metrics.items()}
             now = time.monotonic()
             state.minutes = (now - start) / 60
             stopped_by, late, due = all_max(sum(caught[:1]), now > end, now > saved + SAVE_SECONDS)
@@ -1411,12 +1516,16 @@ def loop(state: State, args: Namespace, pictures: Pictures, end: float) -> int:
             done = state.step == total
             save, draw, keep = (rest == 0 and epoch % epochs == 0 for epochs in every)
             if state.step % LOG_EVERY == 0:
-                all_mean_([state.sums])
-                values = (state.sums / LOG_EVERY).tolist()
+                all_mean_([*state.sums.values()])
+                values = {
+                    k: v / LOG_EVERY
+                    for k, v in zip(state.sums, torch.stack([*state.sums.values()]).tolist())
+                }
                 check_finite(state, values)
                 if log:
-                    log.add(state.step, epoch + rest / per_epoch, state.minutes, values)
-                state.sums.zero_()
+                    log.add(state.step, epoch + rest / per_epoch, state.minutes, [*values.values()])
+                values = [*values.values()]
+                state.sums = {}
             left = min((total - state.step) * (now - began) / (state.step - first), end - now)
             at = f"epoch {epoch + rest / per_epoch:.1f}/{args.epochs}{describe(spec, values)}  "
             bar.set_description_str(at, refresh=False)
@@ -1467,6 +1576,8 @@ FLAGS = {  # by group: flag, default (None: parse_args sets it), limits or choic
      " (default 1.4; with up to 5 codes 3, which is no limit)"),
     ("--lam-identity", None, (0.0, 1000.0), "of the identity loss: pictures of the same categories"
      " must have the same colours in the same places (default 2; mnist 0)"),
+    ("--upsample", None, ["nearest", "transposed"], "G's layers (default nearest; notebook, mnist transposed)"),
+    ("--shift", None, (0.0, 0.5), "D sees pictures moved by up to this share of their width (default 0.125)"),
     ("--info-to", None, ["trunk", "head"], "L_I trains Q with D's trunk, or Q's head (notebook)"),
     ("--q-augment", None, (0.0, 3.0), "how strongly pictures are moved, turned, blurred and"
      " relit before Q reads categorical codes (default 1 with up to 5 codes, else 0)"),
@@ -1589,14 +1700,17 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     unset |= {"lam_cat": 1.0, "lam_cont": min(0.3, 3 / max(args.n_cont, 1))}
     unset["cap_cont"] = 3.0 if few else 1.4  # else they go on growing, and categoricals fade
     unset["q_augment"] = 1.0 if few else 0.0  # many codes would be learned too slowly
+    unset |= {"upsample": "nearest", "shift": 0.125}
     unset["r1"] = 0.3 if size >= 64 else 0.0  # without it D wins
     if args.recipe == "notebook":  # its defect: with 20 continuous codes their loss was never added
         unset |= {"lam_cont": 0.0 if args.n_cont == 20 else 0.1, "info_to": "head", "ema": 0.0}
+        unset |= {"upsample": "transposed", "shift": 0.0}
         unset |= {"cap_cont": 3.0, "q_augment": 0.0, "r1": 0.0, "lam_identity": 0.0, "flip": False}
     elif args.data == "mnist":
         # the paper's lr_g, narrow nets, and a z too small to choose the digit in place of c
         unset |= {"width": 32, "batch_size": 64, "lr_g": 1e-3, "z_dim": 16, "r1": 0.1}
         unset["lam_identity"] = 0.0  # a digit is its stroke
+        unset |= {"upsample": "transposed", "shift": 0.0}
     for name, value in unset.items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)
