@@ -86,7 +86,7 @@ class Model(NamedTuple):
     """A trained checkpoint: generator, encoder, its codes, and the checkpoint's contents."""
 
     path: Path
-    G: Generator
+    G: nn.Sequential  # in plain layers, see folded
     Q: infogan.Encoder
     spec: CodeSpec
     ckpt: dict
@@ -102,16 +102,17 @@ def load_model(path: str, device: torch.device) -> Model:
     """The checkpoint, or the last of a run's folder."""
     file = Path(path, "last.pt") if os.path.isdir(path) else Path(path)
     (G, spec), (Q, _) = (load(file, device) for load in (load_generator, load_encoder))
+    G = folded(G).to(memory_format=torch.channels_last)
     return Model(file, G, Q, spec, infogan.load_checkpoint(file), device)
 
 
 @torch.no_grad()
-def draw(G: Generator, joined: Tensor) -> Tensor:
+def draw(G: nn.Module, joined: Tensor) -> Tensor:
     """Pictures (n, channels, size, size) in [-1, 1] of G's inputs (n, spec.dim), on the CPU."""
     # always as many at once, as rounding depends on it: the same seed is the same file everywhere
     device, parts = next(G.parameters()).device, joined.split(DRAWN_AT_ONCE)
     full = (F.pad(part, (0, 0, 0, DRAWN_AT_ONCE - len(part))).to(device) for part in parts)
-    return torch.cat([G(part).cpu() for part in full])[: len(joined)]
+    return torch.cat([G(part).float().cpu() for part in full])[: len(joined)]
 
 
 def hold(spec: CodeSpec, codes: Codes, held: Held) -> Codes:
@@ -481,7 +482,7 @@ class Film:
     """Frames that Pillow asks for one by one, where a list would hold them all in memory."""
 
     def __init__(self, n_frames: int, frames: Iterator[Image.Image]):
-        self.n_frames, self.frames = n_frames, frames
+        self.n_frames, self.frames, self.frame = n_frames, frames, None
 
     def seek(self, _number: int) -> None:
         self.frame = next(self.frames, None)
@@ -740,15 +741,20 @@ def read(
 
 
 def folded(G: Generator) -> nn.Sequential:
-    """G in plain layers: each batch norm is in the weights of the convolution before it."""
+    """G in plain layers: doubling and batch norm are in the weights of the convolutions."""
     layers = [nn.Unflatten(1, (-1, 1, 1))]
     for m in G.layers:
         if isinstance(m, nn.BatchNorm2d):
             transposed = isinstance(layers[-1], nn.ConvTranspose2d)
             layers[-1] = fuse_conv_bn_eval(layers[-1], m, transpose=transposed)
-        else:
-            layers.append(m)
-    return nn.Sequential(*layers)
+            continue
+        if isinstance(m, (infogan.UpsampleConv2d, infogan.ConvTranspose2dFromPixel)):
+            up = isinstance(m, infogan.UpsampleConv2d)
+            weight, bias = nn.Parameter(m.folded() if up else m.weight), m.bias
+            m = nn.ConvTranspose2d(*weight.shape[:2], 4, 1 + up, int(up), bias=bias is not None)
+            m.weight, m.bias = weight, bias
+        layers.append(m.eval())
+    return nn.Sequential(*layers).requires_grad_(False)
 
 
 def explorer(
@@ -757,7 +763,7 @@ def explorer(
 ) -> str:  # fmt: skip
     """One HTML file that draws by itself, from --set on; its first z are those of the sheets."""
     spec, weights, scales = model.spec, [], []
-    convs = [m.cpu() for m in folded(model.G) if hasattr(m, "weight")]
+    convs = [m.cpu() for m in model.G if hasattr(m, "weight")]
     for m in convs:  # 8 bits a weight, with a scale for each channel that it makes
         w = m.weight if isinstance(m, nn.ConvTranspose2d) else m.weight.transpose(0, 1)
         scale = w.abs().amax((0, 2, 3)).clamp(min=1e-12) / 127
@@ -806,7 +812,7 @@ def onnx(model: Model, out: Path) -> str:
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise UserError("--onnx: needs `pip install onnx onnxscript`") from error
-    spec, G = model.spec, folded(model.G).cpu().to(memory_format=torch.contiguous_format)
+    spec, G = model.spec, model.G.cpu().to(memory_format=torch.contiguous_format)
     names, n = {"input_names": ["codes"], "output_names": ["x"]}, ({0: torch.export.Dim("n")},)
     some = (torch.zeros(2, spec.dim),)
     program = torch.onnx.export(G, some, dynamic_shapes=n, dynamo=True, verbose=False, **names)

@@ -271,7 +271,7 @@ def test_what_is_ours_is_written_again(ckpt, faces, tmp_path):
 
 def test_the_included_model_is_small_and_its_Q_reads_what_its_G_was_told():
     path = HERE / "checkpoint/animefaces-v3.pt"
-    assert path.stat().st_size < 8e6
+    assert path.stat().st_size < 12e6
     (G, spec), (Q, _) = infogan.load_generator(path), infogan.load_encoder(path)
     assert (spec.n_cat, spec.cat_dim, spec.n_cont) == (10, 10, 20)
     codes = spec.sample(100, seeded())
@@ -493,7 +493,7 @@ def test_codes_that_are_set_are_held_wherever_something_is_drawn(ckpt, tmp_path,
         assert drawn and all(h.all() for x, h in zip(drawn, held, strict=True) if len(x) != 3 * 4)
         shutil.rmtree(tmp_path / "o", ignore_errors=True)
         together = (
-            drawn[2 % len(drawn)][:, spec.z_dim : -spec.n_cont]
+            drawn[1 % len(drawn)][:, spec.z_dim : -spec.n_cont]
             .unflatten(1, (spec.n_cat, -1))
             .argmax(2)
         )
@@ -662,7 +662,7 @@ def page(browser, tmp_path_factory, request) -> tuple[Path, Path]:
     args = infogan.parse_args(["--channels", "3", *flags, "--n-cont", n_cont, *more])
     state = infogan.new_state(args, CPU)
     for t in (p for p in state.G_ema.state_dict().values() if p.is_floating_point()):
-        t.mul_(1 + torch.rand(t.shape, generator=seeded())).add_(0.05)  # no statistic at its start
+        t.add_(0.05 * torch.randn(t.shape, generator=seeded()))  # no statistic is as at its start
     path = tmp_path_factory.mktemp("explorer") / "run #1/last.pt"
     path.parent.mkdir()
     infogan.save_file(path, infogan.gather_checkpoint(state, args, ""))
