@@ -14,7 +14,7 @@ else
 PY := $(VENV)/bin/python
 endif
 READY := $(VENV)/.ready
-TESTS := test_infogan.py data/test_data.py
+TESTS := test_infogan.py data/test_generate.py data/test_data.py
 
 .DEFAULT_GOAL := help
 .PHONY: help setup drawn demo data faces train-v1 train-v2 train-v3 generate measure explorer \
@@ -89,7 +89,7 @@ browser:
 
 # skipped, with the reason, where there is no browser and none can be installed
 test-browser: $(READY) browser  ## the explorer in headless Chromium, Debian's where there is none
-	$(PY) -m pytest -q -rs test_infogan.py -k explorer $(ARGS)
+	$(PY) -m pytest -q -rs data/test_generate.py -k explorer $(ARGS)
 
 # kills, garbled files by the ten thousand, memory; under fifteen minutes
 torture: $(READY)  ## the long tests of what a run survives

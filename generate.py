@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import base64
 import csv
+import inspect
 import io
 import itertools
 import json
@@ -25,9 +26,10 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from contextlib import suppress
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,16 +41,37 @@ import torch.nn.functional as F
 from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor, nn
 from torch.nn.utils import fuse_conv_bn_eval
+from tqdm import tqdm
 
 import infogan
-from infogan import Codes, CodeSpec, Generator, UserError, load_pictures, replacing, to_image
+from infogan import (
+    Codes,
+    CodeSpec,
+    Generator,
+    UserError,
+    load_encoder,
+    load_generator,
+    load_pictures,
+    replacing,
+    to_image,
+)  # fmt: skip
 
-N_MEASURED, N_MOVED = 1000, 200  # samples behind a table's figures; behind its tints, heat maps
+Seeds, Held, Ends = Sequence[int], dict[str, float], tuple[float, float]  # of flags
+Names = dict[str, str]
+N_MEASURED, N_MOVED, N_REAL = (
+    400,
+    100,
+    1000,
+)  # samples behind a table's figures; behind its tints, heat maps
 MOST_SHOWN = 100  # categories on a sheet
 DRAWN_AT_ONCE, N_READ = 32, 4  # pictures in each pass of G; drawings beside a picture of --read
 N_DIRECTIONS, N_PATCHES = 512, 32  # of the Wasserstein distance; patches of each picture
 PAGE = Path(__file__).parent / "data/explorer.html"
-PAGE_MB = 6  # at most: it must open, and follow a slider, at once
+PAGE_MB = 9  # at most: it must open, and follow a slider, at once
+CODE = "(cat|cont)[0-9]+"
+FONTS = "/usr/share/fonts /usr/local/share/fonts ~/.local/share/fonts ~/.fonts C:/Windows/Fonts"
+FONTS += " /System/Library/Fonts /Library/Fonts ~/Library/Fonts"
+SIZES, TRAINED = ("image_size", "channels"), "#2f62c9"  # the bar over values of training
 MARK, EXIF = "generate.py of InfoGAN", Image.Exif()  # what is ours may be written again
 EXIF[ExifTags.Base.Software] = MARK
 MARKED = {"exif": EXIF.tobytes(), "comment": MARK}  # of PNG and WebP, and of GIF
@@ -62,31 +85,57 @@ to_floats = partial(infogan.make_batch, flip=False, rng=None, device=torch.devic
 class Model(NamedTuple):
     """A trained checkpoint: generator, encoder, its codes, and the checkpoint's contents."""
 
-    G: Generator
+    path: Path
+    G: nn.Sequential  # in plain layers, see folded
     Q: infogan.Encoder
     spec: CodeSpec
     ckpt: dict
+    device: torch.device
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Size and channels of its pictures."""
+        return self.ckpt["args"]["image_size"], self.ckpt["args"]["channels"]
 
 
-def load_model(path: str, device: str) -> Model:
-    G, spec = infogan.load_generator(path, device)
-    return Model(G, infogan.load_encoder(path, device)[0], spec, infogan.load_checkpoint(path))
+def load_model(path: str, device: torch.device) -> Model:
+    """The checkpoint, or the last of a run's folder."""
+    file = Path(path, "last.pt") if os.path.isdir(path) else Path(path)
+    (G, spec), (Q, _) = (load(file, device) for load in (load_generator, load_encoder))
+    G = folded(G).to(memory_format=torch.channels_last)
+    return Model(file, G, Q, spec, infogan.load_checkpoint(file), device)
 
 
 @torch.no_grad()
-def draw(G: Generator, joined: Tensor) -> Tensor:
+def draw(G: nn.Module, joined: Tensor) -> Tensor:
     """Pictures (n, channels, size, size) in [-1, 1] of G's inputs (n, spec.dim), on the CPU."""
     # always as many at once, as rounding depends on it: the same seed is the same file everywhere
     device, parts = next(G.parameters()).device, joined.split(DRAWN_AT_ONCE)
     full = (F.pad(part, (0, 0, 0, DRAWN_AT_ONCE - len(part))).to(device) for part in parts)
-    return torch.cat([G(part).cpu() for part in full])[: len(joined)]
+    return torch.cat([G(part).float().cpu() for part in full])[: len(joined)]
 
 
-def hold(spec: CodeSpec, codes: Codes, held: dict[str, float]) -> Codes:
+def hold(spec: CodeSpec, codes: Codes, held: Held) -> Codes:
     """codes with the values of --set."""
     for name, value in held.items():
         codes = spec.traverse(codes, name, [value])
     return codes
+
+
+def traversal(model: Model, base: Codes, code: str, values: Sequence[float], held: Held) -> Tensor:
+    """Pictures (n * len(values), …) along one code, or along all categoricals that are not held."""
+    moved = model.spec.traverse(base, code, values)
+    moved = hold(model.spec, moved, held) if code == "cat" else moved
+    return draw(model.G, model.spec.join(moved))
+
+
+def check_ours(paths: Iterable[Path]) -> None:
+    """Raises UserError for the first file that is there but that generate.py did not write."""
+    for path in (path for path in paths if path.exists()):
+        raw = path.read_bytes() if path.is_file() else b"a folder"
+        if raw and MARK.encode() not in raw and not raw.startswith(HEADS):
+            why = "is there, but not from this version of generate.py"
+            raise UserError(f"{path}: {why}; move it, or give another --out")
 
 
 def save_table(path: Path, lines: Iterable[Iterable[object]]) -> None:
@@ -106,18 +155,20 @@ def check_codes(spec: CodeSpec, where: str, codes: Iterable[str]) -> None:
         raise UserError(f"{where}: {code!a}: this checkpoint has {', '.join(spec.names) or 'none'}")
 
 
-def read_names(args: argparse.Namespace, spec: CodeSpec, ckpt: dict) -> dict[str, str]:
+def read_names(model: Model, given: str | None) -> dict[str, str]:
     """What people call the codes: by --names, names.json beside the checkpoint, or within it."""
-    path = Path(args.names or Path(args.ckpt).with_name("names.json"))
-    where, names = f"--names {path}" if args.names else str(path), ckpt.get("names", {})
-    if args.names or path.exists():
+    path, spec = Path(given or model.path.with_name("names.json")), model.spec
+    where, names = f"--names {path}" if given else str(path), model.ckpt.get("names", {})
+    if given or path.exists():
         try:
-            names = {**names, **json.loads(path.read_text(encoding="utf-8"))}
+            names = {**names, **json.loads(path.read_text(encoding="utf-8-sig"))}
         except (OSError, ValueError, TypeError, RecursionError) as error:
             why = f'must be a table like {{"cont3": "tilt"}}: {error}'
             raise UserError(f"{where}: {why}") from error
     if not isinstance(names, dict):
-        raise UserError(f"{args.ckpt}: its names are no table")
+        raise UserError(f"{model.path}: its names are no table")
+    if not given:  # it may lie beside the checkpoints of two runs
+        names = {c: n for c, n in names.items() if c in spec.names or not re.fullmatch(CODE, c)}
     check_codes(spec, where, names)
     for code, name in names.items():
         if not isinstance(name, str) or not name.isprintable() or not 0 < len(name) <= 40:
@@ -125,10 +176,10 @@ def read_names(args: argparse.Namespace, spec: CodeSpec, ckpt: dict) -> dict[str
     return names
 
 
-def read_set(text: str, spec: CodeSpec) -> dict[str, float]:
+def read_set(text: str | None, spec: CodeSpec) -> dict[str, float]:
     """The codes of "cat0=3,cont5=-0.8", with their values. Raises UserError."""
     held, one_of = {}, f"a whole number from 0 to {spec.cat_dim - 1}"
-    for part in text.split(",") if text else ():
+    for part in filter(None, (text or "").split(",")):
         code, _, value = part.strip().partition("=")
         check_codes(spec, "--set", [code])
         v = float(value) if re.fullmatch(r"[-+]?[0-9]*\.?[0-9]+", value) else math.nan
@@ -140,9 +191,39 @@ def read_set(text: str, spec: CodeSpec) -> dict[str, float]:
     return held
 
 
-def label(code: str, names: dict[str, str]) -> str:
+def label(code: str, names: Names) -> str:
     """The code with its name, where it has one: "cont3 (tilt)"."""
     return f"{code} ({names[code]})" if code in names else code
+
+
+@cache
+def font_file(letters: str) -> str | None:
+    """A font that has these letters: "" is Pillow's own; None where this system has none."""
+    roots = (Path(os.path.expanduser(root)) for root in FONTS.split())
+    files = (path for root in roots for path in root.rglob("*.[tTo][tT][fFcC]"))
+    plain = re.compile("(?i)bold|black|italic|oblique|light|thin|mono|serif")
+    found = sorted(files, key=lambda p: (bool(plain.search(p.stem)), len(p.stem), p))
+    for path in ["", *found]:
+        with suppress(OSError, ValueError):  # pictures of signs, which have sizes of their own
+            font = ImageFont.truetype(path, 15) if path else ImageFont.load_default(15)
+            box = bytes(font.getmask(chr(0x10FFFD)))  # which no font has
+            if all(bytes(font.getmask(letter)) not in (box, b"") for letter in letters):
+                return str(path)
+    return None
+
+
+def font_for(text: str, size: int) -> ImageFont.FreeTypeFont:
+    """A font with the text's letters, where there is one."""
+    path = font_file("".join(sorted({c for c in text if c > "~"})))
+    return ImageFont.truetype(path, size) if path else ImageFont.load_default(size)
+
+
+def drawable(names: Names) -> dict[str, str]:
+    """The names that a font here can write; the others are told of in one line."""
+    boxes = [c for c, n in names.items() if font_file("".join(sorted({*n} - {" "}))) is None]
+    if boxes:
+        print(f"no font here has the letters of {', '.join(boxes)}: pictures show the codes alone")
+    return {code: name for code, name in names.items() if code not in boxes}
 
 
 # figures ------------------------------------------------------------------------------------------
@@ -202,45 +283,49 @@ def heat_map(x: Tensor, y: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def measure(model: Model, args: argparse.Namespace) -> list[Row]:
+def measure(model: Model, seed: int, batch_size: int) -> list[Row]:
     """Rows for z and each kind of code together, then for every code, strongest effect first."""
-    G, Q, spec, _ = model
-    rng = torch.Generator().manual_seed(args.seed)
+    spec, rng, device = model.spec, torch.Generator().manual_seed(seed), model.device
     codes, other = spec.sample(N_MEASURED, rng), spec.sample(N_MEASURED, rng)
-    x = draw(G, spec.join(codes))
-    read, x_edges = [Q.D(part.to(args.device))[1] for part in x.split(args.batch_size)], edge_map(x)
+    fast = device.type == "cpu" and infogan.speed_up(device)  # a GPU is fast enough
+
+    def pictures(codes: Codes) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=fast):
+            return draw(model.G, spec.join(codes))
+
+    x = pictures(codes)
+    x_edges, read = edge_map(x), [model.Q.D(part.to(device))[1] for part in x.split(batch_size)]
     q = infogan.QOutput(*(torch.cat(parts).cpu() for parts in zip(*read, strict=True)))
-    L_I = infogan.mutual_information(spec, q, codes)
-
-    def row(name: str, *known: float | None) -> Row:
-        y = draw(G, spec.join(spec.replace(codes, name, other)))
-        figures = Row(name, *known, effect(x, y), effect(x_edges, edge_map(y)))
-        if None in known:  # a group
-            return figures
-        ends = low_high(spec, Codes(*(c[:N_MOVED] for c in codes)), name, rng)
-        low, high = (draw(G, spec.join(end)) for end in ends)
-        return figures._replace(tint=tint(low, high), where=heat_map(low, high))
-
-    groups = (["z"] if spec.z_dim else []) + [*spec.kinds]
-    each = [row(*known) for known in zip(spec.names, L_I.tolist(), spec.ceilings, strict=True)]
-    return [row(name, None, None) for name in groups] + sorted(each, key=lambda r: -r.effect)
+    L_I = infogan.mutual_information(spec, q, codes).tolist()
+    nats = dict(zip(spec.names, zip(L_I, spec.ceilings, strict=True), strict=True))
+    few, rows = Codes(*(c[:N_MOVED] for c in codes)), []
+    names = [*(["z"] if spec.z_dim else []), *spec.kinds, *spec.names]
+    for name in tqdm(names, "measuring", leave=False, disable=None):
+        y, known = pictures(spec.replace(codes, name, other)), nats.get(name, (None, None))
+        row = Row(name, *known, effect(x, y), effect(x_edges, edge_map(y)))
+        if name in nats:
+            low, high = map(pictures, low_high(spec, few, name, rng))
+            row = row._replace(tint=tint(low, high), where=heat_map(low, high))
+        rows.append(row)
+    return sorted(rows, key=lambda r: (r.L_I is not None and 1, -r.effect if r.code in nats else 0))
 
 
-def print_table(rows: list[Row], names: dict[str, str]) -> None:
-    told = [f"all {r.code}" if r.code in ("cat", "cont") else label(r.code, names) for r in rows]
-    width = max(8, *map(len, told))
-    print(f"{'code':{width}}   L_I / most  effect   edges  tint  (nats; shares, see README)")
-    for r, name in zip(rows, told, strict=True):
-        known = "" if r.L_I is None else f"{r.L_I:.2f} / {r.ceiling:.2f}"
-        tinted = "" if r.tint is None else f"  {r.tint:.2f}"
-        print(f"{name:{width}} {known:>12}  {r.effect:.4f}  {r.edges:.4f}{tinted}")
+def print_table(rows: list[Row], names: Names) -> None:
+    """Nats, shares of variance, tints."""
+    table = {"code": ["L_I / most, nats", "effect", "edges", "tint"]}
+    for r in rows:
+        name = f"all {r.code}" if r.code in ("cat", "cont") else label(r.code, names)
+        nats = "" if r.L_I is None else f"{r.L_I:.2f} / {r.ceiling:.2f}"
+        tinted = "" if r.tint is None else f"{r.tint:.2f}"
+        table[name] = [nats, f"{r.effect:.4f}", f"{r.edges:.4f}", tinted]
+    print_columns(table)
 
 
 def print_columns(rows: dict[str, list[str]]) -> None:
     """A table: names to the left, cells to the right."""
-    wide, cell = max(map(len, rows)), max(16, *(len(c) for cells in rows.values() for c in cells))
+    left, cell = (max(map(len, texts)) for texts in (rows, itertools.chain(*rows.values())))
     for name, cells in rows.items():
-        print(f"{name:{wide}}" + "".join(f"  {c:>{cell}}" for c in cells))
+        print(f"{name:{left}}" + "".join(f"  {c:>{cell}}" for c in cells))
 
 
 def patches(x: Tensor, rng: torch.Generator) -> list[Tensor]:
@@ -272,28 +357,39 @@ def sliced_wasserstein(x: Tensor, y: Tensor, rng: torch.Generator) -> list[float
 
 
 def sheet(
-    title: str, x: Tensor, above: Sequence[str], left: Sequence[str] = (), zoom: int = 1
+    title: str,
+    x: Tensor,
+    above: Sequence[str],
+    left: Sequence[str] = (),
+    zoom: int = 1,
+    bar: tuple[float, float] | None = None,
 ) -> Image.Image:
-    """len(above) pictures in a row, labels above the columns and left of the rows."""
+    """len(above) pictures in a row, labels above the columns and left of the rows.
+
+    A bar goes from the middle of one column to that of another, which need not be whole numbers.
+    """
     k, columns = max(1, 64 // x.shape[3]) * zoom, len(above)  # 64 pixels at least: labels must fit
     tiles = [ImageOps.scale(to_image(p).convert("RGB"), k, Image.Resampling.NEAREST) for p in x]
-    font, small = ImageFont.load_default(15 * zoom), ImageFont.load_default(12 * zoom)
     gap, edge, top = 2 * zoom, 12 * zoom, (54 if any(above) else 40) * zoom
     step, lines = tiles[0].width + gap, [line for text in left for line in text.split("\n")]
-    margin = edge + (int(max(map(small.getlength, lines))) + 8 * zoom if lines else 0)
+    wide = max((font_for(line, 12 * zoom).getlength(line) for line in lines), default=-8 * zoom)
+    margin, font = edge + int(wide) + 8 * zoom, font_for(title, 15 * zoom)
     width = max(margin + columns * step - gap, edge + int(font.getlength(title))) + edge
     height = top + step * -(-len(tiles) // columns) - gap + edge
     page = Image.new("RGB", (width, height), "white")
     pen = ImageDraw.Draw(page)
     pen.text((edge, 10 * zoom), title, "black", font)
     for i, text in enumerate(above):
-        at = (margin + i * step + tiles[0].width // 2, top - 5 * zoom)
-        pen.text(at, text, "#333333", small, anchor="ms")
+        at = (margin + i * step + tiles[0].width // 2, top - 6 * zoom)
+        pen.text(at, text, "#333333", font_for(text, 12 * zoom), anchor="ms")
     for i, text in enumerate(left):
-        at = (edge, top + i * step + tiles[0].width // 2)
+        at, small = (edge, top + i * step + tiles[0].width // 2), font_for(text, 12 * zoom)
         pen.multiline_text(at, text, "#333333", small, anchor="lm", spacing=3 * zoom)
     for i, picture in enumerate(tiles):
         page.paste(picture, (margin + i % columns * step, top + i // columns * step))
+    if bar:
+        a, b = (margin + v * step + tiles[0].width // 2 for v in bar)
+        pen.rectangle((a, top - 4 * zoom, b, top - 2 * zoom), TRAINED)
     return page
 
 
@@ -305,60 +401,72 @@ def beside(pages: list[Image.Image]) -> Image.Image:
     return whole
 
 
-def write_sheets(model: Model, args: argparse.Namespace, out: Path) -> str:
+def trained(low: float, high: float, columns: int) -> tuple[float, float] | None:
+    """Where [-1, 1] lies among columns from low to high; None outside."""
+    a, b = sorted((v - low) / (high - low) * (columns - 1) for v in (-1, 1))
+    a, b = max(a, 0), min(b, columns - 1)
+    return (a, b) if a < b else None
+
+
+def sheets(
+    model: Model, out: Path, seed: int, seeds: Seeds, set_: Held,
+    range_: Ends, steps: int, codes: list[str], names: Names, gif: bool,
+    zoom: int, batch_size: int,
+) -> str:  # fmt: skip
     """The table, a sheet per code, sheets of several codes; nothing selected: the seed's first."""
-    G, spec, rows = model.G, model.spec, measure(model, args)
-    print_table(rows, args.names)
+    G, spec, rows = model.G, model.spec, measure(model, seed, batch_size)
+    print_table(rows, names)
     figures = [[r.code, *("" if v is None else f"{v:.5f}" for v in r[1:-1])] for r in rows]
-    named = [[*row, args.names.get(row[0], "")] for row in figures]
+    named = [[*row, names.get(row[0], "")] for row in figures]
     save_table(out / "table.csv", [[*Row._fields[:-1], "name"], *named])
-    base = hold(spec, spec.sample_seeds(args.seeds), args.set)
-    each_z = [f"seed {s}" for s in args.seeds]
-    first = Codes(*(c[:1] for c in base))
-    smooth = [round(v, 6) + 0.0 for v in torch.linspace(*args.range, args.steps).tolist()]
+    base, names = hold(spec, spec.sample_seeds(seeds), set_), drawable(names)
+    each_z, bar = [f"seed {s}" for s in seeds], trained(*range_, steps)
+    smooth = [round(v, 6) + 0.0 for v in torch.linspace(*range_, steps).tolist()]
     every = list(range(min(spec.cat_dim, MOST_SHOWN)))
     each, numbers = [f"{v:+.2f}" if v else "0" for v in smooth], [str(k) for k in every]
 
-    def pictures(codes: Codes, name: str) -> Tensor:
-        moved = spec.traverse(codes, name, every if name.startswith("cat") else smooth)
-        moved = hold(spec, moved, args.set) if name == "cat" else moved
-        return draw(G, spec.join(moved))
+    def save(name: str, title: str, *rest: object) -> None:
+        held = "".join(f"; {code} = {v:g}" for code, v in set_.items())
+        save_picture(out / name, sheet(title + held, *rest))
 
-    def save(name: str, title: str, *contents: object) -> None:
-        held = "".join(f"; {c} = {v:g}" for c, v in args.set.items() if name != f"{c}.png")
-        save_picture(out / name, sheet(title + held, *contents, zoom=args.zoom))
-
-    strips, told = [], []
-    for row in (row for row in rows if row.code in args.codes):
-        x, above = pictures(base, row.code), numbers if row.code.startswith("cat") else each
-        name = label(row.code, args.names)
-        known = f"L_I {row.L_I:.2f} of {row.ceiling:.2f} nats, effect {row.effect:.3f}"
-        where = sheet("", row.where[None], ["where"], zoom=args.zoom)
-        page = sheet(f"{name}: {known}, tint {row.tint:.2f}", x, above, each_z, args.zoom)
+    strips, left = [], []
+    for row in (row for row in rows if row.code in codes):
+        cat, name = row.code.startswith("cat"), label(row.code, names)
+        values, above, mark = (every, numbers, None) if cat else (smooth, each, bar)
+        x = traversal(model, base, row.code, values, set_)
+        figures = f"L_I {row.L_I:.2f} of {row.ceiling:.2f} nats, effect {row.effect:.3f}"
+        page = sheet(f"{name}: {figures}, tint {row.tint:.2f}", x, above, each_z, zoom, mark)
+        where = sheet("", row.where[None], ["where"], zoom=zoom)
         save_picture(out / f"{row.code}.png", beside([page, where]))
-        if args.gif:
-            save_gif(out / f"{row.code}.gif", name, x, above, above is each, args.zoom)
-        strip = pictures(first, row.code)[: args.steps].expand(-1, 3, -1, -1)
-        blank = torch.ones(args.steps - len(strip), *strip.shape[1:])
+        if gif:
+            save_gif(out / f"{row.code}.gif", name, x, above, not cat, zoom)
+        of_seed = x.unflatten(0, (len(seeds), -1))
+        best = of_seed.var(1).sum((1, 2, 3)).argmax()  # the face that this code changes most
+        strip = of_seed[best, :steps].expand(-1, 3, -1, -1)
+        blank = torch.ones(steps - len(strip), *strip.shape[1:])
         strips.append(torch.cat([row.where[None], strip, blank]))
-        told.append(f"{name}\nL_I {row.L_I:.2f}\neffect {row.effect:.3f}\ntint {row.tint:.2f}")
+        left.append(f"{name}\nL_I {row.L_I:.2f}\neffect {row.effect:.3f}\n{each_z[best]}")
     if strips:
-        title = "strongest code first (category / value); along a row only this code changes"
+        title = "strongest code first (category / value), each on the seed that it changes most"
         both = [f"{k} / {v}" if k in every and spec.n_cat else v for k, v in enumerate(each)]
-        save("overview.png", title, torch.cat(strips), ["where", *both], told)
+        mark = bar and spec.n_cont and (bar[0] + 1, bar[1] + 1)
+        save("overview.png", title, torch.cat(strips), ["where", *both], left, zoom, mark)
     if spec.n_cat:
         title = "all categoricals together (columns); z and continuous codes (rows)"
-        save("all-categoricals.png", title, pictures(base, "cat"), numbers, each_z)
+        x = traversal(model, base, "cat", every, set_)
+        save("all-categoricals.png", title, x, numbers, each_z, zoom)
     if spec.n_cat and spec.n_cont:
-        pages, categories = [], spec.traverse(first, "cat0", every)
+        pages, categories = [], spec.traverse(Codes(*(c[:1] for c in base)), "cat0", every)
         for name in ("cont0", "cont1")[: spec.n_cont]:
+            x = traversal(model, categories, name, smooth, set_)
             title = f"cat0 (rows) by {name} (columns)"
-            pages.append(sheet(title, pictures(categories, name), each, numbers, args.zoom))
+            pages.append(sheet(title, x, each, numbers, zoom, bar))
         save_picture(out / "cat-by-cont.png", beside(pages))
-    some = spec.sample_seeds(range(args.seed, args.seed + 100))
-    title = f"100 samples, seeds {args.seed} to {args.seed + 99}, nothing selected"
-    save("samples.png", title, draw(G, spec.join(hold(spec, some, args.set))), [""] * 10)
-    return f"{out} has sheets and table.csv"
+    first = hold(spec, spec.sample_seeds(range(seed, seed + 100)), set_)
+    title = f"100 samples, seeds {seed} to {seed + 99}, nothing selected"
+    save("samples.png", title, draw(G, spec.join(first)), [""] * 10, (), zoom)
+    told = "; bars: values of training, from -1 to 1" if bar and spec.n_cont else ""
+    return f"{out} has sheets and table.csv{told}"
 
 
 def save_gif(path: Path, title: str, x: Tensor, values: list[str], back: bool, zoom: int) -> None:
@@ -370,47 +478,81 @@ def save_gif(path: Path, title: str, x: Tensor, values: list[str], back: bool, z
     save_picture(path, frames[0], append_images=frames[1:], **how)
 
 
-def write_walk(model: Model, args: argparse.Namespace, path: Path) -> str:
+class Film:
+    """Frames that Pillow asks for one by one, where a list would hold them all in memory."""
+
+    def __init__(self, n_frames: int, frames: Iterator[Image.Image]):
+        self.n_frames, self.frames, self.frame = n_frames, frames, None
+
+    def seek(self, _number: int) -> None:
+        self.frame = next(self.frames, None)
+        if not self.frame:
+            raise EOFError
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.frame, name)
+
+
+def walk(model: Model, out: Path, seeds: Seeds, set_: Held, steps: int, zoom: int) -> str:
     """From the face of each seed to the next, and from the last to the first, as GIF or WebP."""
-    G, _, spec, _ = model
-    a = spec.join(hold(spec, spec.sample_seeds(args.seeds), args.set))[:, None]
-    b, t = a.roll(-1, 0), torch.arange(args.steps)[:, None] / args.steps
+    spec = model.spec
+    a = spec.join(hold(spec, spec.sample_seeds(seeds), set_))[:, None]
+    b, t = a.roll(-1, 0), torch.arange(steps)[:, None] / steps
     codes, turn = a + t * (b - a), t * math.pi / 2  # (faces, steps, spec.dim)
     z = turn.cos() * a + turn.sin() * b  # of variance 1 on the way too, so that faces stay sharp
     codes[..., : spec.z_dim] = z[..., : spec.z_dim]
-    x = draw(G, codes.flatten(0, 1))
-    k = max(1, 128 // x.shape[3]) * args.zoom
-    frames = [ImageOps.scale(to_image(p).convert("RGB"), k, Image.Resampling.NEAREST) for p in x]
-    save_picture(path, frames[0], append_images=frames[1:], duration=80, loop=0, save_all=True)
-    return f"{path} has {len(frames)} frames"
+    codes, k = codes.flatten(0, 1), max(1, 128 // model.shape[0]) * zoom
+    x = itertools.chain.from_iterable(draw(model.G, part) for part in codes.split(DRAWN_AT_ONCE))
+    frames = (ImageOps.scale(to_image(p).convert("RGB"), k, Image.Resampling.BICUBIC) for p in x)
+    first, rest = next(frames), [Film(len(codes) - 1, frames)]
+    save_picture(out, first, append_images=rest, duration=80, loop=0, save_all=True)
+    return f"{out} has {len(codes)} frames"
 
 
-def write_samples(model: Model, args: argparse.Namespace, out: Path) -> str:
-    """A PNG for each seed, 000000.png, …, and codes.csv with the codes it was drawn from."""
-    G, _, spec, _ = model
-    names = [f"{seed:06d}.png" for seed in args.seeds]
-    if others := {p.name for p in out.glob("*.png")} - set(names):
-        raise UserError(f"--out {out}: holds {len(others):,} other pictures; give an empty folder")
-    table = [["file", "seed", *spec.names]]
-    save_table(out / "codes.csv", table)  # no row of an earlier call, also if this one is stopped
+def save_pngs(out: Path, names: list[str], batches: Iterable[Tensor]) -> None:
+    """Pictures as PNGs under these names, a batch at a time, into a folder that has no others."""
+    if others := {p.name for p in out.glob("*.png")} - {*names}:
+        raise UserError(f"{out}: holds {len(others):,} other pictures; give an empty folder")
+    check_ours(out / name for name in names)
+    out.mkdir(parents=True, exist_ok=True)
 
-    def write(x: Tensor, name: str) -> None:
+    def save(x: Tensor, name: str) -> None:
         # lossless at any level; more would take four times as long for files as large
         to_image(x).save(out / name, compress_level=1, **MARKED)
 
-    written, step = iter(()), -(-args.batch_size // DRAWN_AT_ONCE) * DRAWN_AT_ONCE
+    left, written = iter(names), iter(())
     with ThreadPoolExecutor() as pool:  # Pillow compresses without the interpreter's lock
-        for start in range(0, len(names), step):
-            part, seeds = names[start : start + step], args.seeds[start : start + step]
-            codes = hold(spec, spec.sample_seeds(seeds), args.set)
-            x = draw(G, spec.join(codes))
+        for x in batches:
             list(written)  # the batch before, which the threads wrote while this one was drawn
-            written = pool.map(write, x, part)
-            known = zip(part, seeds, codes.c_cat.tolist(), codes.c_cont.tolist(), strict=True)
-            table += [[*at, *c_cat, *(f"{v:.4f}" for v in c_cont)] for *at, c_cat, c_cont in known]
+            written = pool.map(save, x, left)
         list(written)  # raises what a thread could not write
+
+
+def samples(
+    model: Model, out: Path, seeds: Seeds, set_: Held, data: str | None,
+    batch_size: int,
+) -> str:  # fmt: skip
+    """A PNG for each seed and codes.csv, its codes; of --data, what a run sees, into OUT-real."""
+    spec, table = model.spec, [["file", "seed", *model.spec.names]]
+    step, names = -(-batch_size // DRAWN_AT_ONCE) * DRAWN_AT_ONCE, [f"{s:06d}.png" for s in seeds]
+
+    def batches() -> Iterator[Tensor]:
+        save_table(out / "codes.csv", table)  # no row of an earlier call, should this one stop
+        for i in range(0, len(seeds), step):
+            codes = hold(spec, spec.sample_seeds(seeds[i : i + step]), set_)
+            conts = [[f"{v:.4f}" for v in row] for row in codes.c_cont.tolist()]
+            rows = zip(names[i:], seeds[i : i + step], codes.c_cat.tolist(), conts)  # noqa: B905
+            table.extend([*at, *c_cat, *c_cont] for *at, c_cat, c_cont in rows)
+            yield draw(model.G, spec.join(codes))
+
+    save_pngs(out, names, batches())
     save_table(out / "codes.csv", table)
-    return f"{out} has {len(names):,} pictures and codes.csv"
+    if not data:
+        return f"{out} has {len(names):,} pictures and codes.csv"
+    real, x = out.with_name(f"{out.name}-real"), load_pictures(data, *model.shape).x
+    numbers = [f"{i:06d}.png" for i in range(len(x))]
+    save_pngs(real, numbers, map(to_floats, x.split(step)))
+    return f"{out} has {len(names):,} pictures and codes.csv, {real} the {len(x):,} of {data}"
 
 
 # two runs -----------------------------------------------------------------------------------------
@@ -428,42 +570,49 @@ def summarise(rows: list[Row]) -> dict[str, str]:
     return told
 
 
-def strongest(model: Model, args: argparse.Namespace, rows: list[Row], title: str) -> Image.Image:
-    """A page with all categoricals moved together and, below, the strongest continuous code."""
-    G, _, spec, _ = model
-    base = hold(spec, spec.sample_seeds(args.seeds[: -(-args.rows // 2)]), args.set)
-    columns = min(spec.cat_dim, MOST_SHOWN) if spec.n_cat else args.steps
-    x, left, above = [], [], [str(k) for k in range(columns)]
-    values = {"cat": range(columns), "cont": torch.linspace(*args.range, columns).tolist()}
-    conts = [r.code for r in rows if r.code.startswith("cont") and r.L_I is not None]
-    for code in ["cat"] * (spec.n_cat > 0) + conts[:1]:
-        moved = spec.traverse(base, code, list(values[code.rstrip("0123456789")]))
-        moved = hold(spec, moved, args.set) if code == "cat" else moved
-        x.append(draw(G, spec.join(moved)))
-        left += [code.replace("cat", "all cat")] * len(base.z)
-    return sheet(title, torch.cat(x), above, left, args.zoom)
+def strongest(
+    model: Model, rows: list[Row], seeds: Seeds, held: Held, ends: Ends, steps: int, zoom: int
+) -> Image.Image:
+    """A page with samples and, below, all categoricals moved together and the strongest code."""
+    spec = model.spec
+    columns = min(spec.cat_dim, MOST_SHOWN) if spec.n_cat else steps
+    some = hold(spec, spec.sample_seeds(range(seeds[0], seeds[0] + columns)), held)
+    x, left = [draw(model.G, spec.join(some))], ["samples"]
+    base = hold(spec, spec.sample_seeds(seeds), held)
+    conts = [r.code for r in rows if re.fullmatch("cont[0-9]+", r.code)]
+    for code in [*(["cat"] if spec.n_cat else []), *conts[:1]]:
+        values = range(columns) if code == "cat" else torch.linspace(*ends, columns).tolist()
+        x.append(traversal(model, base, code, [*values], held))
+        left += [code.replace("cat", "all cat")] * len(seeds)
+    return sheet(str(model.path), torch.cat(x), [str(k) for k in range(columns)], left, zoom)
 
 
-def compare(model: Model, args: argparse.Namespace, out: Path) -> str:
+def versus(
+    model: Model, out: Path, versus: str, data: str | None, seed: int, seeds: Seeds, set_: Held,
+    range_: Ends, steps: int, zoom: int, batch_size: int,
+) -> str:  # fmt: skip
     """Two runs in one table, with their distance to --data, and side by side in comparison.png."""
-    columns, pages, real, other = {}, [], None, load_model(args.versus, args.device)
-    then, now = model.ckpt["args"], other.ckpt["args"]
-    if differ := [n for n in infogan.SHAPE if n != "width" and now[n] != then[n]]:
-        how = ", ".join(f"--{n.replace('_', '-')} {now[n]}, not {then[n]}" for n in differ)
-        raise UserError(f"--versus {args.versus}: has other codes or pictures: {how}")
-    for path, one in (args.ckpt, model), (args.versus, other):
-        rng = torch.Generator().manual_seed(args.seed)
-        x = draw(one.G, one.spec.join(one.spec.sample(N_MEASURED, rng)))
-        if args.data and real is None:
-            some = load_pictures(args.data, x.shape[2], x.shape[1]).x
-            real = to_floats(some[torch.randperm(len(some), generator=rng)[:N_MEASURED]])
-        rows = measure(one, args)
-        columns[path] = summarise(rows)
-        if real is not None:
-            swd = sliced_wasserstein(real, x[: len(real)], rng.manual_seed(args.seed))
-            columns[path]["SWD x 1000, fine to coarse"] = " / ".join(f"{1000 * d:.0f}" for d in swd)
-        pages.append(strongest(one, args, rows, path))
-    print_columns({n: [c.get(n, p) for p, c in columns.items()] for n in ("", *columns[args.ckpt])})
+    table, pages, real, other = {}, [], None, load_model(versus, model.device)
+    ours, theirs = (vars(m.spec) | dict(zip(SIZES, m.shape, strict=True)) for m in (model, other))
+    if differ := [name for name in ours if ours[name] != theirs[name]]:
+        how = ", ".join(f"--{n.replace('_', '-')} {theirs[n]}, not {ours[n]}" for n in differ)
+        raise UserError(f"--versus {other.path}: has other codes or pictures: {how}")
+    if data:
+        rng = torch.Generator().manual_seed(seed)
+        real = load_pictures(data, *model.shape).x
+        real = to_floats(real[torch.randperm(len(real), generator=rng)[:N_REAL]])
+    for one in (model, other):
+        rng, rows = torch.Generator().manual_seed(seed), measure(one, seed, batch_size)
+        table[str(one.path)] = summarise(rows)
+        if data:
+            x = draw(one.G, one.spec.join(one.spec.sample(len(real), rng)))
+            swd = sliced_wasserstein(real, x, rng)
+            told = " / ".join(f"{1000 * d:.0f}" for d in swd)
+            table[str(one.path)]["SWD x 1000, fine to coarse"] = told
+        half = seeds[: -(-len(seeds) // 2)]
+        pages.append(strongest(one, rows, half, set_, range_, steps, zoom))
+    names = table[str(model.path)]
+    print_columns({"": [*table]} | {n: [column[n] for column in table.values()] for n in names})
     save_picture(out / "comparison.png", beside(pages))
     return f"{out} has comparison.png"
 
@@ -485,141 +634,169 @@ def agreement(categories: Sequence[int], labels: Sequence[str]) -> tuple[float, 
 
 
 def labels_of(data: str, names: list[str]) -> list[str]:
-    """The label of each picture: MNIST's, else its subfolder; [] where there are none."""
-    if data in ("mnist", "fashion-mnist"):
-        from torchvision.datasets.mnist import read_label_file
+    """The class of each picture: MNIST's, else the folder that it is in; "" where it has none."""
+    if data not in ("mnist", "fashion-mnist"):
+        return [Path(name).parent.name for name in names]
+    from torchvision.datasets.mnist import read_label_file
 
-        known = infogan.DATA / infogan.NAMED_SETS[data][1].replace("images-idx3", "labels-idx1")
-        labels = read_label_file(str(known)).tolist() if known.exists() else []
-        return [str(labels[int(name)]) for name in names] if labels else []
-    folders = [str(Path(name).parent) for name in names]
-    return folders if "." not in folders and len(set(folders)) > 1 else []
+    path = infogan.DATA / infogan.NAMED_SETS[data].path.replace("images-idx3", "labels-idx1")
+    labels = read_label_file(str(path)).tolist() if path.exists() else []
+    return [str(labels[int(name)]) if labels else "" for name in names]
 
 
 @torch.no_grad()
-def read_codes(model: Model, x: Tensor, args: argparse.Namespace) -> tuple[Tensor, Tensor]:
+def read_codes(model: Model, x: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
     """Of bytes (n, h, w, channels): each code as Q reads it; how sure, or sigma: (n, codes)."""
     read = []
-    for part in x.split(args.batch_size):
-        p, mu, sigma = model.Q(to_floats(part, device=args.device))
+    for part in x.split(batch_size):
+        p, mu, sigma = model.Q(to_floats(part, device=model.device))
         sure, c_cat = p.max(2)
         read.append([torch.cat(pair, 1).cpu() for pair in ((c_cat, mu), (sure, sigma))])
     return tuple(map(torch.cat, zip(*read, strict=True)))
 
 
-def sort_pictures(model: Model, args: argparse.Namespace, out: Path) -> str:
+def sort(
+    model: Model, out: Path, sort: str, rows: int, steps: int, codes: list[str], names: Names,
+    zoom: int, batch_size: int,
+) -> str:  # fmt: skip
     """Sheets of real pictures by the codes that Q reads from them; codes.csv; how they agree."""
-    _, _, spec, ckpt = model
-    root, named = Path(args.sort).resolve(), args.sort in infogan.NAMED_SETS
+    spec, root, named = model.spec, Path(sort).resolve(), sort in infogan.NAMED_SETS
     if out.resolve().is_relative_to(root):
-        raise UserError(f"--out {out}: lies within --sort {args.sort}; give another folder")
+        raise UserError(f"--out {out}: lies within --sort {sort}; give another folder")
     if root.is_file():
-        raise UserError(f"--sort {args.sort}: must be a folder; --read takes single pictures")
-    shape = ckpt["args"]["image_size"], ckpt["args"]["channels"]
-    pictures = load_pictures(args.sort, *shape, flag="--sort")
+        raise UserError(f"--sort {sort}: must be a folder; --read takes single pictures")
+    pictures = load_pictures(sort, *model.shape, flag="--sort")
     files = [name if named else os.path.relpath(name, root) for name in pictures.names]
-    values, doubts = read_codes(model, pictures.x, args)
+    values, doubts = read_codes(model, pictures.x, batch_size)
     c_cat, n_cat = values[:, : spec.n_cat].int(), spec.n_cat
 
     head = ["file", *spec.names, *(f"{c}_{'p' if 'cat' in c else 'sigma'}" for c in spec.names)]
-    known = zip(files, c_cat, torch.cat([values[:, n_cat:], doubts], 1), strict=True)
-    lines = ([name, *cat.tolist(), *(f"{v:.4f}" for v in row.tolist())] for name, cat, row in known)
+    read = zip(files, c_cat, torch.cat([values[:, n_cat:], doubts], 1), strict=True)
+    lines = ([name, *cat.tolist(), *(f"{v:.4f}" for v in row.tolist())] for name, cat, row in read)
     save_table(out / "codes.csv", itertools.chain([head], lines))
 
-    n, columns, labels = len(files), args.steps, labels_of(args.sort, files)
-    for code in args.codes:
-        name, j = label(code, args.names), spec.names.index(code)
-        if j < spec.n_cat:
-            order, left, rows = doubts[:, j].argsort(descending=True), [], []
+    labels, shown = labels_of(sort, files), drawable(names)
+    places = [i for i, label in enumerate(labels) if label]
+    kinds = {labels[i] for i in places}
+    if n_cat:
+        told = f"{len(kinds)} labels of {len(places):,} pictures, {len(files) - len(places):,}"
+        told += " without one (a label is the folder that a picture is in)"
+        print(told + "; no figures: at least 2 labels are needed" * (len(kinds) < 2))
+    for code in codes:
+        title, j = label(code, shown), spec.names.index(code)
+        if j < n_cat:
+            order, left, parts = doubts[:, j].argsort(descending=True), [], []
             for k in range(min(spec.cat_dim, MOST_SHOWN)):
                 mine = order[c_cat[order, j] == k]
                 left.append(f"{k}\n{len(mine):,}")
-                blank = (0,) * 7 + (max(0, columns - len(mine)),)
-                rows.append(F.pad(to_floats(pictures.x[mine[:columns]]), blank, value=1.0))
-            title = f"{name}: category, its number of pictures; the most certain first"
-            page = sheet(title, torch.cat(rows), [""] * columns, left, args.zoom)
-            if labels:
-                error, nmi = agreement(c_cat[:, j].tolist(), labels)
-                print(f"{name}: {error:.1%} error, NMI {nmi:.3f} ({len(set(labels))} labels)")
+                blank = (0,) * 7 + (max(0, steps - len(mine)),)
+                parts.append(F.pad(to_floats(pictures.x[mine[:steps]]), blank, value=1.0))
+            title += ": category, its number of pictures; the most certain first"
+            page = sheet(title, torch.cat(parts), [""] * steps, left, zoom)
+            if len(kinds) > 1:
+                error, nmi = agreement(c_cat[places, j].tolist(), [labels[i] for i in places])
+                print(f"{label(code, names)}: {error:.1%} error, NMI {nmi:.3f}")
         else:
-            rows = min(args.rows, n)  # neighbours below each other
-            start = torch.linspace(0, n - rows, columns).round().long()
-            chosen = values[:, j].argsort()[start + torch.arange(rows)[:, None]]
+            below = min(rows, len(files))  # neighbours below each other
+            start = torch.linspace(0, len(files) - below, steps).round().long()
+            chosen = values[:, j].argsort()[start + torch.arange(below)[:, None]]
             above = [f"{v:+.2f}" for v in values[chosen, j].mean(0).tolist()]
-            title = f"{name}: lowest to highest, as Q reads it"
-            page = sheet(title, to_floats(pictures.x[chosen.flatten()]), above, zoom=args.zoom)
+            title += ": lowest to highest, as Q reads it"
+            page = sheet(title, to_floats(pictures.x[chosen.flatten()]), above, zoom=zoom)
         save_picture(out / f"{code}.png", page)
     return f"{out} has sheets and codes.csv"
 
 
-def read_pictures(model: Model, args: argparse.Namespace, out: Path) -> str:
+def read(
+    model: Model, out: Path, read: list[str], seeds: Seeds, set_: Held, codes: list[str],
+    names: Names, zoom: int, batch_size: int,
+) -> str:  # fmt: skip
     """A table of what Q reads from each picture; read.png: each beside what G draws of it."""
-    G, _, spec, ckpt = model
-    size, channels = ckpt["args"]["image_size"], ckpt["args"]["channels"]
-    paths = [Path(os.path.expanduser(path)) for path in args.read]
-    found = [infogan.read_picture(path, size, channels) for path in paths]
-    for why in (why for why, raw, _ in found if raw is None):
+    spec, paths = model.spec, [Path(os.path.expanduser(path)) for path in read]
+    decoded = [infogan.read_picture(path, *model.shape) for path in paths]
+    for why in (why for why, raw, _ in decoded if raw is None):
         raise UserError(f"--read {why}: cannot be read as a picture; --sort takes a folder")
-    raw = bytearray(b"".join(raw for _, raw, _ in found))
-    x = torch.frombuffer(raw, dtype=torch.uint8).view(-1, size, size, channels)
-    values, doubts = read_codes(model, x, args)
-    forms = ["{:.0f} ({:.0%})"] * spec.n_cat + ["{:+.2f} ± {:.2f}"] * spec.n_cont
-    known = zip(spec.names, forms, values.T.tolist(), doubts.T.tolist(), strict=True)
-    told = {c: [*map(form.format, v, d)] for c, form, v, d in known if c in args.codes}
-    files = [path.name for path in paths]
-    print_columns({"": files} | {label(c, args.names): cells for c, cells in told.items()})
-    n = len(args.seeds)
-    c_cat, c_cont = values.repeat_interleave(n, 0).split([spec.n_cat, spec.n_cont], 1)
-    codes = Codes(spec.sample_seeds(args.seeds).z.repeat(len(x), 1), c_cat.long(), c_cont)
-    drawn = draw(G, spec.join(hold(spec, codes, args.set))).unflatten(0, (-1, n))
+    raw = bytearray(b"".join(raw for _, raw, _ in decoded))
+    x = torch.frombuffer(raw, dtype=torch.uint8).view(
+        len(paths), model.shape[0], model.shape[0], -1
+    )
+    values, doubts = read_codes(model, x, batch_size)
+    table, files = {"": [path.name for path in paths]}, [path.name for path in paths]
+    for code, v, d in zip(spec.names, values.T.tolist(), doubts.T.tolist(), strict=True):
+        form = "{:.0f} ({:.0%})" if code.startswith("cat") else "{:+.2f} ± {:.2f}"
+        if code in codes:
+            table[label(code, names)] = [*map(form.format, v, d)]
+    print_columns(table)
+    c_cat, c_cont = values.repeat_interleave(len(seeds), 0).split([spec.n_cat, spec.n_cont], 1)
+    again = Codes(spec.sample_seeds(seeds).z.repeat(len(x), 1), c_cat.long(), c_cont)
+    drawn = draw(model.G, spec.join(hold(spec, again, set_))).unflatten(0, (-1, len(seeds)))
     shown = torch.cat([to_floats(x)[:, None], drawn], 1).flatten(0, 1)
-    above = ["picture", *(f"seed {s}" for s in args.seeds)]
+    above = ["picture", *(f"seed {s}" for s in seeds)]
     title = "each picture, and what G draws from the codes that Q reads"
-    save_picture(out / "read.png", sheet(title, shown, above, files, args.zoom))
+    save_picture(out / "read.png", sheet(title, shown, above, files, zoom))
     return f"{out} has read.png"
 
 
 # for other programs -------------------------------------------------------------------------------
 
 
-def folded(G: Generator) -> list[nn.ConvTranspose2d]:
-    """G's convolutions, each with the batch norm that follows it in its weights and bias."""
-    convs = [m for m in G.layers if isinstance(m, nn.ConvTranspose2d)]
-    norms = [m for m in G.layers if isinstance(m, nn.BatchNorm2d)]
-    fused = [fuse_conv_bn_eval(*pair, transpose=True) for pair in zip(convs, norms, strict=False)]
-    return [*fused, convs[-1]]
+def folded(G: Generator) -> nn.Sequential:
+    """G in plain layers: doubling and batch norm are in the weights of the convolutions."""
+    layers = [nn.Unflatten(1, (-1, 1, 1))]
+    for m in G.layers:
+        if isinstance(m, nn.BatchNorm2d):
+            transposed = isinstance(layers[-1], nn.ConvTranspose2d)
+            layers[-1] = fuse_conv_bn_eval(layers[-1], m, transpose=transposed)
+            continue
+        if isinstance(m, (infogan.UpsampleConv2d, infogan.ConvTranspose2dFromPixel)):
+            up = isinstance(m, infogan.UpsampleConv2d)
+            weight, bias = nn.Parameter(m.folded() if up else m.weight), m.bias
+            m = nn.ConvTranspose2d(*weight.shape[:2], 4, 1 + up, int(up), bias=bias is not None)
+            m.weight, m.bias = weight, bias
+        layers.append(m.eval())
+    return nn.Sequential(*layers).requires_grad_(False)
 
 
-def write_explorer(model: Model, args: argparse.Namespace, out: Path) -> str:
+def explorer(
+    model: Model, out: Path, seed: int, seeds: Seeds, set_: Held, range_: Ends, names: Names,
+    batch_size: int,
+) -> str:  # fmt: skip
     """One HTML file that draws by itself, from --set on; its first z are those of the sheets."""
-    spec, path, layers = model.spec, Path(args.ckpt), folded(model.G)
-    weights = torch.cat([t.flatten() for m in layers for t in (m.weight, m.bias)]).cpu().half()
-    if not weights.isfinite().all():
-        raise UserError("--explorer: this generator's weights do not fit half precision")
-    encoded = base64.b64encode(weights.numpy().astype("<f2").tobytes()).decode()
-    if len(encoded) > PAGE_MB * 1e6:
-        much = f"a page of {len(encoded) / 1e6:.1f} MB, the limit is {PAGE_MB}"
-        raise UserError(f"--explorer: generator too large: {much}; train with a smaller --width")
-    rows = measure(model, args)
-    print_table(rows, args.names)
-    reach = [*args.range, *(v for code, v in args.set.items() if code.startswith("cont"))]
+    spec, weights, scales = model.spec, [], []
+    convs = [m.cpu() for m in model.G if hasattr(m, "weight")]
+    for m in convs:  # 8 bits a weight, with a scale for each channel that it makes
+        w = m.weight if isinstance(m, nn.ConvTranspose2d) else m.weight.transpose(0, 1)
+        scale = w.abs().amax((0, 2, 3)).clamp(min=1e-12) / 127
+        weights.append((w / scale[:, None, None]).round().to(torch.int8).flatten())
+        scales += [scale, m.bias]
+    if not all(t.isfinite().all() for t in scales):
+        raise UserError("--explorer: this generator's weights are too large")
+    if 4 / 3 * sum(map(len, weights)) > PAGE_MB * 1e6:
+        raise UserError("--explorer: generator too large for a page; train with a smaller --width")
+    rows = measure(model, seed, batch_size)
+    print_table(rows, names)
+    reach = [*range_, *(v for code, v in set_.items() if code.startswith("cont"))]
+
+    def encode(raw: bytes) -> str:
+        return base64.b64encode(raw).decode()
 
     def told(row: Row) -> dict:
         file = io.BytesIO()
         to_image(row.where).save(file, "JPEG", quality=85)
-        where = "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
-        return row._asdict() | {"name": args.names.get(row.code), "where": where}
+        where = "data:image/jpeg;base64," + encode(file.getvalue())
+        return row._asdict() | {"name": names.get(row.code), "where": where}
 
     data = {
-        "title": f"{path.parent.name}/{path.name}, step {model.ckpt['step']:,}",
+        "title": f"{model.path.parent.name}/{model.path.name}, step {model.ckpt['step']:,}",
         "spec": vars(spec),
         "range": [min(reach), max(reach)],
-        "at": "#" + "&".join(f"{code}={value:g}" for code, value in args.set.items()),
-        "seeds": [*args.seeds],
-        "maps": [m.out_channels for m in layers],
+        "at": "#" + "&".join(f"{code}={value:g}" for code, value in set_.items()),
+        "seeds": [*seeds],
+        "layers": [{"outputs": m.out_channels, "kernel": m.kernel_size[0]} for m in convs],
         "codes": [told(r) for r in rows if r.where is not None],
-        "z": [[round(v, 4) for v in z] for z in spec.sample_seeds(args.seeds).z.tolist()],
-        "weights": encoded,
+        "z": [[round(v, 4) for v in z] for z in spec.sample_seeds(seeds).z.tolist()],
+        "weights": encode(torch.cat(weights).numpy().tobytes()),
+        "scales": encode(torch.cat(scales).numpy().astype("<f4").tobytes()),
     }
     filled = json.dumps(data).replace("<", "\\u003c")  # a name must not end the script
     page = PAGE.read_text(encoding="utf-8").replace("data = null;", f"data = {filled};")
@@ -628,54 +805,52 @@ def write_explorer(model: Model, args: argparse.Namespace, out: Path) -> str:
     return f"{out} has explorer.html"
 
 
-def write_onnx(model: Model, args: argparse.Namespace, out: Path) -> str:
+def onnx(model: Model, out: Path) -> str:
     """G as ONNX, from "codes" (n, spec.dim) to "x" (n, channels, size, size) in [-1, 1]."""
     try:
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise UserError("--onnx: needs `pip install onnx onnxscript`") from error
-    G = model.G.cpu().to(memory_format=torch.contiguous_format)
+    spec, G = model.spec, model.G.cpu().to(memory_format=torch.contiguous_format)
     names, n = {"input_names": ["codes"], "output_names": ["x"]}, ({0: torch.export.Dim("n")},)
-    some = (torch.zeros(2, model.spec.dim),)
+    some = (torch.zeros(2, spec.dim),)
     program = torch.onnx.export(G, some, dynamic_shapes=n, dynamo=True, verbose=False, **names)
-    program.model_proto.doc_string = MARK
+    proto = program.model_proto  # made anew at each access
+    proto.doc_string = f"{MARK}. codes: z ({spec.z_dim}); {spec.n_cat} one-hot categoricals of"
+    proto.doc_string += f" {spec.cat_dim}; {spec.n_cont} continuous codes. x: pixels in [-1, 1]"
     with replacing(out / "generator.onnx") as file:
-        file.write(program.model_proto.SerializeToString())
+        file.write(proto.SerializeToString())
     return f"{out} has generator.onnx"
 
 
-def shrink(model: Model, args: argparse.Namespace, _out: Path) -> str:
+def shrink(model: Model, shrink: str, names: Names) -> str:
     """A checkpoint to share: what the loaders need, in half precision, with the codes' names."""
-    ckpt, path = model.ckpt, Path(args.shrink)
+    ckpt, path = model.ckpt, Path(shrink)
     if path.exists():
         raise UserError(f"--shrink {path}: exists; give a new name")
     args_kept = ckpt["args"] | {"data": "", "out": "", "init": None}  # nobody else's business
     small = {"args": args_kept, **{key: ckpt.get(key) for key in ("spec", "step", "minutes")}}
     for net in ("G_ema", "D"):  # vectors stay: they are small, and variances may be tiny
         small[net] = {k: w.half() if w.dim() > 1 else w for k, w in ckpt[net].items()}
-    infogan.save_file(path, small | {"format": infogan.FORMAT, "names": args.names})
+    infogan.save_file(path, small | {"format": infogan.FORMAT, "names": names})
     return f"{path} has {path.stat().st_size / 1e6:.1f} MB"
 
 
 # flags --------------------------------------------------------------------------------------------
 
 # fmt: off
-DRAW = "out seed seeds set "
-MODES = {  # what writes, into which folder beside the checkpoint; its files; the flags it uses
-"sheets": (write_sheets, "traversals", "table.csv CODE.png CODE.gif overview.png samples.png"
-  " all-categoricals.png cat-by-cont.png",
-  DRAW + "rows range batch-size zoom steps names codes gif"),
-"--explorer": (write_explorer, "traversals", "explorer.html", DRAW + "rows range batch-size names"),
-"--walk": (write_walk, "traversals/walk.gif", ".", DRAW + "rows zoom steps"),
-"--samples": (write_samples, "generated", "codes.csv SEED.png", DRAW + "batch-size"),
-"--read": (read_pictures, "traversals", "read.png", DRAW + "batch-size zoom names codes"),
-"--sort": (sort_pictures, "sorted", "codes.csv CODE.png",
-  "out rows zoom steps batch-size names codes"),
-"--versus": (compare, "traversals", "comparison.png",
-  "out seed set rows range batch-size zoom steps data"),
-"--onnx": (write_onnx, "traversals", "generator.onnx", "out"),
-"--shrink": (shrink, "", "", "names"),
+MODES = {  # its flags are its parameters; into which folder beside the checkpoint; its files
+sheets: ("traversals", "table.csv CODE.png CODE.gif overview.png samples.png all-categoricals.png"
+  " cat-by-cont.png"),
+explorer: ("traversals", "explorer.html"),
+walk: ("traversals/walk.gif", "."),
+samples: ("generated", "codes.csv"),
+read: ("traversals", "read.png"),
+sort: ("sorted", "codes.csv CODE.png"),
+versus: ("traversals", "comparison.png"),
+onnx: ("traversals", "generator.onnx"),
+shrink: ("", ""),
 }
 FLAGS = {  # as in infogan.py
 "sheets": [
@@ -686,7 +861,7 @@ FLAGS = {  # as in infogan.py
     ("--seed", 0, (0, 10**9), "of the first picture or row; the others have the next numbers"),
     ("--seeds", None, "LIST", "these instead, such as 3,17,40-49"),
     ("--set", None, "LIST", "hold codes at values, such as cat0=3,cont5=-0.8"),
-    ("--range", None, "V", "of a continuous code's values (default -1 1, as in training)"),
+    ("--range", None, "V", "values of a continuous code (default -3 3; of up to 5, -1.5 1.5)"),
     ("--steps", 11, (2, 100), "columns of a continuous code's sheet; frames to the next face"),
     ("--zoom", 1, (1, 8), "enlarge sheets N times"),
     ("--gif", False, bool, "also write an animated GIF for each code"),
@@ -700,28 +875,49 @@ FLAGS = {  # as in infogan.py
     ("--read", None, "PICTURE", "tell what Q reads from pictures, draw each again"),
     ("--walk", False, bool, "write an animation that moves through the faces of the seeds"),
     ("--versus", None, "FILE", "compare with this checkpoint"),
-    ("--data", None, "FOLDER", "with --versus: real pictures to measure both against"),
+    ("--data", None, "FOLDER", "real pictures: --versus measures against them, --samples writes"
+     " them into OUT-real as a run sees them"),
     ("--onnx", False, bool, "write generator.onnx, for other runtimes"),
     ("--shrink", None, "FILE", "write a checkpoint in half precision, to share"),
 ]}
 SEVERAL = {"samples": {"nargs": "?", "const": 0}, "read": {"nargs": "+"},
   "range": {"nargs": 2, "type": float, "metavar": ("LOW", "HIGH")}}
 # fmt: on
-LIMITS = infogan.limits_of(FLAGS)
 
 
-def read_seeds(text: str) -> list[int]:
-    """The numbers of "3,17,40-49". Raises UserError."""
-    parts = [re.fullmatch("([0-9]{1,9})(?:-([0-9]{1,9}))?", p.strip()) for p in text.split(",")]
-    each = [range(int(m[1]), int(m[2] or m[1]) + 1) if m else range(0) for m in parts]
-    seeds = [*itertools.chain(*each)] if all(each) and sum(map(len, each)) <= 10**7 else []
-    if not seeds or len(set(seeds)) < len(seeds):
-        raise UserError(f"--seeds {text}: must be different whole numbers such as 3,17,40-49")
+def name_of(mode: Callable) -> str:
+    return "sheets" if mode is sheets else f"--{mode.__name__}"
+
+
+def flags_of(mode: Callable) -> set[str]:
+    """Its parameters; which --seeds are meant, --seed and --rows may tell."""
+    names = {name.strip("_").replace("_", "-") for name in inspect.signature(mode).parameters}
+    names |= {"ckpt", "device", "seed" if "seeds" in names else "ckpt"}
+    names |= {"rows"} if "seeds" in names and mode not in (samples, read) else set()
+    return {f"--{name}" for name in names - {"model"}}
+
+
+def read_seeds(args: argparse.Namespace) -> Sequence[int]:
+    """The numbers of "3,17,40-49", or as many from --seed on as the mode takes. Raises UserError"""
+    text, name = args.seeds, args.mode.__name__
+    count = {"samples": args.samples, "read": N_READ}.get(name, args.rows)
+    seeds = range(args.seed, args.seed + count)
+    if text:
+        parts = [re.fullmatch("([0-9]{1,9})(?:-([0-9]{1,9}))?", p.strip()) for p in text.split(",")]
+        each = [range(int(m[1]), int(m[2] or m[1]) + 1) if m else range(0) for m in parts]
+        seeds = [*itertools.chain(*each)] if all(each) and sum(map(len, each)) <= 10**7 else []
+        if not seeds or len(set(seeds)) < len(seeds):
+            must = "must be different whole numbers such as 3,17,40-49"
+            raise UserError(f"--seeds {text}: {must}")
+    least, most = 1 + (name == "walk"), 10**7 if name == "samples" else 100
+    if not least <= len(seeds) <= most:
+        why = f"needs {least:,} to {most:,} seeds, not {len(seeds):,}"
+        raise UserError(f"{name_of(args.mode)}: {why}")
     return seeds
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The flags. Raises UserError in one line for what is out of range or has no effect."""
+    """The flags and the mode's function. Raises UserError for what has no effect or no sense."""
     p = infogan.Parser("generate.py", __doc__, FLAGS)
     for action in p._actions:
         vars(action).update(SEVERAL.get(action.dest, {}))
@@ -729,54 +925,41 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     given = {w.partition("=")[0] for w in (sys.argv if argv is None else argv) if w[:2] == "--"}
     if not args.ckpt:
         raise UserError("--ckpt: give a checkpoint, such as checkpoint/v3/last.pt; see --help")
-    if len(modes := [mode for mode in MODES if mode in given]) > 1:
-        raise UserError(f"{modes[0]} and {modes[1]}: give only one of them")
-    args.mode = mode = [*modes, "sheets"][0]
-    used = {"--ckpt", "--device", mode, *(f"--{flag}" for flag in MODES[mode][3].split())}
-    for flag in sorted(given - used):
-        users = ", ".join(m for m, (*_, flags) in MODES.items() if flag[2:] in flags.split())
-        raise UserError(f"{flag} has no effect on {mode}, only on {users}")
-    args.range = low, high = args.range or (-1.0, 1.0)
-    if low == high or not all(abs(v) <= 1000 for v in args.range):  # true for NaN
+    modes = [mode for mode in MODES if name_of(mode) in given]
+    if len(modes) > 1:
+        raise UserError(f"{' and '.join(map(name_of, modes[:2]))}: give only one of them")
+    args.mode = mode = [*modes, sheets][0]
+    for flag in sorted(given - flags_of(mode) - {name_of(mode)}):
+        users = ", ".join(name_of(m) for m in MODES if flag in flags_of(m))
+        raise UserError(f"{flag} has no effect on {name_of(mode)}, only on {users}")
+    low, high = args.range or (-1, 1)
+    if low == high or not all(abs(v) <= 1000 for v in (low, high)):  # true for NaN
         raise UserError("--range: must be two different numbers from -1000 to 1000")
-    for name in ("ckpt", "versus"):
-        if os.path.isdir(getattr(args, name) or ""):
-            setattr(args, name, os.path.join(getattr(args, name), "last.pt"))
-    count = {"--samples": args.samples, "--read": N_READ}.get(mode, args.rows)
-    seeds = read_seeds(args.seeds) if args.seeds else range(args.seed, args.seed + count)
-    number = args.samples or ("--rows" in given and args.rows)
-    if args.seeds and ("--seed" in given or number not in (False, 0, len(seeds))):
-        raise UserError(f"--seeds names {len(seeds)}; leave out --seed, --rows and N of --samples")
-    least, most = 1 + (mode == "--walk"), 10**7 if mode == "--samples" else 100
-    if not least <= len(seeds) <= most:
-        raise UserError(f"{mode}: needs {least:,} to {most:,} seeds, not {len(seeds):,}")
-    args.seeds, args.rows = seeds, len(seeds)
+    if args.seeds and (given & {"--seed", "--rows"} or args.samples):
+        raise UserError("--seeds: names them; leave out --seed, --rows and N of --samples")
     return args
 
 
 def show(args: argparse.Namespace) -> int:
     """Writes what was asked for and says where it is."""
-    args.device, path = infogan.pick_device(args.device), Path(args.ckpt)
-    model, (write, folder, files, _) = load_model(args.ckpt, args.device), MODES[args.mode]
-    args.codes = args.codes.split(",") if args.codes else model.spec.names
-    check_codes(model.spec, "--codes", args.codes)
-    args.names = read_names(args, model.spec, model.ckpt)
-    args.set = read_set(args.set or "", model.spec)
+    mode, (folder, files), seeds = args.mode, MODES[args.mode], read_seeds(args)
+    model = load_model(args.ckpt, infogan.pick_device(args.device))
+    spec, path = model.spec, model.path
+    codes = [code.strip() for code in args.codes.split(",")] if args.codes else spec.names
+    check_codes(spec, "--codes", codes)
     folder = folder if path.name == "last.pt" else f"{path.stem}-{folder}"
-    out = Path(args.out or path.parent / folder)
-    stems = {"CODE": args.codes, "SEED": (f"{seed:06d}" for seed in args.seeds)}
-    names = map(os.path.splitext, files.split())
-    paths = (out / f"{stem}{end}" for name, end in names for stem in stems.get(name, [name]))
-    if write is write_walk and out.suffix.lower() not in (".gif", ".webp"):
+    out, reach = Path(args.out or path.parent / folder), 3.0 if spec.n_cont > 5 else 1.5
+    values = vars(args) | {"model": model, "out": out, "seeds": seeds, "codes": codes}
+    values |= {"names": read_names(model, args.names), "set": read_set(args.set, spec)}
+    values["range"] = args.range or (-reach, reach)
+    if mode is walk and out.suffix.lower() not in (".gif", ".webp"):
         raise UserError(f"--out {out}: must end with .gif or .webp")
-    for path in (path for path in paths if path.exists()):
-        raw = path.read_bytes() if path.is_file() else b"a folder"
-        if raw and MARK.encode() not in raw and not raw.startswith(HEADS):
-            why = "is there, but not from this version of generate.py"
-            raise UserError(f"{path}: {why}; move it, or give another --out")
+    stems = map(os.path.splitext, files.split())
+    names = (f"{c}{end}" for stem, end in stems for c in (codes if stem == "CODE" else [stem]))
+    check_ours(map(out.joinpath, names))
     if files:
-        (out.parent if write is write_walk else out).mkdir(parents=True, exist_ok=True)
-    print(write(model, args, out))
+        (out.parent if mode is walk else out).mkdir(parents=True, exist_ok=True)
+    print(mode(**{name: values[name.strip("_")] for name in inspect.signature(mode).parameters}))
     return 0
 
 

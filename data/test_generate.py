@@ -1,0 +1,765 @@
+"""Proof that generate.py and the explorer's page do what they say: on the CPU, with no network.
+
+python -m pytest -q data/test_generate.py    in a browser too where there is a Chromium
+"""
+
+# ruff: noqa: F811 (a fixture that is imported, and the argument of a test that takes it)
+from __future__ import annotations
+
+import csv
+import importlib.util
+import itertools
+import json
+import math
+import os
+import random
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import urllib.request
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageChops
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from test_infogan import (  # noqa: F401, I001 (it settles the threads before torch is loaded)
+    CPU, HERE, cache, ckpt, faces, few_pictures, free_port, kill, said_one_line, seeded,
+    stopped_tests_clean_up, tiny, tiny_state, wait_until,
+)  # fmt: skip
+
+import generate
+import infogan
+from infogan import Codes, CodeSpec, Generator
+
+# generate.py --------------------------------------------------------------------------------------
+
+
+SHEETS = ("--rows", "3", "--steps", "5", "--gif")
+
+
+@pytest.fixture(scope="session")
+def sheets(ckpt, tmp_path_factory) -> Path:
+    """What generate.py leaves of ckpt."""
+    out = tmp_path_factory.mktemp("sheets")
+    assert generate.main(["--ckpt", str(ckpt), "--out", str(out), *SHEETS]) == 0
+    return out
+
+
+def test_every_code_has_a_sheet_and_a_loop(sheets):
+    names = ["cat0", "cat1", "cont0", "cont1", "cont2"]
+    expected = {f"{n}.{kind}" for n in names for kind in ("png", "gif")} | {"table.csv"}
+    expected |= {f"{n}.png" for n in ("all-categoricals", "cat-by-cont", "overview", "samples")}
+    assert {p.name for p in sheets.iterdir()} == expected
+    sheet = Image.open(sheets / "cont0.png")
+    assert sheet.width >= 6 * 64 and sheet.height >= 3 * 64, "five faces and where they change"
+
+
+def test_sheets_are_the_same_each_time(ckpt, sheets, tmp_path, capsys):
+    assert generate.main(["--ckpt", str(ckpt), "--out", str(tmp_path), *SHEETS]) == 0
+    assert "cont0" in capsys.readouterr().out
+    for path in sheets.iterdir():
+        assert path.read_bytes() == (tmp_path / path.name).read_bytes(), path.name
+
+
+def test_the_table_has_the_strongest_codes_first(sheets):
+    with open(sheets / "table.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [r["code"] for r in rows[:3]] == ["z", "cat", "cont"]
+    assert sorted(r["code"] for r in rows[3:]) == ["cat0", "cat1", "cont0", "cont1", "cont2"]
+    strengths = [float(r["effect"]) for r in rows[3:]]
+    assert strengths == sorted(strengths, reverse=True) and strengths[0] > 0
+
+
+def test_the_table_tells_the_tint_of_codes_alone(sheets):
+    with open(sheets / "table.csv", newline="") as file:
+        tints = {r["code"]: r["tint"] for r in csv.DictReader(file)}
+    assert [tints.pop(group) for group in ("z", "cat", "cont")] == [""] * 3
+    assert len(tints) == 5 and all(0 <= float(tint) <= 1 for tint in tints.values())
+
+
+def test_a_heat_map_is_red_where_a_code_changes_the_mean_face():
+    x = torch.rand(50, 3, 16, 16, generator=seeded()) - 0.5
+    y = x.clone()
+    y[:, :, 2:6, 3:8] += torch.randn(50, 1, 1, 1, generator=seeded(1))
+    for channels in (3, 1):
+        red, green, blue = generate.heat_map(x[:, :channels], y[:, :channels])
+        hot = (red - blue) > 1
+        assert hot[2:6, 3:8].all() and hot.sum() == 4 * 5
+        assert red[~hot].equal(green[~hot]) and red[~hot].equal(blue[~hot])
+    assert generate.heat_map(x, x).isfinite().all(), "a code that does nothing"
+
+
+def test_low_and_high_differ_in_one_code():
+    spec = CodeSpec(2, 3, 2, 1)
+    codes = spec.sample(50, seeded())
+    low, high = generate.low_high(spec, codes, "cont1", seeded(1))
+    assert (low.c_cont[:, 1] == -0.8).all() and (high.c_cont[:, 1] == 0.8).all()
+    assert low.c_cont[:, 0].equal(high.c_cont[:, 0]) and low.c_cat.equal(codes.c_cat)
+    low, high = generate.low_high(spec, codes, "cat0", seeded(1))
+    assert low.c_cat.equal(codes.c_cat) and (low.c_cat[:, 0] != high.c_cat[:, 0]).all()
+    assert high.c_cat.max() == 2 and low.c_cat[:, 1].equal(high.c_cat[:, 1])
+
+
+def test_loops_run_forth_and_back(tmp_path):
+    x, path = torch.rand(2 * 5, 3, 16, 16, generator=seeded()) * 2 - 1, tmp_path / "loop.gif"
+    for back, order in ((True, [0, 1, 2, 3, 4, 3, 2, 1]), (False, [0, 1, 2, 3, 4])):
+        generate.save_gif(path, "cont0", x, list("abcde"), back, 2)
+        loop, shown = Image.open(path), []
+        assert loop.n_frames == len(order) and loop.info["loop"] == 0
+        for i in range(len(order)):
+            loop.seek(i)
+            shown.append(loop.convert("RGB").resize((80, 80)).tobytes())
+        for (i, a), (j, b) in itertools.combinations(zip(order, shown, strict=True), 2):
+            far = sum(abs(p - q) for p, q in zip(a, b, strict=True)) / len(a)
+            assert (far < 1) == (i == j), (i, j, far)
+
+
+def test_zoom_enlarges_whole_sheets_and_labels_fit():
+    x = torch.rand(6, 3, 32, 32, generator=seeded()) * 2 - 1
+    for above, left, title in (
+        (["a"] * 3, ["one\ntwo", "a long label"], "t"),
+        ([""] * 3, (), "t" * 90),
+    ):
+        small, large = (generate.sheet(title, x, above, left, zoom) for zoom in (1, 2))
+        assert abs(large.width - 2 * small.width) < 5 and large.height == 2 * small.height
+        for page in (small, large):  # nothing touches the edge, so nothing is cut
+            ink = ImageChops.invert(page.convert("L")).getbbox()
+            assert ink[0] >= 8 and ink[1] >= 8
+            assert page.width - ink[2] >= 8 and page.height - ink[3] >= 8
+
+
+NAMES = '{"cont1": "tilt", "cat0": "</script>"}'
+
+
+def test_names_of_codes_are_told_and_in_the_table(ckpt, tmp_path, capsys):
+    shutil.copy(ckpt, tmp_path / "last.pt")
+    (tmp_path / "names.json").write_text(NAMES)
+    command = ["--ckpt", str(tmp_path / "last.pt"), "--rows", "2", "--steps", "3"]
+    assert generate.main(command) == 0
+    assert "cont1 (tilt) " in capsys.readouterr().out
+    with open(tmp_path / "traversals/table.csv", newline="") as file:
+        assert {r["code"]: r["name"] for r in csv.DictReader(file)}["cont1"] == "tilt"
+    plain = (tmp_path / "traversals/cont1.png").read_bytes()
+    (tmp_path / "names.json").unlink()
+    assert generate.main(command) == 0
+    assert (tmp_path / "traversals/cont1.png").read_bytes() != plain
+
+
+def test_names_go_with_a_shrunken_checkpoint_into_the_explorer(ckpt, tmp_path):
+    shutil.copy(ckpt, tmp_path / "last.pt")
+    (tmp_path / "names.json").write_text(NAMES)
+    small = tmp_path / "elsewhere/small.pt"
+    small.parent.mkdir()
+    assert generate.main(["--ckpt", str(tmp_path / "last.pt"), "--shrink", str(small)]) == 0
+    assert generate.main(["--ckpt", str(small), "--explorer"]) == 0
+    page = (small.parent / "small-traversals/explorer.html").read_text()
+    assert '"name": "tilt"' in page and page.count("</script>") == 1
+
+
+BAD_NAMES = {
+    "no such file": None,
+    "not json": "{cont1",
+    "list": "[]",
+    "code": '{"cont9": "a"}',
+    "number": '{"cont1": 3}',
+    "empty": '{"cont1": ""}',
+    "lines": '{"cont1": "a\\nb"}',
+    "deep": "[" * 10**5,
+}
+
+
+@pytest.mark.parametrize("kind", BAD_NAMES)
+def test_bad_names_are_one_line(ckpt, tmp_path, capsys, kind):
+    given = tmp_path / "given.json"
+    if BAD_NAMES[kind]:
+        given.write_text(BAD_NAMES[kind])
+    assert generate.main(["--ckpt", str(ckpt), "--names", str(given)]) == 2
+    said_one_line(capsys, "given.json")
+
+
+def test_a_shrunken_checkpoint_is_a_quarter_and_draws_and_reads_as_before(ckpt, tmp_path):
+    small = tmp_path / "small.pt"
+    assert generate.main(["--ckpt", str(ckpt), "--shrink", str(small)]) == 0
+    assert small.stat().st_size < ckpt.stat().st_size / 4
+    (G, spec), (G_small, _) = (infogan.load_generator(p) for p in (ckpt, small))
+    (Q, _), (Q_small, _) = (infogan.load_encoder(p) for p in (ckpt, small))
+    assert all(p.dtype == torch.float32 for p in (*G_small.parameters(), *Q_small.parameters()))
+    for net, small in ((G, G_small), (Q, Q_small)):  # variances can be too small for half
+        norms = [b for b in small.state_dict() if "running" in b]
+        assert norms and all(net.state_dict()[b].equal(small.state_dict()[b]) for b in norms)
+    x = G(spec.join(spec.sample(20, seeded())))
+    assert x.allclose(G_small(spec.join(spec.sample(20, seeded()))), atol=0.01)
+    for a, b in zip(Q(x), Q_small(x), strict=True):
+        assert a.allclose(b, atol=0.01)
+
+
+def test_a_shrunken_checkpoint_names_no_folder_of_its_maker(ckpt, tmp_path):
+    small = tmp_path / "small.pt"
+    assert generate.main(["--ckpt", str(ckpt), "--shrink", str(small)]) == 0
+    for path in (small, HERE / "checkpoint/animefaces-v3.pt"):
+        args = infogan.load_checkpoint(path)["args"]
+        assert args["data"] == args["out"] == "" and args["image_size"] in (16, 64)
+
+
+def test_no_run_goes_on_from_a_shrunken_checkpoint(ckpt, faces, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(ckpt.parent, run)
+    good = (run / "last.pt").read_bytes()
+    command = ["--ckpt", str(ckpt), "--shrink", str(run / "last.pt")]
+    assert generate.main(command) == 2, "a run's own checkpoint is not overwritten"
+    said_one_line(capsys, "last.pt", "exists")
+    assert (run / "last.pt").read_bytes() == good
+    (run / "last.pt").unlink()
+    assert generate.main(command) == 0
+    capsys.readouterr()
+    assert infogan.main(tiny(faces, run, "--max-steps", 4, "--n-cont", 3)) == 2
+    said_one_line(capsys, "for generate.py only", "--restart")
+
+
+def test_nothing_of_the_user_s_is_overwritten(ckpt, faces, tmp_path, capsys):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for name in ("000000.png", "cat0.png"):
+        shutil.copy(faces / "000000.png", photos / name)
+        shutil.copy(faces / "000001.png", photos / f"b{name}")
+    before = {path.name: path.read_bytes() for path in photos.iterdir()}
+    for mode in (["--samples", "9"], ["--sort", str(photos)]):
+        for out in (photos, photos / "more") if mode[0] == "--sort" else (photos,):
+            assert generate.main(["--ckpt", str(ckpt), *mode, "--out", str(out)]) == 2
+            said_one_line(capsys, str(out))
+    assert before == {p.name: p.read_bytes() for p in photos.iterdir() if p.is_file()}
+
+
+def test_nothing_that_is_not_ours_is_overwritten(ckpt, sheets, tmp_path, capsys):
+    """One file of another origin under a name of ours, for each name of each mode."""
+    mine = {"sheets": [path.name for path in sheets.iterdir()]}
+    mine |= {"--explorer": ["explorer.html"], "--walk": ["walk.gif"], "--onnx": ["generator.onnx"]}
+    mine |= {"--samples": ["000002.png", "codes.csv"], "--versus": ["comparison.png"]}
+    mine |= {"--read": ["read.png"], "--sort": ["codes.csv", "cat1.png"]}
+    value = {"--samples": "3", "--versus": str(ckpt), "--read": "none.png", "--sort": str(HERE)}
+    assert mine.keys() | {"--shrink"} == {*map(generate.name_of, generate.MODES)}
+    for mode, names in mine.items():
+        for name in names:
+            out = tmp_path / "out"
+            out.mkdir()
+            (out / name).write_bytes(b"file,mine\n")
+            flags = [f for f in (mode, value.get(mode)) if f and f != "sheets"]
+            flags += ["--out", str(out / name if mode == "--walk" else out)]
+            assert generate.main(["--ckpt", str(ckpt), *flags]) == 2, (mode, name)
+            said_one_line(capsys, name, "is there")
+            assert [(p.name, p.read_bytes()) for p in out.iterdir()] == [(name, b"file,mine\n")]
+            shutil.rmtree(out)
+
+
+def test_what_is_ours_is_written_again(ckpt, faces, tmp_path):
+    few = few_pictures(tmp_path / "few")
+    read, rows = ["--read", few / "0.png"], ["--rows", 1, "--steps", 2, "--gif"]
+    for mode in (rows, ["--samples", 2], ["--sort", few], ["--explorer"], read):
+        out = tmp_path / mode[0].strip("-")
+        assert draws(["--ckpt", ckpt, *mode], out) == draws(["--ckpt", ckpt, *mode], out)
+    (tmp_path / "samples/000001.png").write_bytes(b"")  # of a call that was killed
+    draws(["--ckpt", ckpt, "--samples", 2], tmp_path / "samples")
+
+
+def test_the_included_model_is_small_and_its_Q_reads_what_its_G_was_told():
+    path = HERE / "checkpoint/animefaces-v3.pt"
+    assert path.stat().st_size < 12e6
+    (G, spec), (Q, _) = infogan.load_generator(path), infogan.load_encoder(path)
+    assert (spec.n_cat, spec.cat_dim, spec.n_cont) == (10, 10, 20)
+    codes = spec.sample(100, seeded())
+    x = G(spec.join(codes))
+    assert x.shape == (100, 3, 64, 64)
+    L_I = infogan.mutual_information(spec, Q.D(x)[1], codes)
+    assert L_I[:10].min() > 2 and L_I[10:].mean() > 1
+
+
+def test_agreement_with_labels_has_its_closed_forms():
+    labels = list("aabbcc" * 100)
+    renamed = [{"a": 2, "b": 0, "c": 7}[label] for label in labels]
+    assert generate.agreement(renamed, labels) == pytest.approx((0, 1))
+    assert generate.agreement([0] * 600, labels) == pytest.approx((2 / 3, 0))
+    assert generate.agreement([0, 0, 1, 1], ["a"] * 4) == pytest.approx((0.5, 0))
+    error, nmi = generate.agreement([0, 1] * 300, labels)
+    assert error == pytest.approx(2 / 3) and nmi == pytest.approx(0, abs=1e-6)
+    split = generate.agreement([0, 0, 1, 2], ["a", "a", "b", "b"])  # a half of b has no match left
+    assert split == pytest.approx((0.25, 2 * math.log(2) / (math.log(2) + 1.5 * math.log(2))))
+
+
+SORT = ("--steps", "5", "--batch-size", "7", "--sort")
+
+
+def test_real_pictures_are_sorted_by_what_Q_reads(ckpt, faces, tmp_path, capsys):
+    """40 in two folders, one twice."""
+    sets, out = tmp_path / "sets", tmp_path / "sorted"
+    for i in range(40):
+        (sets / str(i % 2)).mkdir(parents=True, exist_ok=True)
+        shutil.copy(faces / f"{i:06d}.png", sets / str(i % 2) / f"{i}, a.png")
+    shutil.copy(faces / "000000.png", sets / "1/copy.png")
+    assert generate.main(["--ckpt", str(ckpt), "--out", str(out), *SORT, str(sets)]) == 0
+    told = capsys.readouterr().out
+    assert told.count("NMI") == 2 and "1 exact copy dropped" in told
+    names = ["cat0", "cat1", "cont0", "cont1", "cont2"]
+    assert {p.name for p in out.iterdir()} == {"codes.csv", *(f"{name}.png" for name in names)}
+    with open(out / "codes.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 40 and list(rows[0])[:6] == ["file", *names]
+    Q, _ = infogan.load_encoder(ckpt)
+    for row in rows[::9]:
+        x = infogan.to_square(Image.open(sets / row["file"]), 16, 3)
+        x = torch.frombuffer(bytearray(x.tobytes()), dtype=torch.uint8).view(1, 16, 16, 3)
+        p, mu, sigma = Q(infogan.make_batch(x, False, seeded(), CPU))
+        assert int(row["cat1"]) == p[0, 1].argmax()
+        assert float(row["cat1_p"]) == pytest.approx(p[0, 1].max().item(), abs=1e-3)
+        assert float(row["cont2"]) == pytest.approx(mu[0, 2].item(), abs=1e-3)
+        assert float(row["cont2_sigma"]) == pytest.approx(sigma[0, 2].item(), abs=1e-3)
+
+
+def test_pictures_without_subfolders_have_no_labels_to_compare_with(ckpt, faces, tmp_path, capsys):
+    assert generate.main(["--ckpt", str(ckpt), "--out", str(tmp_path), *SORT, str(faces)]) == 0
+    assert "NMI" not in capsys.readouterr().out
+
+
+def test_sorting_a_folder_that_is_none_is_one_line(ckpt, tmp_path, capsys):
+    assert generate.main(["--ckpt", str(ckpt), *SORT, str(tmp_path / "none")]) == 2
+    assert "--data" not in said_one_line(capsys, "--sort", "none")
+
+
+def test_sorting_takes_as_floats_a_batch_at_a_time(ckpt, faces, tmp_path, monkeypatch):
+    """At 65 kB a picture, CelebA would not fit into memory."""
+    sizes, real = [], generate.to_floats
+    monkeypatch.setattr(
+        generate, "to_floats", lambda x, **to: (sizes.append(len(x)), real(x, **to))[1]
+    )
+    flags = ["--codes", "cat0,cont1", "--rows", "2", *SORT[:4], "--sort", str(faces)]
+    assert generate.main(["--ckpt", str(ckpt), "--out", str(tmp_path), *flags]) == 0
+    assert sizes.count(7) > 80 and max(sizes) <= 10  # a row of 5, two rows of 5
+
+
+def test_mnist_has_labels_of_its_own(tmp_path, monkeypatch):
+    raw = tmp_path / "data/MNIST/raw"
+    raw.mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert generate.labels_of("mnist", ["2", "0"]) == ["", ""]
+    labels = bytes([5, 0, 4])
+    head = b"".join(v.to_bytes(4, "big") for v in (2049, 3))
+    (raw / "train-labels-idx1-ubyte").write_bytes(head + labels)
+    assert generate.labels_of("mnist", ["2", "0"]) == ["4", "5"]
+
+
+HAS_ONNX = importlib.util.find_spec("onnxscript") is not None
+
+
+@pytest.mark.skipif(HAS_ONNX, reason="onnxscript is here")
+def test_onnx_without_its_packages_is_one_line(ckpt, tmp_path, capsys):
+    assert generate.main(["--ckpt", str(ckpt), "--out", str(tmp_path), "--onnx"]) == 2
+    said_one_line(capsys, "pip install onnx onnxscript")
+
+
+def test_onnx_draws_the_same(ckpt, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    assert generate.main(["--ckpt", str(ckpt), "--out", str(tmp_path), "--onnx"]) == 0
+    session = onnxruntime.InferenceSession(tmp_path / "generator.onnx")
+    G, spec = infogan.load_generator(ckpt)
+    for n in (1, 5):
+        codes = spec.join(spec.sample(n, seeded()))
+        (x,) = session.run(["x"], {"codes": codes.numpy()})
+        assert G(codes).allclose(torch.from_numpy(x), atol=1e-4)
+
+
+def test_folding_batch_norm_changes_nothing(ckpt):
+    G, spec = infogan.load_generator(ckpt)
+    codes = spec.join(spec.sample(9, seeded()))
+    assert generate.folded(G)(codes).allclose(G(codes), atol=1e-5)
+    assert not [m for m in generate.folded(G) if isinstance(m, torch.nn.BatchNorm2d)]
+
+
+def test_traversals_move_one_code_and_nothing_else():
+    spec = CodeSpec(2, 3, 2, 4)
+    base = spec.sample(2, seeded())
+    for name, values in (("cat1", [0, 1, 2]), ("cont0", [-1.0, 0.0, 1.0]), ("cat", [0, 1, 2])):
+        moved = spec.traverse(base, name, values)
+        where, columns = {
+            "cat1": ("c_cat", [1]),
+            "cont0": ("c_cont", [0]),
+            "cat": ("c_cat", [0, 1]),
+        }[name]
+        for field in Codes._fields:
+            rows = getattr(moved, field).unflatten(0, (2, 3))
+            fixed = getattr(base, field)[:, None].expand_as(rows).clone()
+            if field == where:
+                assert (rows[:, :, columns] == torch.tensor(values)[None, :, None]).all()
+                fixed[:, :, columns] = rows[:, :, columns]
+            assert rows.equal(fixed)
+
+
+def test_effect_has_its_closed_form():
+    """A picture that is the sum of independent parts: a part's effect is its share of variance."""
+    a, b, b2 = (torch.randn(20_000, 1, 1, 1, generator=seeded(s)) for s in (1, 2, 3))
+    assert generate.effect(3 * a + b, 3 * a + b2) == pytest.approx(0.1, abs=0.01)
+    assert generate.effect(a, a) == 0
+
+
+def test_a_flat_picture_has_no_edges():
+    x = torch.rand(4, 3, 8, 8, generator=seeded())
+    assert generate.edge_map(x).max() > 0.1
+    assert generate.edge_map(x).shape == (4, 1, 6, 6)
+    assert generate.edge_map(torch.ones(1, 3, 8, 8)).max() < 1e-3
+
+
+def test_sliced_wasserstein_tells_equal_sets_from_others():
+    x, y = (torch.rand(200, 3, 32, 32, generator=seeded(s)) for s in (0, 1))
+    blocks = F.interpolate(torch.rand(200, 3, 4, 4, generator=seeded(2)), scale_factor=8)
+    same = generate.sliced_wasserstein(x, y, seeded())
+    other = generate.sliced_wasserstein(x, blocks, seeded())
+    assert len(same) == 2 and all(2 * a < b for a, b in zip(same, other, strict=True))
+    assert len(generate.sliced_wasserstein(x[:, :, :16, :16], y[:, :, :16, :16], seeded())) == 1
+
+
+def test_two_runs_are_compared_in_a_table_and_a_picture(ckpt, faces, tmp_path, capsys):
+    a, b = (tmp_path / name / "last.pt" for name in "ab")
+    for path, flags in ((a, []), (b, ["--recipe", "notebook"])):
+        assert infogan.main(tiny(faces, path.parent, "--max-steps", 2, *flags)) == 0
+    capsys.readouterr()
+    assert generate.main(["--ckpt", str(a), "--versus", str(b), "--data", str(faces)]) == 0
+    told = capsys.readouterr().out
+    for words in (a, b, "effect of z", "effect of cat", "L_I of each cont", "weakest", "SWD"):
+        assert str(words) in told
+    assert Image.open(tmp_path / "a/traversals/comparison.png").width > 800
+    assert not (tmp_path / "a/traversals/table.csv").exists()
+
+
+def test_runs_with_other_codes_are_not_compared_and_it_says_what_differs(ckpt, tmp_path, capsys):
+    state, args, _, _ = tiny_state("--n-cont", "3", "--z-dim", "7")
+    infogan.save_file(tmp_path / "last.pt", infogan.gather_checkpoint(state, args, ""))
+    assert generate.main(["--ckpt", str(ckpt), "--versus", str(tmp_path)]) == 2
+    said = said_one_line(capsys, "--versus", "other codes", "--z-dim 7, not 100")
+    assert "--n-c" not in said
+
+
+def draws(argv: list[object], out: Path) -> dict[str, bytes]:
+    """What generate.py leaves in out, by name."""
+    assert generate.main([*map(str, argv), "--out", str(out)]) == 0
+    return {path.name: path.read_bytes() for path in out.iterdir()}
+
+
+def test_a_seed_is_the_same_picture_at_any_batch_size_and_any_number(tmp_path):
+    draw = ["--ckpt", HERE / "checkpoint/animefaces-v3.pt", "--samples"]
+    many = draws([*draw, 40, "--batch-size", 256], tmp_path / "many")
+    few = draws([*draw, 30, "--seed", 2, "--batch-size", 1], tmp_path / "few")
+    some = draws([*draw, "--seeds", "7, 39,3-5", "--batch-size", 2], tmp_path / "some")
+    assert few.keys() == {"codes.csv", *(f"{seed:06d}.png" for seed in range(2, 32))}
+    assert some.keys() == {"codes.csv", *(f"{seed:06d}.png" for seed in (3, 4, 5, 7, 39))}
+    for name, raw in [*few.items(), *some.items()]:
+        assert raw == many[name] or name == "codes.csv", name
+    rows = {row.split(",", 1)[0]: row for row in many["codes.csv"].decode().splitlines()}
+    assert list(rows)[:2] == ["file", "000000.png"] and rows["000039.png"].split(",")[1] == "39"
+    assert all(rows[r.split(",")[0]] == r for r in some["codes.csv"].decode().splitlines())
+
+
+def test_seeds_have_the_distribution_of_z_and_codes():
+    z, c_cat, c_cont = CodeSpec(2, 4, 3, 5).sample_seeds(range(4000))
+    assert z.mean().abs() < 0.03 and z.std() == pytest.approx(1, abs=0.03)
+    assert all((c_cat == k).float().mean() == pytest.approx(0.25, abs=0.03) for k in range(4))
+    assert c_cont.mean().abs() < 0.03 and c_cont.std() == pytest.approx(3**-0.5, abs=0.02)
+    every = torch.cat([z, c_cat, c_cont], 1)
+    related = torch.corrcoef(torch.cat([every[:-1], every[1:]], 1).T) - torch.eye(20)
+    assert related.abs().max() < 0.09  # also of neighbours
+
+
+def test_codes_that_are_set_are_held_wherever_something_is_drawn(ckpt, tmp_path, monkeypatch):
+    """Each picture that is drawn for a mode has the set values, but where a sheet moves them."""
+    drawn, real = [], generate.draw
+    monkeypatch.setattr(generate, "draw", lambda G, x: (drawn.append(x), real(G, x))[1])
+    table = [generate.Row("cat1", 0.5, 1.1, 0.1, 0.1, 0.5, torch.zeros(3, 16, 16))]
+    monkeypatch.setattr(generate, "measure", lambda model, seed, batch_size: table)
+    picture = tmp_path / "me.png"
+    Image.new("RGB", (20, 20), "red").save(picture)
+    head = ["--ckpt", ckpt, "--set", "cat0=2, cont1=-0.5", "--seed", 3]
+    spec = infogan.load_generator(ckpt)[1]
+    cat0, cont1 = slice(spec.z_dim, spec.z_dim + spec.cat_dim), spec.dim - spec.n_cont + 1
+    for mode in (["--samples", 5], ["--walk"], ["--read", picture], ["--rows", 2, "--steps", 4]):
+        drawn.clear()
+        out = ["--out", tmp_path / "w.webp"] if mode == ["--walk"] else ["--out", tmp_path / "o"]
+        assert generate.main([*map(str, [*head, *mode, *out])]) == 0
+        held = [(x[:, cat0].argmax(1) == 2) & (x[:, cont1] == -0.5) for x in drawn]
+        assert drawn and all(h.all() for x, h in zip(drawn, held, strict=True) if len(x) != 3 * 4)
+        shutil.rmtree(tmp_path / "o", ignore_errors=True)
+        together = (
+            drawn[1 % len(drawn)][:, spec.z_dim : -spec.n_cont]
+            .unflatten(1, (spec.n_cat, -1))
+            .argmax(2)
+        )
+    assert together[:3].tolist() == [[2, 0], [2, 1], [2, 2]], "the other categorical moves alone"
+    monkeypatch.undo()
+    draws([*head, "--explorer"], tmp_path / "page")
+    page = (tmp_path / "page/explorer.html").read_text()
+    assert '"at": "#cat0=2&cont1=-0.5"' in page and '"seeds": [3, 4,' in page
+
+
+def test_a_walk_is_closed_and_its_z_keeps_its_length(tmp_path, monkeypatch):
+    drawn, real = [], generate.draw
+    monkeypatch.setattr(generate, "draw", lambda G, x: (drawn.append(x), real(G, x))[1])
+    ckpt = HERE / "checkpoint/animefaces-v3.pt"  # equal frames would be saved as one
+    spec = infogan.load_generator(ckpt)[1]
+    faces = spec.join(spec.sample_seeds([4, 9, 2]))
+    for suffix in ("gif", "webp"):
+        path = tmp_path / f"w.{suffix}"
+        walk = ["--ckpt", ckpt, "--walk", "--seeds", "4,9,2", "--steps", 6, "--out", path]
+        for _ in range(2):  # again over its own
+            assert generate.main([*map(str, walk)]) == 0
+        film = Image.open(path)
+        assert (film.format, film.n_frames, film.width) == (suffix.upper(), 18, 128)
+        assert film.info["loop"] == 0 and path.stat().st_size < 5e5
+        x = drawn[-1]
+        assert x[::6].allclose(faces, atol=1e-6)
+        z, codes = x.split([spec.z_dim, spec.dim - spec.z_dim], 1)
+        assert (z.norm(dim=1) / spec.z_dim**0.5 - 1).abs().max() < 0.3
+        assert (codes[3] - (codes[0] + codes[6]) / 2).abs().max() < 1e-6
+        assert x.diff(dim=0).norm(dim=1).max() < 0.4 * (faces[0] - faces[1]).norm()
+        assert (x[-1] - x[0]).norm() < 0.4 * (faces[2] - faces[0]).norm(), "not closed"
+
+
+def test_Q_reads_a_picture_of_one_s_own_and_G_draws_it_again(ckpt, tmp_path, capsys):
+    mine = [tmp_path / "a.png", tmp_path / "b.jpg"]
+    for path, colour in zip(mine, ("red", "blue"), strict=True):
+        Image.new("RGB", (50, 40), colour).save(path)
+    (tmp_path / "names.json").write_text('{"cont1": "tilt"}')
+    read = ["--ckpt", ckpt, "--names", tmp_path / "names.json", "--seeds", "5,6,8", "--read"]
+    draws([*read, *mine], tmp_path / "out")
+    told = capsys.readouterr().out
+    Q, spec = infogan.load_encoder(ckpt)
+    x = [infogan.read_picture(path, 16, 3)[1] for path in mine]
+    x = torch.frombuffer(bytearray(b"".join(x)), dtype=torch.uint8).view(2, 16, 16, 3)
+    p, mu, sigma = Q(infogan.make_batch(x, False, seeded(), CPU))
+    for i in range(2):
+        assert f"{mu[i, 1]:+.2f} ± {sigma[i, 1]:.2f}" in told.split("cont1 (tilt)")[1]
+        assert f"{p[i, 1].argmax()} ({p[i, 1].max():.0%})" in told.split("cat1")[1]
+    assert "a.png" in told and Image.open(tmp_path / "out/read.png").width > 4 * 64
+    for bad in (HERE / "README.md", tmp_path / "none.png", tmp_path):
+        assert generate.main([*map(str, [*read, mine[0], bad])]) == 2
+        said_one_line(capsys, "--read", str(bad))
+
+
+def test_a_folder_of_a_run_is_its_last_checkpoint(ckpt, tmp_path, capsys):
+    shutil.copy(ckpt, tmp_path / "last.pt")
+    assert generate.main(["--ckpt", str(tmp_path), "--samples", "1"]) == 0
+    assert (tmp_path / "generated/000000.png").exists()
+    (tmp_path / "last.pt").unlink()
+    assert generate.main(["--ckpt", str(tmp_path), "--samples", "1"]) == 2
+    said_one_line(capsys, "last.pt: no such checkpoint")
+
+
+def test_samples_come_with_their_codes_and_mix_with_no_others(ckpt, tmp_path, capsys):
+    out = tmp_path / "s"
+    command = ["--ckpt", str(ckpt), "--samples", "7", "--out", str(out), "--batch-size", "3"]
+    assert generate.main(command) == 0
+    assert len(list(out.glob("*.png"))) == 7
+    with open(out / "codes.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    names = ["cat0", "cat1", "cont0", "cont1", "cont2"]
+    assert len(rows) == 7 and list(rows[0]) == ["file", "seed", *names]
+    capsys.readouterr()
+    assert generate.main([*command[:2], "--samples", "3", "--out", str(out)]) == 2
+    said_one_line(capsys, "4 other pictures")
+
+
+def test_the_encoder_gives_probabilities_means_and_sigmas(ckpt):
+    Q, spec = infogan.load_encoder(ckpt)
+    p, mu, sigma = Q(torch.zeros(4, 3, 16, 16))
+    assert p.shape == (4, 2, 3) and p.sum(2).allclose(torch.ones(4, 2))
+    assert mu.shape == sigma.shape == (4, 3) and (sigma >= infogan.SIGMA_MIN * 0.999).all()
+
+
+# the explorer in a browser ------------------------------------------------------------------------
+
+
+class Browser:
+    """Headless Chromium, by the few lines of WebDriver that a test needs."""
+
+    def __init__(self, port: int, chromium: str):
+        quiet = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
+        options = {"binary": chromium, "args": quiet}
+        wanted = {"goog:chromeOptions": options}
+        wanted |= {"goog:loggingPrefs": {"browser": "ALL", "performance": "ALL"}}
+        self.at = f"http://127.0.0.1:{port}/session"
+        try:
+            self.at += "/" + self.ask("", capabilities={"alwaysMatch": wanted})["sessionId"]
+        except OSError as error:
+            pytest.skip(
+                f"chromium does not start here, or is not of chromedriver's version: {error}"
+            )
+
+    def ask(self, what: str, **body: object) -> object:
+        request = urllib.request.Request(self.at + what, json.dumps(body).encode())
+        request.add_header("Content-Type", "application/json")
+        direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with direct.open(request, timeout=60) as answer:
+            return json.load(answer)["value"]
+
+    def run(self, script: str, *args: object) -> object:
+        """What the script returns in the page, once two frames have been drawn."""
+        waiting = "const done = arguments[arguments.length - 1], given = arguments;"
+        frames = "requestAnimationFrame(() => requestAnimationFrame(() => "
+        job = f"{waiting} {frames} done((() => {{ {script} }})())))"
+        return self.ask("/execute/async", script=job, args=args)
+
+    def face(self, size: int) -> torch.Tensor:
+        """The drawn picture, (3, size, size) from 0 to 255."""
+        pixels = self.run(
+            "const face = document.getElementById('face');"
+            "return [...face.getContext('2d').getImageData(0, 0, face.width, face.height).data]"
+        )
+        return torch.tensor(pixels).view(size, size, 4)[:, :, :3].permute(2, 0, 1)
+
+    def quit(self) -> None:
+        with suppress(OSError):
+            urllib.request.urlopen(urllib.request.Request(self.at, method="DELETE"), timeout=60)
+
+
+def listens(port: int) -> bool:
+    with suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+        return True
+    return False
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory):
+    driver = shutil.which("chromedriver")
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if not driver or not chromium:
+        pytest.skip("no chromium and chromedriver here; make test-browser installs Debian's")
+    port, leaves = free_port(), {"TMPDIR": str(tmp_path_factory.mktemp("chromium"))}
+    more = {"stdout": subprocess.DEVNULL, "env": os.environ | leaves}
+    process = subprocess.Popen([driver, f"--port={port}"], **more)
+    try:
+        wait_until(partial(listens, port), lambda: process.poll() is None, lambda: driver)
+        browser = Browser(port, chromium)
+        yield browser
+        browser.quit()
+    finally:
+        process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(20)
+        kill(process)
+
+
+SHAPES = ["2,3,3", "1,10,0,--channels,1", "0,2,2", "0,2,0"]  # n_cat, cat_dim, n_cont, flags
+
+
+@pytest.fixture(scope="session", params=SHAPES)
+def page(browser, tmp_path_factory, request) -> tuple[Path, Path]:
+    """A checkpoint of 32x32 pictures, and its explorer."""
+    n_cat, cat_dim, n_cont, *more = request.param.split(",")
+    flags = ["--image-size", "32", "--width", "8", "--n-cat", n_cat, "--cat-dim", cat_dim]
+    args = infogan.parse_args(["--channels", "3", *flags, "--n-cont", n_cont, *more])
+    state = infogan.new_state(args, CPU)
+    for t in (p for p in state.G_ema.state_dict().values() if p.is_floating_point()):
+        t.add_(0.05 * torch.randn(t.shape, generator=seeded()))  # no statistic is as at its start
+    path = tmp_path_factory.mktemp("explorer") / "run #1/last.pt"
+    path.parent.mkdir()
+    infogan.save_file(path, infogan.gather_checkpoint(state, args, ""))
+    assert generate.main(["--ckpt", str(path), "--explorer"]) == 0
+    return path, path.parent / "traversals/explorer.html"
+
+
+@pytest.fixture
+def explorer(browser, page) -> tuple[Generator, CodeSpec, str]:
+    """A generator and its codes, whose explorer the browser has just opened, at this address."""
+    path, address = page[0], page[1].as_uri()
+    browser.ask("/url", url="about:blank")
+    for kind in ("browser", "performance"):
+        browser.ask("/se/log", type=kind)  # what earlier pages left there
+    browser.ask("/url", url=address)
+    return *infogan.load_generator(path), address
+
+
+def test_the_explorer_draws_what_python_draws(browser, explorer):
+    (G, spec, _), rng, seen = explorer, random.Random(0), []
+    z = spec.sample_seeds(range(8)).z
+    for k in (0, 3, 7):
+        values = {f"cat{i}": rng.randrange(spec.cat_dim) for i in range(spec.n_cat)}
+        values |= {f"cont{i}": round(rng.uniform(-1, 1), 2) for i in range(spec.n_cont)}
+        link = "&".join(f"{name}={value}" for name, value in {"z": k, **values}.items())
+        browser.run("location.hash = given[0]", link)
+        c_cat, c_cont = torch.tensor([*values.values()]).split([spec.n_cat, spec.n_cont])
+        x = G(spec.join(Codes(z[k : k + 1], c_cat.long()[None], c_cont[None])))[0]
+        seen.append(browser.face(32))
+        assert (seen[-1] - (x + 1) * 127.5).abs().max() <= 2, link
+    assert not seen[0].equal(seen[1])
+
+
+def test_the_explorer_opens_with_the_codes_that_are_set(browser, explorer, page, tmp_path):
+    G, spec, _ = explorer
+    held = {c: v for c, v in {"cat0": 1, "cont0": -1.5}.items() if c in spec.names}
+    given = ",".join(f"{code}={value}" for code, value in held.items())
+    of_codes = ["--set", given] if held else []
+    draws(["--ckpt", page[0], "--explorer", "--seeds", "6,2", *of_codes], tmp_path)
+    browser.ask("/url", url=(tmp_path / "explorer.html").as_uri())
+    plain = Codes(torch.zeros(1), torch.zeros(1, spec.n_cat).long(), torch.zeros(1, spec.n_cont))
+    codes = generate.hold(spec, plain._replace(z=spec.sample_seeds([6]).z), held)
+    x = G(spec.join(codes))[0]
+    assert (browser.face(32) - (x + 1) * 127.5).abs().max() <= 2
+    thumbs = "return [...document.querySelectorAll('.one')].slice(0, 3).map(b => b.title)"
+    titles = [f"character {k}" for k in range(3)] if spec.n_cat else ["seed 6", "seed 2", "z 2"]
+    assert browser.run(thumbs) == titles
+
+
+def test_the_explorer_has_a_control_for_each_code_and_they_move_the_picture(browser, explorer):
+    _, spec, _ = explorer
+    count = "return document.querySelectorAll(`input[type=${given[0]}]`).length"
+    assert browser.run(count, "range") == spec.n_cont
+    assert browser.run(count, "radio") == spec.n_cat * spec.cat_dim
+    loaded = "return [...document.querySelectorAll('legend img')].map(i => i.naturalWidth)"
+    assert browser.run(loaded) == [32] * len(spec.names), "a heat map beside each"
+    seen = [browser.face(32)]
+    if spec.n_cat:
+        browser.run("document.querySelectorAll('input[type=radio]')[1].click()")
+        seen.append(browser.face(32))
+        assert not seen[-1].equal(seen[-2])
+    if spec.n_cont:
+        slide = "const s = document.querySelector('input[type=range]'); s.value = given[0];"
+        for value in (-1, 1):
+            browser.run(slide + "s.dispatchEvent(new Event('input'));", value)
+            seen.append(browser.face(32))
+        assert not seen[-1].equal(seen[-2])
+        assert re.search(r"&cont\d=1(&|$)", browser.run("return location.hash"))
+
+
+def test_the_explorers_keys_take_another_face_and_go_back(browser, explorer):
+    seen = [browser.face(32)]
+    for key in ("r", "0"):
+        browser.run("document.dispatchEvent(new KeyboardEvent('keydown', { key: given[0] }))", key)
+        seen.append(browser.face(32))
+    assert browser.run("return location.hash") == "#z=0"
+    assert not seen[1].equal(seen[0]) and seen[2].equal(seen[0])
+
+
+def test_the_explorer_asks_no_network_and_reports_no_error(browser, explorer):
+    _, _, address = explorer
+    browser.run("document.dispatchEvent(new KeyboardEvent('keydown', { key: 'r' }))")
+    logs = browser.ask("/se/log", type="browser")
+    assert not [entry for entry in logs if entry["level"] == "SEVERE"], logs
+    events = [
+        json.loads(e["message"])["message"] for e in browser.ask("/se/log", type="performance")
+    ]
+    asked = [
+        e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"
+    ]
+    assert asked and all(
+        url.split("#")[0] == address or url.startswith("data:") for url in asked
+    ), asked
+
+
+def test_generators_too_large_for_a_page_get_one_line(tmp_path, capsys, monkeypatch, ckpt):
+    monkeypatch.setattr(generate, "PAGE_MB", 0.01)
+    assert generate.main(["--ckpt", str(ckpt), "--explorer", "--out", str(tmp_path)]) == 2
+    said_one_line(capsys, "too large", "--width")
+    assert not list(tmp_path.iterdir())
