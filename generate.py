@@ -77,9 +77,10 @@ class Model(NamedTuple):
     device: torch.device
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """Size and channels of its pictures."""
-        return self.ckpt["args"]["image_size"], self.ckpt["args"]["channels"]
+    def shape(self) -> tuple[int, int, str]:
+        """Size and channels of its pictures, and what is kept of those that are not square."""
+        args = self.ckpt["args"]
+        return args["image_size"], args["channels"], args.get("crop", "centre")
 
 
 def folded(G: Generator) -> nn.Sequential:
@@ -103,6 +104,7 @@ def load_model(path: str, device: torch.device) -> Model:
     """A checkpoint, or the last one of a run's folder."""
     file = Path(path, "last.pt") if os.path.isdir(path) else Path(path)
     (G, spec), (Q, _) = infogan.load_generator(file, device), infogan.load_encoder(file, device)
+    Q = Q.to(memory_format=torch.channels_last)  # faster
     return Model(file, folded(G), Q, spec, infogan.load_checkpoint(file), device)
 
 
@@ -589,7 +591,7 @@ def labels_of(data: str, names: list[str]) -> list[str]:
         return [Path(name).parent.name for name in names]
     from torchvision.datasets.mnist import read_label_file
 
-    path = infogan.DATA / infogan.NAMED_SETS[data][1].replace("images-idx3", "labels-idx1")
+    path = infogan.DATA / infogan.NAMED_SETS[data].path.replace("images-idx3", "labels-idx1")
     labels = read_label_file(str(path)).tolist() if path.exists() else []
     return [str(labels[int(name)]) if labels else "" for name in names]
 
@@ -661,9 +663,9 @@ def read(
     names: Names, zoom: int, batch_size: int,
 ) -> str:  # fmt: skip
     """A table of what Q reads from each picture; read.png: each beside what G draws of it."""
-    spec, raw, (size, channels) = model.spec, bytearray(), model.shape
+    spec, raw, (size, channels, _) = model.spec, bytearray(), model.shape
     paths = [Path(os.path.expanduser(path)) for path in read]
-    for why, pixels in (infogan.read_picture(path, size, channels) for path in paths):
+    for why, pixels, _ in (infogan.read_picture(path, *model.shape) for path in paths):
         if pixels is None:
             raise UserError(f"--read {why}: cannot be read as a picture; --sort takes a folder")
         raw += pixels
@@ -810,7 +812,6 @@ FLAGS = {  # as in infogan.py
 SEVERAL = {"samples": {"nargs": "?", "const": 0}, "read": {"nargs": "+"},
   "range": {"nargs": 2, "type": float, "metavar": ("LOW", "HIGH")}}
 # fmt: on
-LIMITS = infogan.limits_of(FLAGS)
 
 
 def flags_of(mode: str) -> set[str]:

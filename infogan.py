@@ -14,14 +14,23 @@ from x. With L_I, a lower bound of the mutual information I(c; x) (Eqs. 5 and 6)
     python generate.py --ckpt checkpoint/cat1-cont2/last.pt   look at what each code does
 The same command given again resumes the run.
 
-Sections, the paper first (search for "# step ---"): codes, networks, objective, step; then
-pictures, checkpoint, run folder (lock, resume, signals), display, processes, loop, flags.
+What the default adds to the paper; `--recipe notebook` is without it:
+    --shift         D sees shifted pictures, so it does not remember the set (2006.10738)
+    --lam-identity  pictures of the same categories have the same colours in the same places
+    --cap-cont      G is not rewarded for codes that Q already reads well
+    --r1            from 64 pixels on, a penalty on D's gradient (1801.04406)
+    --ema           what is shown and saved is an average of G's weights (2312.02696)
+    --upsample      nearest neighbours and 3x3 convolutions in G, which leave no grain
+
+Sections, the paper first (search for "# step ---"): limits, codes, networks, objective, step; then
+device, pictures, checkpoint, run folder, display, processes, train, flags, program.
 Left out on purpose: labels, learning-rate schedules, growing networks, loader processes, configs.
 """
 
 from __future__ import annotations
 
 import copy
+import csv
 import hashlib
 import io
 import json
@@ -39,9 +48,10 @@ from argparse import ArgumentParser, BooleanOptionalAction, Namespace, RawDescri
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
+from functools import partial
 from importlib import import_module
 from itertools import chain, count, cycle
 from pathlib import Path
@@ -55,8 +65,44 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 from tqdm import tqdm
+
+# limits -------------------------------------------------------------------------------------------
+
+LIMITS = {  # of what a flag, or a checkpoint from a stranger, may ask for
+    **{"n_cat": (0, 64), "cat_dim": (2, 1000), "n_cont": (0, 256), "z_dim": (0, 10_000)},
+    **{"image_size": (16, 256), "width": (1, 1024), "channels": (1, 3)},
+}
+UPSAMPLE = ["nearest", "transposed"]
+SHAPE = (*LIMITS, "upsample")  # the flags that decide the networks
+
+
+class UserError(Exception):
+    """What the user can fix, in one line: what is wrong, where, what to do."""
+
+    code = 2  # of the program's exit
+
+
+class Diverged(UserError):
+    """The training itself went wrong: NaN, infinity, or far from all that is healthy."""
+
+    code = 1
+
+
+def check_limits(values: dict, limits: dict = LIMITS) -> None:
+    """Raises UserError when a value named in limits has another type or lies outside."""
+    for name, (low, high) in limits.items():
+        value, kind = values.get(name, low), "a whole number" if type(low) is int else "a number"
+        must = f"{kind} from {low} to {high}"
+        fits = type(value) is type(low) and low <= value <= high
+        if name == "image_size":
+            fits, must = fits and value & (value - 1) == 0, "16, 32, 64, 128 or 256"
+        elif name == "channels":
+            fits, must = fits and value != 2, "1 (grey) or 3 (colour)"
+        if not fits:
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be {must}")
+
 
 # codes --------------------------------------------------------------------------------------------
 
@@ -114,11 +160,6 @@ class CodeSpec:
         """ "cat" and "cont" where there are any: their places in the figures per code."""
         places = {"cat": slice(self.n_cat), "cont": slice(self.n_cat, None)}
         return {kind: place for kind, place in places.items() if self.names[place]}
-
-    @property
-    def metrics(self) -> list[str]:
-        """The figures that train_step returns, in order."""
-        return ["loss_D", "loss_G", "D_real", "D_fake", "R1", "identity", *self.names]
 
     @property
     def entropies(self) -> list[float]:
@@ -231,6 +272,7 @@ class Generator(nn.Module):
         widths = layer_widths(image_size, width)[::-1]
         double = {"nearest": (UpsampleConv2d, 3, 1, 1), "transposed": (nn.ConvTranspose2d, 4, 2, 1)}
         conv, *shape = double[upsample]
+        self.spec = spec
         layers = [ConvTranspose2dFromPixel(spec.dim, widths[0], 4, bias=False)]
         for n_in, n_out in zip(widths, [*widths[1:], width], strict=True):
             layers += [nn.BatchNorm2d(n_in), nn.ReLU(True), conv(n_in, n_out, *shape, bias=False)]
@@ -250,12 +292,11 @@ class Discriminator(nn.Module):
     def __init__(self, spec: CodeSpec, image_size: int = 64, width: int = 64, channels: int = 3):
         super().__init__()
         check_limits({"image_size": image_size, "width": width, "channels": channels})
-        widths = layer_widths(image_size, width)
+        self.spec, widths = spec, layer_widths(image_size, width)
         layers = [nn.Conv2d(channels, widths[0], 4, 2, 1), nn.LeakyReLU(0.2, True)]
-        for now, then in zip(widths, widths[1:], strict=False):
-            layers += [nn.Conv2d(now, then, 4, 2, 1, bias=False)]
-            layers += [nn.BatchNorm2d(then), nn.LeakyReLU(0.2, True)]
-        self.spec = spec
+        for n_in, n_out in zip(widths, widths[1:], strict=False):
+            layers += [nn.Conv2d(n_in, n_out, 4, 2, 1, bias=False)]
+            layers += [nn.BatchNorm2d(n_out), nn.LeakyReLU(0.2, True)]
         self.trunk = nn.Sequential(*layers)
         self.d_head = Conv2dToPixel(widths[-1], 1, 4)
         self.q_head = nn.Sequential(
@@ -290,6 +331,12 @@ class Encoder(nn.Module):
         """c_cat's probabilities (n, n_cat, cat_dim); c_cont's means and sigmas (n, n_cont)."""
         q = self.D(x)[1]
         return q.q_logits.softmax(2), q.q_mu, (q.q_logvar / 2).exp()
+
+
+def networks(args: Namespace) -> tuple[Generator, Discriminator]:
+    """G and D of a run's flags."""
+    shape = (spec_of(args), args.image_size, args.width, args.channels)
+    return Generator(*shape, args.upsample), Discriminator(*shape)
 
 
 @torch.no_grad()
@@ -402,9 +449,11 @@ def not_recorded(D: Discriminator) -> Iterator[None]:
     norms = [m for m in D.modules() if isinstance(m, (nn.BatchNorm2d, nn.SyncBatchNorm))]
     for norm in norms:
         norm.momentum = 0.0
-    yield
-    for norm in norms:
-        norm.momentum = 0.1
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.momentum = 0.1
 
 
 def d_and_q(
@@ -436,50 +485,61 @@ class State:
     """All that training changes, and so all that a checkpoint holds."""
 
     spec: CodeSpec
+    device: torch.device
     G: Generator
     G_ema: Generator  # the average of G's weights over time, which is shown and used
     D: Discriminator
     opt_G: torch.optim.Optimizer
     opt_D: torch.optim.Optimizer
-    rng: torch.Generator  # the run's only randomness; on the CPU, so a run can change devices
-    sums: dict[str, Tensor]  # metrics added up since the last logged step
+    rng: torch.Generator  # this process's only randomness; on the CPU, as a run can change devices
     per_epoch: int = 1  # steps
-    epoch_seed: int = 0  # draws the order of this epoch's pictures, also after a resume
     step: int = 0
-    epoch: int = 0  # whole epochs until step `since`; before, they may have had another length
-    since: int = 0
     minutes: float = 0.0  # of training, over all starts
+    sums: dict[str, Tensor] = field(default_factory=dict)  # of metrics, since the last logged step
 
     @property
     def epochs(self) -> float:
         """Passes over the pictures so far."""
         return self.step / self.per_epoch
 
+    def add(self, metrics: dict[str, Tensor]) -> None:
+        """Adds up a step's metrics, on the device."""
+        if self.sums:
+            torch._foreach_add_([*self.sums.values()], [*metrics.values()])
+        else:
+            self.sums = {name: value.clone() for name, value in metrics.items()}
 
-COMPILE = {"mode": "reduce-overhead"}  # CUDA graphs: no kernel waits for Python
+    def means(self, steps: int) -> dict[str, float]:
+        """The metrics' means over all processes and this many steps; the sums begin anew."""
+        all_mean_([*self.sums.values()])
+        values = (torch.stack([*self.sums.values()]) / steps).tolist()
+        means, self.sums = dict(zip(self.sums, values, strict=True)), {}
+        return means
 
 
 def new_state(args: Namespace, device: torch.device) -> State:
     """Networks and optimisers at step 0; every random number comes from args.seed."""
-    spec, rng = spec_of(args), torch.Generator().manual_seed(args.seed)
-    shape = (spec, args.image_size, args.width, args.channels)
-    G, D = Generator(*shape, args.upsample), Discriminator(*shape)
+    rng, (rank, world) = torch.Generator().manual_seed(args.seed), rank_and_world()
+    G, D = networks(args)
     for net in (G, D):
         init_weights(net, rng)
         net.to(device, memory_format=torch.channels_last)
-    if device.type == "cuda" and rank_and_world()[1] > 1:  # gloo has none; R1 cannot go through it
+    if rank:  # the weights are the same in all processes, what they draw is not
+        rng.manual_seed((args.seed + rank) % 2**63)
+    if device.type == "cuda" and world > 1:  # gloo has none; R1 cannot go through it
         G = nn.SyncBatchNorm.convert_sync_batchnorm(G)
         D = D if args.r1 else nn.SyncBatchNorm.convert_sync_batchnorm(D)
     heads = {"trunk": [D.trunk, D.d_head, D.q_head], "head": [D.trunk, D.d_head]}[args.info_to]
     with_D = [p for part in heads for p in part.parameters()]
-    with_G = [*G.parameters(), *(D.q_head.parameters() if args.info_to == "head" else ())]
+    with_G = [*G.parameters()]
+    if args.info_to == "head":
+        with_G += D.q_head.parameters()
     adam = {"betas": (0.5, 0.999), "fused": device.type in ("cpu", "cuda")}
+    adam["capturable"] = args.cuda_graph
     opt_G = torch.optim.Adam(with_G, args.lr_g, **adam)
     opt_D = torch.optim.Adam(with_D, args.lr_d, **adam)
     G_ema = copy.deepcopy(G).eval().requires_grad_(False)
-    for net in (G.layers, D.trunk, D.q_head) if args.compile else ():
-        net.compile(**COMPILE)  # at the first step; checkpoints hold the same names as without
-    return State(spec, G, G_ema, D, opt_G, opt_D, rng, {})
+    return State(G.spec, device, G, G_ema, D, opt_G, opt_D, rng)
 
 
 class Batch(NamedTuple):
@@ -547,9 +607,9 @@ def train_step(state: State, args: Namespace, batch: Batch) -> dict[str, Tensor]
     loss = loss_G - lambda_L_I(spec, L_I, args, args.cap_cont)
     identity = x.new_zeros(())
     if args.lam_identity and spec.n_cat:  # as far as Q knows c: before, G has only z to vary x with
-        known = L_I[: spec.n_cat].detach().mean() / math.log(spec.cat_dim)
+        q_knows = L_I[: spec.n_cat].detach().mean() / math.log(spec.cat_dim)
         identity = identity_loss(x_fake)
-        loss = loss + args.lam_identity * known.clamp(0, 1) ** 4 * identity
+        loss = loss + args.lam_identity * q_knows.clamp(0, 1) ** 4 * identity
     descend(state.opt_G, loss)
     update_ema(state.G_ema, G, beta)
 
@@ -582,35 +642,156 @@ def update_ema(G_ema: nn.Module, G: nn.Module, beta: Tensor) -> None:
             e.copy_(g)
 
 
+# device -------------------------------------------------------------------------------------------
+
+
+def pick_device(name: str) -> torch.device:
+    """The fastest device for "auto", a GPU always with its number. Raises UserError if missing."""
+    n_cuda = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    rank, world = rank_and_world()
+    own = int(os.environ.get("LOCAL_RANK", 0)) if world > 1 else 0  # a GPU for each process
+    if name == "auto":
+        mps = "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cuda" if n_cuda else mps
+    if name == "cuda" and own >= n_cuda > 0:
+        why = f"process {rank} of {world} has none; start fewer, or give --device cpu"
+        raise UserError(f"--device cuda: {n_cuda} GPU{'s' * (n_cuda > 1)} here, {why}")
+    there = ["cpu", "cpu:0", *(f"cuda:{i}" for i in range(n_cuda))]
+    there += ["mps", "mps:0"] if torch.backends.mps.is_available() else []
+    name = f"cuda:{own}" if name == "cuda" else name  # set_device takes none without a number
+    if name not in there:
+        raise UserError(f"--device {name}: not available here; use --device auto")
+    return torch.device(name)
+
+
+def speed_up(device: torch.device) -> bool:
+    """Turns on TF32 and a search for the fastest kernels; returns whether bfloat16 is fast too."""
+    if device.type != "cuda":
+        return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    torch.cuda.set_device(device)
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.benchmark = True
+    return torch.cuda.is_bf16_supported(including_emulation=False)  # since Ampere
+
+
+def to_device_if_it_fits(x: Tensor, device: torch.device) -> Tensor:
+    """The set on a GPU where it takes less than half of the free memory there, else unchanged."""
+    fits = device.type == "cuda" and x.nbytes < torch.cuda.mem_get_info(device)[0] // 2
+    return x.to(device) if fits else x
+
+
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """A copy that does not wait for the device's earlier work: a GPU's from pinned memory."""
+    return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
+
+
+def describe(state: State, args: Namespace) -> str:
+    """What a run works with: "CPU, 2 threads, float32; G 1.2 M, D and Q 1.5 M parameters"."""
+    kind = "CPU" if state.device.type == "cpu" else state.device.type
+    where = f"{kind}, {torch.get_num_threads()} threads" if kind == "CPU" else kind
+    if kind == "cuda":
+        where = torch.cuda.get_device_name(state.device)
+    how = "bfloat16" if args.amp else "float32"
+    how += ", CUDA graph" if args.cuda_graph else ""
+    G, D = (sum(p.numel() for p in net.parameters()) / 1e6 for net in (state.G, state.D))
+    return f"{where}, {how}; G {G:.1f} M, D and Q {D:.1f} M parameters"
+
+
+class GraphedStep:
+    """train_step as CUDA graphs, so that the GPU never waits for Python: the same arguments.
+
+    Each variant of the step runs eagerly three times, which lets cuDNN search for kernels. Then it
+    is captured, and from then on replayed on tensors that stay in their places.
+    """
+
+    def __init__(self) -> None:
+        self.batch: Batch | None = None  # the tensors that all graphs read
+        self.runs: Counter = Counter()  # of each variant
+        self.graphs: dict = {}  # variant: the graph, and the metrics that it fills
+        self.failed = False
+
+    def __call__(self, state: State, args: Namespace, batch: Batch) -> dict[str, Tensor]:
+        if self.failed:
+            return train_step(state, args, batch)
+        self.batch = self.batch or tree_map(torch.clone, batch)
+        for fixed, new in zip(tree_leaves(self.batch), tree_leaves(batch), strict=True):
+            fixed.copy_(new)
+        key = variant(state, args)
+        self.runs[key] += 1
+        if self.runs[key] <= 3:
+            return self.on_side_stream(state, args)
+        if key not in self.graphs:
+            try:
+                self.graphs[key] = self.capture(state, args)
+            except RuntimeError as error:
+                self.failed = True
+                print(f"--cuda-graph: {str(error).splitlines()[0]}; going on without it")
+                return train_step(state, args, batch)
+        graph, metrics = self.graphs[key]
+        graph.replay()
+        return metrics
+
+    def on_side_stream(self, state: State, args: Namespace) -> dict[str, Tensor]:
+        """An eager step, where capturing will be: not on the default stream."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            metrics = train_step(state, args, self.batch)
+        torch.cuda.current_stream().wait_stream(stream)
+        return metrics
+
+    def capture(self, state: State, args: Namespace) -> tuple[object, dict[str, Tensor]]:
+        """The graph of one step, which does not run it yet, and the metrics that it will fill."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            metrics = train_step(state, args, self.batch)
+        return graph, metrics
+
+
 # pictures -----------------------------------------------------------------------------------------
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "JPEG2000", "PPM", "ICO", "PCX", "SGI")
 FORMATS += ("QOI", "TGA", "AVIF")  # not all that Pillow knows: for EPS it starts a program
 MAX_PIXELS = 2**30 // 12  # of one file, Pillow's own limit: decoding takes up to 16 bytes for each
 DECODERS = 8  # threads; what is larger than their share of MAX_PIXELS is decoded alone
+DECODED_AT_ONCE = 512  # so memory stays flat however large a set is
+DECODER = 3  # counts up whenever decode changes its result
+CROPS = {"centre": 0.5, "top": 0.0}  # how much of what a tall picture loses lies above the square
 SYSTEM = r"(?is)\..*|@eadir|[@#$]recycle(\.bin)?|recycler|#snapshot|__macosx|lost\+found|lost\.dir"
 SYSTEM += r"|found\.000|system volume information|desktop\.ini|thumbs(\.db)?"  # hidden ones too
 MADE = [{"args.json", "log.csv"}, {"last.pt"}, {"codes.csv"}, {"table.csv", "overview.png"}]
-DATA = Path("data")  # where torchvision keeps the named sets
-NAMED_SETS = {  # torchvision's class, a file or folder of the set, a package that it needs
-    "mnist": ("MNIST", "MNIST/raw/train-images-idx3-ubyte", None),
-    "fashion-mnist": ("FashionMNIST", "FashionMNIST/raw/train-images-idx3-ubyte", None),
-    "svhn": ("SVHN", "train_32x32.mat", "scipy"),
-    "celeba": ("CelebA", "celeba/img_align_celeba", "gdown"),
-}
-CELEBA = 202_599  # pictures
 GET_PICTURES = "give a folder of pictures; `make data` downloads faces, `make demo` draws some"
-DECODED_AT_ONCE = 512  # so memory stays flat however large a set is
-DECODER = 2  # counts up whenever decode changes its result
+
+
+class NamedSet(NamedTuple):
+    kind: str  # torchvision's class, which downloads and reads it
+    path: str  # of its file or folder, below DATA
+    size: int  # --image-size
+    flip: bool  # whether its pictures may be mirrored
+    n: int = 0  # how many a whole folder has
+
+
+DATA, IDX = Path("data"), "raw/train-images-idx3-ubyte"  # where torchvision keeps them
+NAMED_SETS = {
+    "mnist": NamedSet("MNIST", f"MNIST/{IDX}", 32, False),
+    "fashion-mnist": NamedSet("FashionMNIST", f"FashionMNIST/{IDX}", 32, False),
+    "svhn": NamedSet("SVHN", "train_32x32.mat", 32, False),
+    "celeba": NamedSet("CelebA", "celeba/img_align_celeba", 32, True, 202_599),
+}
 
 
 class Pictures(NamedTuple):
     """A training set, decoded once."""
 
     x: Tensor  # uint8 (N, size, size, channels), mapped from a file and read as needed
-    fingerprint: str  # of its contents, whatever their names: what a run resumes with
+    fingerprint: str  # of the files' bytes, whatever their names, and the crop: a run keeps it
     names: list[str]  # paths, or numbers in a named set
-    order: Tensor  # int64 (N,), the order that runs take them in: by their contents
+    order: Tensor  # int64 (N,), the order that runs take them in: by their hashes
+
+
+def first_ten(texts: list[str]) -> str:
+    """Ten at most, in one line that every terminal can show."""
+    return ascii(", ".join(texts if len(texts) <= 10 else [*texts[:10], "..."]))[1:-1]
 
 
 def find_pictures(folder: Path) -> tuple[list[Path], str]:
@@ -618,59 +799,54 @@ def find_pictures(folder: Path) -> tuple[list[Path], str]:
 
     Linked folders are followed, each once; what cannot be opened counts as a file.
     """
-    kinds, found, passed = Image.registered_extensions(), [], Counter()
-    roots, seen = [folder], {*map(str, folder.parents)}
-    for root in roots:  # links last, so that pictures keep the names that they have without
-        for at, folders, names in os.walk(root, onerror=lambda e: found.append(Path(e.filename))):
-            here, real = Path(at), os.path.realpath(at)
-            if real in seen or (here != folder and any(marks <= {*names} for marks in MADE)):
-                passed[f"folder {here.name} (a run, or by generate.py)"] += real not in seen
-                names, folders[:] = [], []
-            seen.add(real)
-            hidden = [name for name in folders if re.fullmatch(SYSTEM, name)]
-            passed.update(f"folder {name}" for name in hidden)
-            folders[:] = [name for name in folders if name not in hidden]
-            roots += [path for path in map(here.joinpath, folders) if path.is_symlink()]
-            for path in map(here.joinpath, names):
-                suffix = re.split("[?:_]", path.suffix.lower())[0]  # .jpg?w=400 and .jpg_large too
-                if kinds.get(suffix) not in FORMATS and os.path.exists(path):
-                    passed[f"of {suffix or 'no suffix'}"] += path.name[0] != "."
-                elif path.name[0] == ".":
-                    passed["hidden"] += 1
-                else:
-                    found.append(path)
-    told = [f"{n:,} {ascii(what)[1:-1]}" for what, n in (+passed).most_common()]
-    return sorted(found), ", ".join(told[:10] + ["…"] * (len(told) > 10))
+    files, passed_over, formats = [], Counter(), Image.registered_extensions()
+    folders, links, visited = [folder], [], {*map(str, folder.parents)}
+    while folders or links:  # links last, so that pictures keep the names that they have without
+        here = folders.pop() if folders else links.pop(0)
+        real, names = os.path.realpath(here), set()
+        try:
+            names = {*os.listdir(here)} if real not in visited else names
+        except OSError:
+            files.append(here)
+        visited.add(real)
+        if here != folder and any(marks <= names for marks in MADE):
+            passed_over[f"folder {here.name} (a run, or by generate.py)"] += 1
+            continue
+        for path in map(here.joinpath, sorted(names)):
+            suffix = re.split("[?:_]", path.suffix.lower())[0]  # .jpg?w=400 and .jpg_large too
+            if os.path.isdir(path) and not re.fullmatch(SYSTEM, path.name):
+                (links if path.is_symlink() else folders).append(path)
+            elif os.path.isdir(path):
+                passed_over[f"folder {path.name}"] += 1
+            elif path.name[0] == ".":
+                passed_over["hidden"] += formats.get(suffix) in FORMATS
+            elif formats.get(suffix) in FORMATS or not os.path.exists(path):
+                files.append(path)
+            else:
+                passed_over[f"of {suffix or 'no suffix'}"] += 1
+    return sorted(files), first_ten([f"{n:,} {kind}" for kind, n in passed_over.most_common() if n])
 
 
-def get_named_set(name: str, flag: str, opened: bool = False) -> Path | list[Image.Image]:
-    """The file or folder of a set, downloaded if it is missing; or the pictures in its file."""
-    kind, path, package = NAMED_SETS[name]
-    path, own = DATA / path, Path(name)
-    usable = own.is_dir() and not (own / "log.csv").exists()  # which a run has
-    if not path.exists() and usable and find_pictures(own)[0]:
+def open_named_set(name: str, flag: str) -> Collection[tuple]:
+    """torchvision's (picture, label) pairs, downloaded where they are missing."""
+    path, own = DATA / NAMED_SETS[name].path, Path(name)
+    is_run = (own / "log.csv").exists()
+    if not path.exists() and own.is_dir() and not is_run and find_pictures(own)[0]:
         why = f"a known set, and a folder of pictures here: give {flag} ./{name} for the folder"
         raise UserError(f"{flag} {name}: {why}, or rename it to get the known set")
     try:
-        if opened or not path.exists():
-            from torchvision import datasets  # takes a second, so only here
-        if not path.exists():
-            getattr(datasets, kind)(DATA, download=True)
-        if not opened:
-            return path
-        if name == "svhn":
-            return [*map(Image.fromarray, datasets.SVHN(DATA).data.transpose(0, 2, 3, 1))]
-        return [*map(Image.fromarray, datasets.mnist.read_image_file(str(path)).numpy())]
+        from torchvision import datasets  # takes a second, so only here
+
+        return getattr(datasets, NAMED_SETS[name].kind)(DATA, download=not path.exists())
     except Exception as error:  # of any kind: torchvision, gdown and scipy raise them
-        why = " ".join(str(error).split()) or type(error).__name__
-        if opened and not isinstance(error, ImportError):
-            why = f"{path} is damaged: delete it, and the same command gets it again ({why})"
-        why += f"; it needs `pip install {package}`" if package else ""
-        raise UserError(f"{flag} {name}: torchvision cannot get it into {DATA}/: {why}") from error
+        why = f"torchvision cannot get it into {DATA}/"
+        if path.exists() and not isinstance(error, ImportError):
+            why = f"{path} is damaged or not all: delete it, and the same command gets it again"
+        raise UserError(f"{flag} {name}: {why} ({type(error).__name__}: {error})") from error
 
 
-def to_square(image: Image.Image, size: int, channels: int) -> Image.Image:
-    """Any picture as (size, size) in 1 or 3 channels: upright, on white, scaled, centre cropped."""
+def to_square(image: Image.Image, size: int, channels: int, crop: str = "centre") -> Image.Image:
+    """Any picture as (size, size) in 1 or 3 channels: upright, on white, cropped, scaled."""
     ImageOps.exif_transpose(image, in_place=True)
     if image.mode == "F":
         raise NotImplementedError("floats have no known white")
@@ -680,67 +856,73 @@ def to_square(image: Image.Image, size: int, channels: int) -> Image.Image:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     image = image.convert("L" if channels == 1 else "RGB")
-    return ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
+    return ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR, 0, (0.5, CROPS[crop]))
 
 
 def read_picture(
-    item: Path | Image.Image, size: int, channels: int, max_pixels: int = MAX_PIXELS
-) -> tuple[str, bytes | None]:
-    """A picture's hash and its (size, size, channels) bytes; or what is wrong with it, and None."""
+    item: Path | Image.Image, size: int, channels: int, crop: str = "centre", most: int = MAX_PIXELS
+) -> tuple[str, bytes | None, bool]:
+    """A picture's hash, its (size, size, channels) bytes, whether the crop takes a third or more.
+
+    What cannot be read, or has more than `most` pixels: what is wrong with it, None, False.
+    """
     try:
         if isinstance(item, Image.Image):
             raw, image = item.tobytes(), item
         elif not item.is_file():  # a pipe would never end
             raise FileNotFoundError
-        elif item.stat().st_size > 4 * max_pixels:
+        elif item.stat().st_size > 4 * most:
             raise Image.DecompressionBombError
         else:
             raw = item.read_bytes()
             image = Image.open(io.BytesIO(raw), formats=FORMATS)  # decodes nothing yet
         whole = image.size
         image.draft(None, (2 * size, 2 * size))  # a JPEG is decoded at 1/2, 1/4 or 1/8
-        if math.prod(whole if "progressive" in image.info else image.size) > max_pixels:
+        if math.prod(whole if "progressive" in image.info else image.size) > most:
             raise Image.DecompressionBombError
-        return hashlib.sha256(raw).hexdigest(), to_square(image, size, channels).tobytes()
-    except Exception as error:  # decoders raise anything; load_pictures reports it
-        return f"{item} ({type(error).__name__})", None
+        x = to_square(image, size, channels, crop).tobytes()
+        return hashlib.sha256(raw).hexdigest(), x, 3 * min(whole) <= 2 * max(whole)
+    except Exception as error:  # decoders raise anything; decode tells it
+        return f"{item} ({type(error).__name__})", None, False
 
 
-def decode(
-    data: str, items: list, size: int, channels: int, file: BinaryIO, flag: str
-) -> dict[str, object]:
-    """Writes (size, size, channels) bytes for each picture to file; returns facts about the set."""
-    kept, skipped, checksum, grey = {}, [], 0, True
+def decode(data: str, flag: str, items: list, how: tuple[int, int, str], file: BinaryIO) -> dict:
+    """Writes all different items, decoded; returns facts about them. how: size, channels, crop."""
+    numbers, unreadable, n_cut, is_grey, checksum = {}, [], 0, True, 0  # numbers of items, by hash
+    (size, channels, crop), share = how, MAX_PIXELS // DECODERS
     Image.init()  # loads Pillow's formats, which threads must not do at the same time
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    with warnings.catch_warnings(), ThreadPoolExecutor(min(cores or 1, DECODERS)) as pool:
+    with warnings.catch_warnings(), ThreadPoolExecutor(DECODERS) as pool:
         warnings.simplefilter("ignore")  # Pillow's, about files that it can read all the same
         parts = (items[i : i + DECODED_AT_ONCE] for i in range(0, len(items), DECODED_AT_ONCE))
-        how = (size, channels, MAX_PIXELS // DECODERS)
-        read = (pool.map(lambda p: read_picture(p, *how), part) for part in parts)
+        read = (pool.map(lambda item: read_picture(item, *how, share), part) for part in parts)
         read = tqdm(chain.from_iterable(read), "pictures", len(items), leave=False, disable=None)
-        for i, (key, x) in enumerate(read):  # decoders release the GIL
+        for i, (key, x, is_cut) in enumerate(read):  # decoders release the GIL
             if x is None and "(DecompressionBomb" in key:  # too large for several at once
-                key, x = read_picture(items[i], size, channels)
+                key, x, is_cut = read_picture(items[i], *how)
             if x is None:
-                skipped.append(key)
-            elif key not in kept:
-                kept[key] = str(items[i] if isinstance(items[i], Path) else i)
-                file.write(x)
+                unreadable.append(key)
+            elif key not in numbers:
+                numbers[key] = i
+                n_cut += is_cut
+                is_grey = is_grey and all(x[::channels] == x[c::channels] for c in range(channels))
                 checksum = zlib.crc32(x, checksum)
-                grey = grey and all(x[::channels] == x[c::channels] for c in range(channels))
-    summary = f"{len(kept):,} pictures in {data}"
-    if copies := len(items) - len(skipped) - len(kept):
+                file.write(x)
+    n, hashes = len(numbers), sorted(numbers)
+    summary = f"{n:,} pictures in {data}"
+    if copies := len(items) - len(unreadable) - n:
         summary += f", {copies:,} exact {'copy' if copies == 1 else 'copies'} dropped"
-    if skipped:
-        named = ascii(", ".join(skipped[:10]) + ", ..." * (len(skipped) > 10))
-        summary += f", {len(skipped):,} unreadable file{'s' * (len(skipped) > 1)} skipped: {named}"
-    if len(kept) < 2:
+    if unreadable:
+        kind = "file" if len(unreadable) == 1 else "files"
+        summary += f", {len(unreadable):,} unreadable {kind} skipped: {first_ten(unreadable)}"
+    if n < 2:
         raise UserError(f"{flag} {data}: {summary}, at least 2 are needed; {GET_PICTURES}")
-    old, now = (hashlib.sha256("".join(k).encode()).hexdigest() for k in (kept, sorted(kept)))
-    facts = {"n": len(kept), "told": summary, "checksum": checksum, "grey": grey}
-    facts |= {"fingerprint": now[:16], "by_name": old[:16], "names": "\0".join(kept.values())}
-    return facts | {"order": sorted(range(len(kept)), key=[*kept].__getitem__)}
+    if crop == "centre" and n_cut > n / 10:
+        summary += f"\n{n_cut:,} of them lose a third of their area or more: their middle is taken;"
+        summary += " infogan.py --crop top takes the upper part of tall ones"
+    facts = {"summary": summary, "shape": (n, size, size, channels), "checksum": checksum}
+    facts["fingerprint"] = hashlib.sha256("".join([crop, *hashes]).encode()).hexdigest()[:16]
+    facts["names"] = [str(items[i] if isinstance(items[i], Path) else i) for i in numbers.values()]
+    return facts | {"grey": is_grey, "order": sorted(range(n), key=[*numbers].__getitem__)}
 
 
 def cache_folder() -> Path:
@@ -749,86 +931,81 @@ def cache_folder() -> Path:
     return Path(os.devnull if path[0] == "~" else path) / "infogan"  # no home: caches nothing
 
 
-def read_cache(path: Path, key: str, shape: tuple[int, ...]) -> tuple[Tensor, dict] | None:
-    """(N, *shape), mapped into memory, and facts; None where the file is not as it was written."""
-    # it holds the pictures' bytes, then the facts as JSON, then the JSON's length
-    with suppress(OSError, ValueError, KeyError, TypeError, RuntimeError), open(path, "rb") as file:
-        file.seek(-8, os.SEEK_END)
-        length = int.from_bytes(file.read(), "little")
-        size = file.seek(-8 - length, os.SEEK_END)
-        facts = json.loads(file.read(length))
-        if facts["key"] == key and size == facts["n"] * math.prod(shape):
-            x = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
-            if zlib.crc32(x.numpy()) == facts["checksum"]:
-                return x.view(-1, *shape), facts
+def read_cache(path: Path, key: str) -> tuple[Tensor, dict] | None:
+    """(N, size, size, channels), mapped into memory, and facts; None where they do not fit."""
+    with suppress(OSError, ValueError, KeyError, TypeError, RuntimeError):
+        facts, n_bytes = json.loads(path.with_suffix(".json").read_bytes()), path.stat().st_size
+        x = torch.from_file(str(path), shared=False, size=n_bytes, dtype=torch.uint8)
+        if facts["key"] == key and facts["checksum"] == zlib.crc32(x.numpy()):
+            return x.view(facts["shape"]), facts
     return None
 
 
+def write_cache(path: Path, key: str, decode_to: Callable[[BinaryIO], dict]) -> None:
+    """Pixels in one file, then facts in another: pixels without their facts do not count."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for part in path.parent.glob(".*.part"):  # of a killed process: others hold a lock
+        with suppress(OSError, AttributeError), open(part, "r+b") as file:
+            os.lockf(file.fileno(), os.F_TLOCK, 0)
+            part.unlink()
+    with replacing(path.with_suffix(".json")) as facts, replacing(path) as pixels:
+        with suppress(OSError, AttributeError):  # Windows has no lockf
+            os.lockf(facts.fileno(), os.F_TLOCK, 0)
+            os.lockf(pixels.fileno(), os.F_TLOCK, 0)
+        facts.write(json.dumps(decode_to(pixels) | {"key": key}).encode())
+
+
 def load_pictures(
-    data: str, size: int, channels: int | None = None, flag: str = "--data", seen: str | None = None
+    data: str, size: int, channels: int | None = None, crop: str = "centre", flag: str = "--data"
 ) -> Pictures:
     """A folder or a named set, decoded once: later starts map the cache's file into memory.
 
-    channels None takes what the set has: 1 when every picture is grey, else 3. Exact copies and
-    unreadable files are left out and counted. seen, a run's fingerprint, may be one of before,
-    which depended on names: the pictures then have it, and their order of then. Raises UserError,
-    with the flag that names the set, when fewer than two remain.
+    channels None takes what the set has: 1 when every picture is grey, else 3. crop: the "centre"
+    or the "top" of tall pictures. Exact copies and unreadable files are left out and counted.
+    Raises UserError, with the flag that names the set, when fewer than two remain.
     """
-    named = data in NAMED_SETS
-    folder = get_named_set(data, flag) if named else Path(os.path.expanduser(data))
-    if not named and not folder.is_dir():
+    named = NAMED_SETS.get(data)
+    root = DATA / named.path if named else Path(os.path.expanduser(data))
+    if named and not root.exists():
+        open_named_set(data, flag)
+    elif not named and not root.is_dir():
         raise UserError(f"{flag} {data}: no such folder; {GET_PICTURES}")
-    folder = folder.resolve()  # one set, however its path is written
-    files, passed = find_pictures(folder) if folder.is_dir() else ([folder], "")
-    if passed:
-        print(f"passed over in {data}: {passed}")
-    if data == "celeba" and len(files) < CELEBA:
-        cure = f"delete it to get it anew, or give {flag} {folder} to use these"
-        raise UserError(f"{flag} celeba: {folder} has {len(files):,} of {CELEBA:,}; {cure}")
-    contents = hashlib.sha256(str(DECODER).encode())  # changes with every name, size and time
-    for path in files:
-        contents.update(os.fsencode(path))
+    root = root.resolve()  # one set, however its path is written
+    items, passed_over = find_pictures(root) if root.is_dir() else ([root], "")
+    if passed_over:
+        print(f"passed over in {data}: {passed_over}")
+    if named and len(items) < named.n:
+        cure = f"delete it to get it anew, or give {flag} {root} to use these"
+        raise UserError(f"{flag} {data}: {root} has {len(items):,} of {named.n:,}; {cure}")
+    files = hashlib.sha256(str(DECODER).encode())  # changes with every name, size and time
+    for path in items:
+        files.update(os.fsencode(path))
         with suppress(OSError):  # an unreadable one counts by its name
-            now = path.stat()
-            contents.update(f" {now.st_size} {now.st_mtime_ns}\0".encode())
-    # one file for each folder and way to decode it, so that a changed set replaces the old one
-    where, key = hashlib.sha256(os.fsencode(folder)).hexdigest()[:16], contents.hexdigest()
-    for depth in (3, 1):
-        path, shape = cache_folder() / f"{where}-{size}x{size}x{depth}", (size, size, depth)
-        found = read_cache(path, key, shape)
-        if channels != 1 or (found and found[1]["grey"]):
+            files.update(f" {path.stat().st_size} {path.stat().st_mtime_ns}\0".encode())
+    key, place = files.hexdigest(), hashlib.sha256(os.fsencode(root)).hexdigest()[:16]
+    for depth in (3, 1):  # one cache for each set and way to decode it, made anew when it changes
+        path = cache_folder() / f"{place}-{size}x{size}x{depth}-{crop}.pixels"
+        cached = read_cache(path, key)
+        if channels != 1 or (cached and cached[1]["grey"]):
             break
-    if not found:
-        items = files if folder.is_dir() else get_named_set(data, flag, opened=True)
+    if not cached:
+        if root.is_file():
+            items = [image for image, _ in open_named_set(data, flag)]
+        job = (data, flag, items, (size, depth, crop))
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            for part in path.parent.glob(".*.part"):  # who still writes one holds its lock
-                with suppress(OSError, AttributeError), open(part, "r+b") as file:
-                    os.lockf(file.fileno(), os.F_TLOCK, 0)
-                    part.unlink()
-            with replacing(path) as file:
-                with suppress(OSError, AttributeError):  # Windows has no lockf
-                    os.lockf(file.fileno(), os.F_TLOCK, 0)
-                facts = decode(data, items, size, depth, file, flag)
-                tail = json.dumps(facts | {"key": key}).encode()
-                file.write(tail + len(tail).to_bytes(8, "little"))
-            found = read_cache(path, key, shape)
-            why = "damaged as soon as it was written"
+            write_cache(path, key, lambda file: decode(*job, file))
+            if not (cached := read_cache(path, key)):
+                raise OSError("damaged as soon as it was written")
         except OSError as error:
-            why = error.strerror or str(error)
-        if not found:
-            print(f"{path}: {why}; pictures are not cached, each start decodes them")
+            print(f"{path}: {error.strerror or error}; not cached, each start decodes the pictures")
             memory = io.BytesIO()
-            facts = decode(data, items, size, depth, memory, flag)
+            facts = decode(*job, memory)
             x = torch.frombuffer(memory.getbuffer(), dtype=torch.uint8)
-            found = x.view(-1, *shape), facts
-    x, facts = found
-    print(facts["told"])
+            cached = x.view(facts["shape"]), facts
+    x, facts = cached
+    print(facts["summary"])
     x = x[..., :1] if facts["grey"] and channels != 3 else x
-    names, order = facts["names"].split("\0"), torch.tensor(facts["order"])
-    if seen == facts["by_name"]:
-        return Pictures(x, seen, names, torch.arange(len(x)))
-    return Pictures(x, facts["fingerprint"], names, order)
+    return Pictures(x, facts["fingerprint"], facts["names"], torch.tensor(facts["order"]))
 
 
 def make_batch(x: Tensor, flip: bool, rng: torch.Generator, device: torch.device) -> Tensor:
@@ -837,7 +1014,7 @@ def make_batch(x: Tensor, flip: bool, rng: torch.Generator, device: torch.device
         x = x.pin_memory()  # so that the copy does not wait for the device's earlier work
     x = x.to(device, non_blocking=True)
     if flip:
-        mirrored = my_rows(torch.rand(len(x) * rank_and_world()[1], 1, 1, 1, generator=rng) < 0.5)
+        mirrored = torch.rand(len(x), 1, 1, 1, generator=rng) < 0.5
         x = torch.where(mirrored.to(device, non_blocking=True), x.flip(2), x)
     x = x.contiguous().permute(0, 3, 1, 2).float()  # moved as bytes; its layout is channels_last
     return torch.add(x.new_full((), -1.0), x, alpha=1 / 127.5, out=x)  # x / 127.5 - 1 in one pass
@@ -845,31 +1022,25 @@ def make_batch(x: Tensor, flip: bool, rng: torch.Generator, device: torch.device
 
 # checkpoint ---------------------------------------------------------------------------------------
 
-FORMAT = 1
-SHAPE = ("n_cat", "cat_dim", "n_cont", "z_dim", "image_size", "width", "channels", "upsample")
-RENAMED = {"enough": "cap_cont", "q_view": "q_augment"}  # flags of older checkpoints
-ADDED = {"lam_identity": 0.0, "init": None, "changes": (), "compile": False}  # how it was then
+FORMAT = 2
 NETS, OPTIMISERS = ("G", "G_ema", "D"), ("opt_G", "opt_D")  # names in State and in the file
 PICKLED = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2"}
 PICKLED |= {f"torch {kind}Storage" for kind in ("Float", "Half", "Long", "Byte")}
 LOWER_LR = "last.pt is the last good one, if saved. Lower --lr-g and --lr-d"
+NEW_RUN = "--restart moves the old run aside, another --out starts beside it"
 BROKEN = (AttributeError, EOFError, KeyError, OSError, RuntimeError, TypeError, ValueError)
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file that appears under its name complete or not at all, once its readers let go of it."""
+    """A file that appears under its name complete or not at all."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")  # two processes may write at once
     try:
         with open(part, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        for seconds in (0.1, 0.2, 0.5, 1.0, 2.0, 0.0):
-            with suppress(PermissionError if seconds else ()):  # of a scanner or viewer on Windows
-                os.replace(part, path)
-                break
-            time.sleep(seconds)
+        os.replace(part, path)
     except OSError as error:  # a full disk names no file
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
     finally:
@@ -881,16 +1052,16 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         os.fsync(folder)  # the new name must reach the disk too
 
 
-def save_file(path: Path, contents: dict) -> None:
-    """Writes contents for torch.load, complete or not at all."""
+def save_file(path: Path, values: dict) -> None:
+    """Writes a dict for torch.load, complete or not at all."""
     buffer = io.BytesIO()  # torch.save reports a full disk as an internal error
-    torch.save(contents, buffer)
+    torch.save(values, buffer)
     with replacing(path) as file:
         file.write(buffer.getbuffer())
 
 
 def load_checkpoint(path: str | Path) -> dict:
-    """A checkpoint's contents on the CPU: "args" (a dict of the flags), "spec", "step", "G_ema", …
+    """A checkpoint on the CPU: "args" (a dict of the flags), "spec", "step", "G_ema", …
 
     Runs no code from the file, takes no more memory than it has bytes, verifies its checksums.
     Raises UserError for a file that is not a checkpoint of ours.
@@ -912,133 +1083,142 @@ def load_checkpoint(path: str | Path) -> dict:
         tensors = [leaf for leaf in tree_leaves(ckpt) if isinstance(leaf, Tensor)]
         if sum(t.nbytes for t in tensors) > size:  # one number stretched over a huge shape
             raise ValueError
-        if (written := int(ckpt["format"])) not in range(1, FORMAT + 1):
-            raise UserError(f"format {written}, but this infogan.py knows only 1 to {FORMAT}")
-        args = ADDED | {RENAMED.get(name, name): value for name, value in ckpt["args"].items()}
-        args["changes"] = [*map(str, args["changes"])]
-        check_limits({name: args.get(name) for name in SHAPE})
+        if ckpt["format"] != FORMAT:
+            raise UserError("is from another version of infogan.py")
+        check_limits({name: ckpt["args"].get(name) for name in LIMITS})
+        if ckpt["args"]["upsample"] not in UPSAMPLE:
+            raise ValueError
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except Exception as error:  # of any kind: the file is at fault
         why = f"broken, or not a checkpoint of infogan.py ({type(error).__name__})"
         raise UserError(f"{path}: {why}") from error
-    return ckpt | {"args": args}
+    return ckpt
 
 
-def load_net(path: str | Path, kind: type, key: str, device: str) -> nn.Module:
+def load_net(path: str | Path, key: str, device: str) -> Generator | Discriminator:
     """The weights under key in the architecture that the checkpoint names: float32, frozen."""
     ckpt = load_checkpoint(path)
-    args, weights = Namespace(**ckpt["args"]), ckpt.get(key)
     with torch.device("meta"):  # takes no memory before the shapes are known to fit
-        shape = (spec_of(args), args.image_size, args.width, args.channels)
-        net = kind(*shape, args.upsample) if kind is Generator else kind(*shape)
+        G, D = networks(Namespace(**ckpt["args"]))
+    net = G if key == "G_ema" else D
     try:
-        weights = {k: w.float() if w.is_floating_point() else w for k, w in weights.items()}
+        weights = {name: w.contiguous() for name, w in ckpt[key].items()}
+        weights = {name: w.float() if w.is_floating_point() else w for name, w in weights.items()}
         net.load_state_dict(weights, assign=True)
     except BROKEN as error:
         raise UserError(f"{path}: its {key} does not fit its own flags") from error
     if not all(w.isfinite().all() for w in weights.values()):
         raise UserError(f"{path}: its {key} has weights that are not finite")
-    net.spec = spec_of(args)
-    return net.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
+    return net.eval().requires_grad_(False).to(device)
 
 
 def load_generator(path: str | Path, device: str = "cpu") -> tuple[Generator, CodeSpec]:
     """(G, spec), the averaged generator: `x = G(spec.join(spec.sample(n, rng)))`."""
-    G = load_net(path, Generator, "G_ema", device)
+    G = load_net(path, "G_ema", device)
     return G, G.spec
 
 
 def load_encoder(path: str | Path, device: str = "cpu") -> tuple[Encoder, CodeSpec]:
     """(Q, spec): reads codes from pictures in [-1, 1], see Encoder."""
-    D = load_net(path, Discriminator, "D", device)
+    D = load_net(path, "D", device)
     return Encoder(D).eval(), D.spec
 
 
-def check_finite(state: State, metrics: dict[str, float]) -> None:
+def check_finite(step: int, metrics: dict[str, float]) -> None:
     """Raises Diverged that names the first metric which is NaN or infinite."""
     for name, value in metrics.items():
         if not math.isfinite(value):
-            raise Diverged(f"step {state.step}: {name} is {value}; {LOWER_LR}")
+            raise Diverged(f"step {step}: {name} is {value}; {LOWER_LR}")
 
 
 def gather_checkpoint(state: State, args: Namespace, fingerprint: str) -> dict:
-    """All that a run needs to resume bit for bit; all processes call it, to average the metrics."""
+    """All that a run needs to resume bit for bit; all processes call it."""
     all_mean_([*state.sums.values()])
-    check_finite(state, state.sums)
+    check_finite(state.step, state.sums)
     ckpt = {name: getattr(state, name).state_dict() for name in NETS + OPTIMISERS}
     for name in NETS:
         if not all(w.isfinite().all() for w in ckpt[name].values()):
             raise Diverged(f"step {state.step}: {name} has weights that are not finite; {LOWER_LR}")
-    numbers = ("sums", "epoch_seed", "step", "epoch", "since", "minutes")
-    ckpt |= {name: getattr(state, name) for name in numbers}
+    ckpt |= {name: getattr(state, name) for name in ("sums", "step", "minutes")}
     ckpt |= {"format": FORMAT, "spec": asdict(state.spec), "args": vars(args)}
-    return ckpt | {"rng": state.rng.get_state(), "fingerprint": fingerprint}
+    return ckpt | {"rng": all_stacked(state.rng.get_state()), "fingerprint": fingerprint}
 
 
-def restore(state: State, ckpt: dict, out: Path, weights_only: bool = False) -> None:
-    """Puts the contents of out's checkpoint into state. Raises UserError where they do not fit."""
+def restore(state: State, ckpt: dict, path: Path, weights_only: bool = False) -> None:
+    """Puts a checkpoint, read from path, into state. Raises UserError where it does not fit."""
     if "opt_G" not in ckpt and not weights_only:
         why = "its checkpoint is for generate.py only (by --shrink); --init begins a run with it"
-        raise UserError(f"{out}: {why}, {NEW_RUN}")
+        raise UserError(f"{path}: {why}, {NEW_RUN}")
     try:
         for name in NETS:  # --shrink keeps of G only the average
             getattr(state, name).load_state_dict(ckpt.get(name, ckpt["G_ema"]))
         if weights_only:
             return
-        for opt, kept in ((state.opt_G, ckpt["opt_G"]), (state.opt_D, ckpt["opt_D"])):
-            own = opt.state_dict()["param_groups"]  # with the learning rates of today's flags
-            if [g["params"] for g in own] == [g["params"] for g in kept["param_groups"]]:
-                opt.load_state_dict({**kept, "param_groups": own})  # else --info-to has changed
-        moments = [*state.opt_G.state.items(), *state.opt_D.state.items()]
-        if any(v.dim() and v.shape != p.shape for p, kept in moments for v in kept.values()):
-            raise ValueError
-        state.epoch_seed, state.step = int(ckpt["epoch_seed"]), int(ckpt["step"])
-        state.epoch, state.since = int(ckpt.get("epoch", 0)), int(ckpt.get("since", 0))
-        state.minutes = float(ckpt["minutes"])
-        state.sums = {k: v.to(next(state.G.parameters()).device) for k, v in ckpt["sums"].items()}
-        state.rng.set_state(ckpt["rng"])
+        for name in OPTIMISERS:
+            opt = getattr(state, name)  # with the learning rates of today's flags
+            opt.load_state_dict({**ckpt[name], "param_groups": opt.state_dict()["param_groups"]})
+            moments = [(v, p) for p, kept in opt.state.items() for v in kept.values() if v.dim()]
+            if any(v.shape != p.shape for v, p in moments):
+                raise ValueError
+        state.step, state.minutes = int(ckpt["step"]), float(ckpt["minutes"])
+        state.sums = {name: v.to(state.device) for name, v in ckpt["sums"].items()}
+        rank, world = rank_and_world()
+        if len(ckpt["rng"]) == world:
+            state.rng.set_state(ckpt["rng"][rank])
+        else:
+            print(f"{len(ckpt['rng'])} processes before, {world} now: other random numbers")
     except BROKEN as error:
         cure = "give another --init" if weights_only else NEW_RUN
-        raise UserError(f"{out}: training cannot go on from its checkpoint; {cure}") from error
+        raise UserError(f"{path}: training cannot go on from its checkpoint; {cure}") from error
 
 
 # run folder ---------------------------------------------------------------------------------------
 
-NEW_RUN = "--restart moves the old run aside, another --out starts beside it"
-MAY_DIFFER = {"data", "out", "epochs", "max_steps", "max_minutes", "device", "amp", "restart"}
-MAY_DIFFER |= {"compile", "save_every", "sample_every", "allow_changes", "changes"}
+SAME = (*SHAPE, "info_to", "batch_size", "crop")  # what a run keeps; the pictures too
+TOLD = {"flip", "recipe", "lam_cat", "lam_cont", "cap_cont", "lam_identity", "q_augment", "r1"}
+TOLD |= {"shift", "ema", "lr_g", "lr_d", "seed", "init"}  # what may change, and is told
 IGNORED = SYSTEM + r"|.*\.(txt|log|out|err|sh|[oe]\d+)|logs|old-\d+"  # in no run's way, and stays
 SIGNALS = ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"]
 SIGNALS = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
 
 
-def contents(out: Path) -> list[Path]:
+def files_of_run(out: Path) -> list[Path]:
     """What lies in a run's folder, but IGNORED; what makes it a run comes last."""
-    found = [path for path in out.iterdir() if not re.fullmatch(IGNORED, path.name)]
-    return sorted(found, key=lambda path: path.name in ("last.pt", "args.json"))
+    paths = [path for path in out.iterdir() if not re.fullmatch(IGNORED, path.name)]
+    return sorted(paths, key=lambda path: path.name in ("last.pt", "args.json"))
+
+
+def first_free(pattern: str) -> Path:
+    """The first path that does not exist yet of a pattern such as "old-{}"."""
+    return next(path for i in count(1) if not (path := Path(pattern.format(i))).exists())
+
+
+def lock(file: BinaryIO) -> None:
+    """Locks a file until it is closed. Raises BlockingIOError or PermissionError if it is taken."""
+    if os.name == "posix":
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.fstat(file.fileno()).st_nlink == 0:  # a run that has just ended removed it
+            raise BlockingIOError
+    else:
+        import msvcrt
+
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
 
 
 @contextmanager
 def locked(out: Path) -> Iterator[None]:
     """A run's folder, made if missing, for this process alone: the lock ends with the process."""
-    found = contents(out) if out.is_dir() else [out] * out.exists()
-    if found and not any(any(out.glob(k)) for k in ("args.json", "last.pt", "epoch_*.pt")):
-        raise UserError(f"--out {out}: has {found[0].name} but no run in it; give another folder")
+    files = files_of_run(out) if out.is_dir() else [out] * out.exists()
+    if files and not any(any(out.glob(name)) for name in ("args.json", "last.pt", "epoch_*.pt")):
+        raise UserError(f"--out {out}: has {files[0].name} but no run in it; give another folder")
     out.mkdir(parents=True, exist_ok=True)
     pid = out / ".pid"
     with open(out / ".lock", "ab") as file:
         try:
-            if os.name == "posix":
-                import fcntl
-
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if os.fstat(file.fileno()).st_nlink == 0:  # a run that has just ended removed it
-                    raise BlockingIOError
-            else:
-                import msvcrt
-
-                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            lock(file)
         except (BlockingIOError, PermissionError):
             holder = pid.read_text() if pid.exists() else "of another program"
             raise UserError(f"--out {out}: process {holder} is training there") from None
@@ -1059,57 +1239,45 @@ def locked(out: Path) -> Iterator[None]:
 
 def move_aside(out: Path) -> None:
     """The old run becomes OUT.old-1; out itself, perhaps a link or a mounted volume, stays."""
-    aside = next(p for i in count(1) if not (p := out / f"old-{i}").exists())
+    aside = first_free(f"{out}/old-{{}}")
     aside.mkdir()
-    for path in contents(out):
+    for path in files_of_run(out):
         path.rename(aside / path.name)
-    beside = next(p for i in count(1) if not (p := Path(f"{out.resolve()}.old-{i}")).exists())
     with suppress(OSError):  # another file system, or a folder of somebody else: OUT/old-1
-        aside = aside.rename(beside)
+        aside = aside.rename(first_free(f"{out.resolve()}.old-{{}}"))
     print(f"the old run is now {aside}")
 
 
-def differences(args: Namespace, then: dict, names: Collection[str]) -> list[str]:
-    """ "--r1 0.3, not 1.0" for each flag that is not as it was then."""
-    changed = [(k, now) for k, now in vars(args).items() if k in names and then.get(k, now) != now]
-    return [f"--{name.replace('_', '-')} {then[name]}, not {now}" for name, now in changed]
+def differences(args: Namespace, before: dict, names: Collection[str]) -> list[str]:
+    """ "--r1 0.3, not 1.0" for each flag that is not as before."""
+    changed = [n for n in names if getattr(args, n) is not None and getattr(args, n) != before[n]]
+    return [f"--{n.replace('_', '-')} {before[n]}, not {getattr(args, n)}" for n in sorted(changed)]
 
 
-def check_changes(args: Namespace, ckpt: dict, changes: list[str]) -> None:
-    """Tells and keeps what is not as in the run so far; without --allow-changes it is an error."""
+def check_same(args: Namespace, changes: list[str]) -> None:
+    """A run resumes with the same networks, codes, batch and pictures: else raises UserError."""
     if changes and not args.allow_changes:
         why = f"{args.out} was started with {', '.join(changes)}"
         raise UserError(f"{why}; --allow-changes goes on all the same, {NEW_RUN}")
-    for change in changes:
-        args.changes.append(f"until step {ckpt['step']}: {change}")
-        print(args.changes[-1])
-    if changes and "since" in ckpt:  # an epoch begins, perhaps of another length
-        ckpt["since"] = ckpt["step"]
 
 
 def find_checkpoint(args: Namespace) -> dict | None:
-    """last.pt, else the newest that can be read, if the run was started with the same flags."""
+    """last.pt of the run in args.out, else its newest that can be read; None in a new folder."""
     out = Path(args.out)
-    kept = sorted(out.glob("epoch_*.pt"), key=lambda p: (len(p.name), p.name), reverse=True)
-    found = [path for path in [out / "last.pt", *kept] if path.exists()]
-    for path in found:
+    older = sorted(out.glob("epoch_*.pt"), key=lambda p: (len(p.name), p.name), reverse=True)
+    paths = [path for path in [out / "last.pt", *older] if path.exists()]
+    for path in paths:
         try:
             ckpt = load_checkpoint(path)
         except UserError as error:
             print(error, file=sys.stderr)
             continue
-        then = ckpt["args"]
-        args.channels, args.init = args.channels or then["channels"], args.init or then["init"]
-        if fixed := differences(args, then, (*SHAPE, "init")):  # not even with --allow-changes
-            raise UserError(f"{out} was started with {fixed[0]}; {NEW_RUN}")
-        if then["lam_identity"] == 0 != args.lam_identity and not args.allow_changes:
-            args.lam_identity = 0.0
-            print("--lam-identity 0.0: as this run was started")
-        args.changes = then["changes"]
-        check_changes(args, ckpt, differences(args, then, vars(args).keys() - MAY_DIFFER))
+        check_same(args, differences(args, ckpt["args"], SAME))
         print(f"resuming from {path}, step {ckpt['step']:,}")
+        if changes := differences(args, ckpt["args"], TOLD):
+            print(f"until now it had {', '.join(changes)}")
         return ckpt
-    if found:
+    if paths:
         raise UserError(f"{out}: none of its checkpoints can be read; {NEW_RUN}")
     return None
 
@@ -1193,9 +1361,9 @@ class Log:
     """log.csv, curves.png and TensorBoard's events of a run; rows after `step` are removed."""
 
     def __init__(self, out: Path, spec: CodeSpec, step: int):
-        self.path, self.spec, self.told, self.unwritten = out / "log.csv", spec, set(), []
-        self.rows = [["step", "epoch", "minutes", *spec.metrics]]
-        self.attempt("log.csv", self.take_over, step)
+        self.path, self.spec, self.failed = out / "log.csv", spec, set()
+        self.rows, self.unwritten = [], ""  # of self.rows; the text that is not in the file yet
+        self.attempt("log.csv", self.read, step)
         tb = self.attempt("TensorBoard", import_module, "torch.utils.tensorboard")  # takes a second
         self.board = tb and self.attempt("TensorBoard", tb.SummaryWriter, str(out), "", step + 1)
 
@@ -1205,60 +1373,80 @@ class Log:
             return job(*args)
         except Exception as error:  # viewers, full disks, edited files, old packages raise anything
             where, why = (getattr(error, name, None) for name in ("filename", "strerror"))
-            if what not in self.told:
-                tqdm.write(f"{where or what}: {why or error}; training goes on", sys.stderr)
-            self.told.add(what)
+            if what not in self.failed:
+                print(f"{where or what}: {why or error}; training goes on", file=sys.stderr)
+            self.failed.add(what)
 
-    def take_over(self, step: int) -> None:
-        """The rows of an earlier start, up to step; a file that someone edited is kept aside."""
-        head, rows = ",".join(self.rows[0]), {}
-        raw = self.path.read_bytes() if self.path.exists() else head.encode()
-        first, *lines = raw.decode("utf-8-sig", "replace").replace(";", ",").splitlines() or [""]
-        for row in (line.split(",") for line in lines if first == head):
-            with suppress(ValueError):
-                if len(row) == len(self.rows[0]) and all(abs(float(v)) < 1e12 for v in row):
-                    rows[int(float(row[0]))] = row
-        if first != head or len(rows) < len(lines):
-            aside = next(p for i in count(1) if not (p := Path(f"{self.path}.old-{i}")).exists())
-            aside.write_bytes(raw)
-            print(f"{self.path}: has other lines than a run's; as it was it is now {aside}")
-        self.rows += [row for key, row in sorted(rows.items()) if key <= step]
-        with replacing(self.path) as file:
-            file.writelines(f"{','.join(row)}\n".encode() for row in self.rows)
+    def read(self, step: int) -> None:
+        """The rows of earlier starts, up to step; a file that someone edited is kept aside."""
+        if not self.path.exists():
+            return
+        with open(self.path, newline="", errors="replace") as file, suppress(ValueError, TypeError):
+            for line in csv.DictReader(file):
+                row = {name: float(value) for name, value in line.items()}
+                if not row.get("step", math.inf) <= step:
+                    break
+                self.rows.append(row)
+        if step and self.rows[-1:] and self.rows[-1]["step"] == step - step % LOG_EVERY:
+            with replacing(self.path) as file:
+                lines = [",".join(self.rows[0]), *map(self.text, self.rows)]
+                file.write("".join(f"{line}\n" for line in lines).encode())
+        elif step >= LOG_EVERY:
+            aside, self.rows = first_free(f"{self.path}.old-{{}}"), []
+            self.path.rename(aside)
+            print(f"{self.path}: has other lines than this run's; as it was it is now {aside}")
+        else:
+            self.path.unlink()
 
-    def add(self, step: int, epoch: float, minutes: float, values: list[float]) -> None:
-        row = [str(step), f"{epoch:.4f}", f"{minutes:.3f}", *(f"{v:.5f}" for v in values)]
+    @staticmethod
+    def text(row: dict[str, float]) -> str:
+        return ",".join(f"{v:.0f}" if name == "step" else f"{v:.5f}" for name, v in row.items())
+
+    def add(self, row: dict[str, float]) -> None:
+        """A row of log.csv: step, epoch, minutes, and what train_step returns."""
+        if not self.rows:
+            self.unwritten += ",".join(row) + "\n"
         self.rows.append(row)
-        self.unwritten.append(",".join(row) + "\n")
+        self.unwritten += self.text(row) + "\n"
         self.attempt("log.csv", self.write)
-        for name, value in zip(self.spec.metrics, values, strict=True) if self.board else ():
-            group = "L_I" if name in self.spec.names else "GAN"
-            self.attempt("TensorBoard", self.board.add_scalar, f"{group}/{name}", value, step)
+        if self.board:
+            for name in list(row)[3:]:
+                place = f"L_I/{name}" if name in self.spec.names else f"GAN/{name}"
+                step = int(row["step"])
+                self.attempt("TensorBoard", self.board.add_scalar, place, row[name], step)
 
     def write(self) -> None:
         with open(self.path, "a") as file:
-            file.writelines(self.unwritten)
-        self.unwritten.clear()
+            file.write(self.unwritten)
+        self.unwritten = ""
 
     def add_grid(self, name: str, x: Tensor, epoch: int) -> None:
-        x = x.cpu().add(1).div(2).clamp(0, 1)
-        self.board and self.attempt("TensorBoard", self.board.add_image, name, x, epoch)
+        if self.board:
+            x = x.cpu().add(1).div(2).clamp(0, 1)
+            self.attempt("TensorBoard", self.board.add_image, name, x, epoch)
 
     def draw(self) -> None:
         """curves.png: losses, D's mean probabilities, and each code's L_I below its ceiling."""
-        if len(self.rows) < 3:
+        if len(self.rows) < 2:
             return
-        columns = {name: [*map(float, v)] for name, *v in zip(*self.rows, strict=True)}
         panels = [("losses of D (blue) and G (red)", ["loss_D", "loss_G"], 0.0)]
         panels += [("D(x) (blue) and D(G(z, c)) (red)", ["D_real", "D_fake"], 1.0)]
-        for kind, part in self.spec.kinds.items():
-            top = self.spec.ceilings[part][0]
-            panels.append((f"L_I of {kind}, nats, at most {top:.2f}", self.spec.names[part], top))
+        for kind, place in self.spec.kinds.items():
+            top = self.spec.ceilings[place][0]
+            panels.append((f"L_I of {kind}, nats, at most {top:.2f}", self.spec.names[place], top))
         page = Image.new("RGB", (640, 200 * len(panels)), "white")
+        shown = self.rows[:: -(-len(self.rows) // 1000)]  # more than the page has pixels for
+        epochs = [row["epoch"] for row in shown]
         for i, (title, names, top) in enumerate(panels):
-            lines = [columns[name] for name in names]
-            page.paste(draw_panel(title, columns["epoch"], lines, top), (0, 200 * i))
+            lines = [[row[name] for row in shown] for name in names]
+            page.paste(draw_panel(title, epochs, lines, top), (0, 200 * i))
         self.attempt("curves.png", save_picture, self.path.with_name("curves.png"), page)
+
+    def close(self) -> None:
+        self.draw()
+        self.attempt("log.csv", self.write)
+        if self.board:
+            self.attempt("TensorBoard", self.board.close)
 
 
 def draw_panel(title: str, x: list[float], lines: list[list[float]], top: float) -> Image.Image:
@@ -1283,18 +1471,36 @@ def draw_panel(title: str, x: list[float], lines: list[list[float]], top: float)
     return panel
 
 
-def describe(spec: CodeSpec, values: list[float]) -> str:
-    """For the progress line: losses, and the mean L_I of each kind of code beside its ceiling."""
-    text = f"  D {values[0]:.2f}  G {values[1]:.2f}" if values else ""
-    for kind, place in spec.kinds.items() if values else ():
-        L_I = values[-len(spec.names) :][place]
-        text += f"  L_I {kind} {sum(L_I) / len(L_I):.2f}/{spec.ceilings[place][0]:.2f}"
-    return text
+@dataclass
+class Progress:
+    """The progress line: twice a second in a terminal, else every half a minute on a new line."""
+
+    spec: CodeSpec
+    batch_size: int
+    step: int  # when it was shown last
+    at: float  # time.monotonic() of then
+
+    def due(self, now: float) -> bool:
+        return now >= self.at + (0.5 if sys.stderr.isatty() else 30.0)
+
+    def show(self, step: int, now: float, left: float, epochs: str, row: dict[str, float]) -> None:
+        """Losses, and the mean L_I of each kind of code beside its ceiling."""
+        text = f"epoch {epochs}"
+        if row:
+            text += f"  D {row['loss_D']:.2f}  G {row['loss_G']:.2f}"
+            for kind, place in self.spec.kinds.items():
+                L_I = [row[name] for name in self.spec.names[place]]
+                text += f"  L_I {kind} {sum(L_I) / len(L_I):.2f}/{self.spec.ceilings[place][0]:.2f}"
+        speed = (step - self.step) * self.batch_size / max(now - self.at, 1e-9)
+        text += f"  {speed:,.0f} img/s  eta {timedelta(seconds=round(max(0.0, left)))}"
+        tty = sys.stderr.isatty()
+        print(f"\r{text:<110}" if tty else text, end="" if tty else "\n", file=sys.stderr)
+        sys.stderr.flush()
+        self.step, self.at = step, now
 
 
 # processes ----------------------------------------------------------------------------------------
-# Each draws the same random numbers for the whole batch and works on its own rows of it, so a run
-# does not depend on how many there are, and may resume with another number.
+# Each has its own rows of every batch and its own random numbers; gradients are averaged.
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -1309,27 +1515,31 @@ def is_main() -> bool:
     return rank_and_world()[0] == 0
 
 
-def my_rows(batch: Tensor) -> Tensor:
-    """This process's rows of what was drawn for the whole batch."""
-    rank, world = rank_and_world()
-    return batch.unflatten(0, (world, -1))[rank]
-
-
 def all_max(*values: int) -> list[int]:
     """The largest of each value over all processes, so that all act alike at the same step."""
+    if rank_and_world()[1] == 1:
+        return [*values]
     whole = torch.tensor(values)  # between the CPUs: it waits for no GPU
-    if rank_and_world()[1] > 1:
-        dist.all_reduce(whole, dist.ReduceOp.MAX)
+    dist.all_reduce(whole, dist.ReduceOp.MAX)
     return whole.tolist()
 
 
 def all_mean_(tensors: list[Tensor]) -> None:
     """Replaces each tensor by its mean over all processes, in one message."""
-    if (world := rank_and_world()[1]) > 1:
+    world = rank_and_world()[1]
+    if world > 1 and tensors:
         whole = torch.cat([t.flatten() for t in tensors])
         dist.all_reduce(whole)
         parts = whole.div_(world).split([t.numel() for t in tensors])
         torch._foreach_copy_(tensors, [p.view_as(t) for p, t in zip(parts, tensors, strict=True)])
+
+
+def all_stacked(x: Tensor) -> Tensor:
+    """Every process's x, (processes, *x.shape)."""
+    parts = [torch.empty_like(x) for _ in range(rank_and_world()[1])]
+    if len(parts) > 1:
+        dist.all_gather(parts, x)
+    return torch.stack(parts) if len(parts) > 1 else x[None]
 
 
 @contextmanager
@@ -1346,139 +1556,117 @@ def rank_0_first() -> Iterator[None]:
             all_max(failed)
 
 
-# loop ---------------------------------------------------------------------------------------------
+# train --------------------------------------------------------------------------------------------
 
-LOG_EVERY = 16  # steps between two rows of log.csv, and between two waits for the device
-SAVE_SECONDS, SAVE_STEPS = 600.0, 100  # at most, and at least, between two saves of last.pt
-
-
-def pick_device(name: str) -> torch.device:
-    """The fastest device for "auto". Raises UserError when the one asked for is missing."""
-    n_cuda = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    there = ["cuda", *(f"cuda:{i}" for i in range(n_cuda))] if n_cuda else []
-    there += ["mps", "mps:0"] * torch.backends.mps.is_available() + ["cpu", "cpu:0"]
-    if name not in ["auto", *there]:
-        raise UserError(f"--device {name}: not available here; use --device auto")
-    name = there[0] if name == "auto" else name
-    if name == "cuda" and rank_and_world()[1] > 1:
-        name += ":" + os.environ["LOCAL_RANK"]
-    return torch.device(name)
+LOG_EVERY = R1_EVERY  # steps between two rows of log.csv, each with one R1; no wait between them
+SAVE_SECONDS = 60.0  # between two saves of last.pt
+RETRY_SECONDS, RETRY_EVERY = 300.0, 5.0  # a save that fails is tried again
+SAVE_STEPS = 100  # shorter epochs count together for grids and for checkpoints that are kept
 
 
-def speed_up(device: torch.device) -> bool:
-    """Turns on TF32 and a search for the fastest kernels; returns whether bfloat16 is fast too."""
-    if device.type != "cuda":
-        return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
-    torch.cuda.set_device(device)
-    torch.set_float32_matmul_precision("high")
-    torch.backends.cudnn.benchmark = True
-    return torch.cuda.is_bf16_supported(including_emulation=False)  # since Ampere
-
-
-def to_device_if_it_fits(x: Tensor, device: torch.device) -> Tensor:
-    """The set on a GPU where it takes less than half of the free memory there, else unchanged."""
-    fits = device.type == "cuda" and x.nbytes < torch.cuda.mem_get_info(device)[0] // 2
-    return x.to(device) if fits else x
-
-
-def schedule(state: State, args: Namespace, n: int) -> tuple[int, int, int]:
-    """Pictures in a step, steps in an epoch, and steps in all, for n pictures."""
-    B, world = min(args.batch_size, n), rank_and_world()[1]
-    if B % world or B // world < 2:
-        raise UserError(f"--batch-size {B}: must be a multiple of {world} processes, 2 for each")
-    last = state.since + (args.epochs - state.epoch) * (n // B)
-    return B, n // B, min(last, args.max_steps or sys.maxsize)
-
-
-def batches(state: State, args: Namespace, pictures: Pictures) -> Iterator[tuple[Tensor, Codes]]:
-    """Endless batches, and codes to draw as many; sets each epoch's epoch_seed."""
-    x, device = pictures.x, next(state.G.parameters()).device
-    B, per_epoch, _ = schedule(state, args, len(x))
+def batches(state: State, args: Namespace, pictures: Pictures, B: int) -> Iterator[Batch]:
+    """Endless batches of B pictures in all, each epoch in a new order; this process's rows."""
+    (rank, world), spec, device, x = rank_and_world(), state.spec, state.device, pictures.x
     while True:
-        if (done := (state.step - state.since) % per_epoch) == 0:
-            state.epoch_seed = int(torch.randint(2**62, (), generator=state.rng))
-        rng = torch.Generator().manual_seed(state.epoch_seed)
+        epoch, done = divmod(state.step, state.per_epoch)
+        rng = torch.Generator().manual_seed((args.seed + epoch) % 2**63)  # the same in each process
         order = pictures.order[torch.randperm(len(x), generator=rng)]
-        for i in range(done, per_epoch):
-            some = x.index_select(0, my_rows(order[i * B : (i + 1) * B]).to(x.device))
-            real = make_batch(some, args.flip, state.rng, device)
-            codes = state.spec.sample(B, state.rng)
-            codes = Codes(*(my_rows(c).to(device, non_blocking=True) for c in codes))
-            u = torch.rand(B, 22, generator=state.rng)
-            yield Batch(
-                real,
-                pair(codes) if args.lam_identity else codes,
-                my_rows(u).to(device),
-                torch.full((), float(reach_at(state, args)), device=device),
-                torch.full((), beta_at(state, args), device=device),
-            )
+        for i in range(done, state.per_epoch):
+            mine = to_device(order[i * B : (i + 1) * B][rank::world], x.device)
+            real = make_batch(x.index_select(0, mine), args.flip, state.rng, device)
+            codes = spec.sample(len(mine), state.rng)
+            codes = pair(codes) if args.lam_identity else codes
+            codes = Codes(*(to_device(c, device) for c in codes))
+            u = to_device(torch.rand(len(mine), 22, generator=state.rng), device)
+            numbers = float(reach_at(state, args)), beta_at(state, args)
+            yield Batch(real, codes, u, *(torch.full((), v, device=device) for v in numbers))
 
 
 def train(args: Namespace) -> int:
     """Trains until --epochs, --max-steps, --max-minutes or a signal; returns the exit code."""
     end = time.monotonic() + 60 * (args.max_minutes or math.inf)
-    device, out = pick_device(args.device), Path(args.out)
+    device, out, world = pick_device(args.device), Path(args.out), rank_and_world()[1]
     fast = speed_up(device)
-    args.amp = fast if args.amp is None else args.amp
+    if args.cuda_graph and (device.type != "cuda" or world > 1):
+        raise UserError("--cuda-graph: needs one process on a CUDA device; leave it out")
     with ExitStack() as held:
         with rank_0_first():
             if is_main():
                 held.enter_context(locked(out))
             ckpt = None if args.restart else find_checkpoint(args)
             init = load_checkpoint(args.init) if args.init and not ckpt else None
-            seen = ckpt and ckpt.get("fingerprint")
-            pictures = load_pictures(args.data, args.image_size, args.channels, seen=seen)
-            if seen and seen != pictures.fingerprint:
-                check_changes(args, ckpt, ["other pictures"])
-        args.channels, n = pictures.x.shape[3], len(pictures.x)
+            channels = args.channels or (ckpt and ckpt["args"]["channels"])
+            pictures = load_pictures(args.data, args.image_size, channels, args.crop)
+            if ckpt and ckpt["fingerprint"] != pictures.fingerprint:
+                check_same(args, ["other pictures"])
+        # on a GPU bfloat16 is faster only inside a graph: its casts are kernels too
+        fast = fast and (device.type != "cuda" or args.cuda_graph)
+        found = {"channels": pictures.x.shape[3], "amp": fast if args.amp is None else args.amp}
+        args, n = Namespace(**{**vars(args), **found}), len(pictures.x)
         state = new_state(args, device)
-        if start := ckpt or init:
-            restore(state, start, Path(args.init) if init else out, weights_only=bool(init))
+        if source := ckpt or init:
+            restore(state, source, Path(args.init) if init else out, weights_only=bool(init))
 
-        B, per_epoch, total = schedule(state, args, n)
+        B = min(args.batch_size, n)
+        if B % world or B // world < 2:
+            raise UserError(
+                f"--batch-size {B}: must be a multiple of {world} processes, 2 for each"
+            )
+        state.per_epoch = n // B
+        total = min(args.epochs * state.per_epoch, args.max_steps or sys.maxsize)
         if state.step >= total:
             print(f"{out} is finished, {state.step:,} steps; raise --epochs or --max-steps")
             return 0
         if args.recipe == "notebook":
             print("--recipe notebook: the notebook's settings and its defects, to compare with")
-        if total < 1000:
+        if total < 1000 and not args.max_minutes:
             print(f"{total} steps are too few to learn from; raise --epochs or --max-steps")
         if args.batch_size > B:
             print(f"--batch-size {args.batch_size}: there are only {n} pictures, so a batch is {B}")
+        print(f"{describe(state, args)}, {state.per_epoch:,} steps an epoch")
         all_max(0)  # all have read --init, which may lie in the run that is moved
         if is_main():
-            if args.restart and contents(out):
+            if args.restart and files_of_run(out):
                 move_aside(out)
             (out / "samples").mkdir(exist_ok=True)
             with replacing(out / "args.json") as file:
                 file.write(json.dumps(vars(args), indent=2).encode() + b"\n")
-        stopped_by = loop(state, args, pictures, end)
+        stopped_by, row = loop(state, args, pictures, B, total, end)
 
-    why, then = "time is up", "the same command resumes"
-    if state.step >= total:
-        why, then = "finished", f"see python generate.py --ckpt {out / 'last.pt'}"
+    finished = state.step >= total
+    bad = {k: v for k, v in row.items() if abs(v) > 50 and k.startswith(("loss", "cat", "cont"))}
+    steps = f"{state.step:,} steps, {state.epochs:.1f} epochs, {state.minutes:.1f} minutes in all"
+    if finished and bad:
+        name = max(bad, key=lambda k: abs(bad[k]))
+        cure = "it has learned nothing; --restart with a smaller --lr-g and --lr-d"
+        raise Diverged(f"{steps}, but {name} is {bad[name]:.0f}: {cure}")
+    why, do = "time is up", "the same command resumes"
+    if finished:
+        why, do = "finished", f"see python generate.py --ckpt {out / 'last.pt'}"
     elif stopped_by:
         why = signal.Signals(stopped_by).name
-    epochs = state.epoch + (state.step - state.since) / per_epoch
-    done = f"{state.step:,} steps, {epochs:.1f} epochs, {state.minutes:.1f} minutes"
-    print(f"{why}: {done} in all. {out / 'last.pt'} is saved; {then}")
+    print(f"{why}: {steps}. {out / 'last.pt'} is saved; {do}")
     return 128 + stopped_by if stopped_by else 0
 
 
-def loop(state: State, args: Namespace, pictures: Pictures, end: float) -> int:
-    """Steps, logs, saves until the last step, the time `end` or a signal, which it returns."""
-    out, device, spec, n = (
-        Path(args.out),
-        next(state.G.parameters()).device,
-        state.spec,
-        len(pictures.x),
-    )
-    B, per_epoch, total = schedule(state, args, n)
-    state.per_epoch = per_epoch
+def loop(
+    state: State, args: Namespace, pictures: Pictures, B: int, total: int, end: float
+) -> tuple[int, dict[str, float]]:
+    """Steps until `total`, the time `end` or a signal: returns that, and the last row of the log.
+
+    In the order of time: a step, a row of the log, the progress line, grids, last.pt.
+    """
+    out, spec, per_epoch = Path(args.out), state.spec, state.per_epoch
     rng = torch.Generator().manual_seed(args.seed)  # the same pictures and z at each start
-    some = pictures.x[pictures.order[torch.randperm(n, generator=rng)[:64]]]
-    latents = Codes(*(c.to(device) for c in spec.sample(64, rng)))
+    shown = pictures.x[pictures.order[torch.randperm(len(pictures.x), generator=rng)[:64]]]
+    latents = Codes(*(c.to(state.device) for c in spec.sample(64, rng)))
     log = Log(out, spec, state.step) if is_main() else None
+    step_once = GraphedStep() if args.cuda_graph else train_step
+    first, began, row, failing = state.step, time.monotonic(), {}, None
+    start, next_save = began - 60 * state.minutes, began + SAVE_SECONDS
+    progress = Progress(spec, B, first, began)
+    together = -(-SAVE_STEPS // per_epoch)  # epochs
+    draw_every, keep_every = args.sample_every or 5 * together, args.save_every or 25 * together
 
     def save_samples(name: str, x: Tensor | None = None) -> Tensor:
         grid = make_grid(state.G_ema(spec.join(latents)) if x is None else x)
@@ -1488,51 +1676,35 @@ def loop(state: State, args: Namespace, pictures: Pictures, end: float) -> int:
     def finish() -> None:
         save_samples("last")
         log.attempt("training.gif", save_animation, out)
-        log.draw()
-        log.attempt("log.csv", log.write)
-        log.board and log.attempt("TensorBoard", log.board.close)
+        log.close()
 
     if log:
-        save_samples("real", make_batch(some, False, rng, device))
+        save_samples("real", make_batch(shown, False, rng, state.device))
         if state.step == 0:
             save_samples("epoch_0000")
-    first, began, values = state.step, time.monotonic(), []
-    start, saved = began - 60 * state.minutes, began
-    # epochs between saves, grids, checkpoints to keep: those of few steps count together
-    together = -(-SAVE_STEPS // per_epoch)
-    every = (together, args.sample_every or 5 * together, args.save_every or 25 * together)
-    line = {"bar_format": "{desc}{rate_fmt}{postfix}", "unit": "img", "unit_scale": True}
-    line["mininterval"] = 0.5 if sys.stderr.isatty() else 30.0
-    pictures = pictures._replace(x=to_device_if_it_fits(pictures.x, device))
-    with caught_signals() as caught, tqdm(total=total * B, initial=first * B, **line) as bar:
-        for batch in batches(state, args, pictures):
-            metrics = train_step(state, args, batch)
+    pictures = pictures._replace(x=to_device_if_it_fits(pictures.x, state.device))
+    with caught_signals() as caught:
+        for batch in batches(state, args, pictures, B):
+            metrics = step_once(state, args, batch)
             state.step += 1
-            state.sums = {k: v + state.sums.get(k, 0.0) for k, v in metrics.items()}
+            state.add(metrics)
             now = time.monotonic()
             state.minutes = (now - start) / 60
-            stopped_by, late, due = all_max(sum(caught[:1]), now > end, now > saved + SAVE_SECONDS)
-            epoch, rest = divmod(state.epoch * per_epoch + state.step - state.since, per_epoch)
+            stopped_by, late, due = all_max(sum(caught[:1]), now > end, now > next_save)
             done = state.step == total
-            save, draw, keep = (rest == 0 and epoch % epochs == 0 for epochs in every)
-            if state.step % LOG_EVERY == 0:
-                all_mean_([*state.sums.values()])
-                values = {
-                    k: v / LOG_EVERY
-                    for k, v in zip(state.sums, torch.stack([*state.sums.values()]).tolist())
-                }
-                check_finite(state, values)
-                if log:
-                    log.add(state.step, epoch + rest / per_epoch, state.minutes, [*values.values()])
-                values = [*values.values()]
-                state.sums = {}
-            left = min((total - state.step) * (now - began) / (state.step - first), end - now)
-            at = f"epoch {epoch + rest / per_epoch:.1f}/{args.epochs}{describe(spec, values)}  "
-            bar.set_description_str(at, refresh=False)
-            bar.set_postfix_str(f"eta {bar.format_interval(max(0, left))}", refresh=False)
-            bar.update(B)
+            ends = stopped_by or late or done
+            epoch, rest = divmod(state.step, per_epoch)
 
-            if log and draw:
+            if state.step % LOG_EVERY == 0:
+                row = state.means(LOG_EVERY)
+                check_finite(state.step, row)
+                place = {"step": state.step, "epoch": state.epochs, "minutes": state.minutes}
+                if log:
+                    log.add(place | row)
+            if log and (progress.due(now) or ends):
+                left = min((total - state.step) * (now - began) / (state.step - first), end - now)
+                progress.show(state.step, now, left, f"{state.epochs:.1f}/{args.epochs}", row)
+            if log and rest == 0 and epoch % draw_every == 0:
                 log.add_grid("samples", save_samples(f"epoch_{epoch:04d}"), epoch)
                 if spec.names:
                     one = Codes(*(c[:1] for c in latents))
@@ -1540,59 +1712,101 @@ def loop(state: State, args: Namespace, pictures: Pictures, end: float) -> int:
                 log.draw()
             if log and done:  # before last.pt, so that a finished run is complete
                 finish()
-            if save or draw or keep or due or stopped_by or late or done:
-                state.epoch, state.since = epoch, state.step - rest
-                ckpt, saved = gather_checkpoint(state, args, pictures.fingerprint), now
-                names = [f"epoch_{epoch:04d}.pt"] * keep + ["last.pt"]
-                for name in names if log else ():
-                    save_file(out / name, ckpt)
-            if stopped_by or late or done:
+            keep = rest == 0 and epoch % keep_every == 0
+            if due or keep or ends:
+                ckpt = gather_checkpoint(state, args, pictures.fingerprint)
+                if log:
+                    patience = 0.0 if stopped_by else RETRY_SECONDS
+                    failing = save_last(out / "last.pt", ckpt, failing, patience, bool(ends))
+                    next_save = now + (RETRY_EVERY if failing else SAVE_SECONDS)
+                if log and keep:
+                    log.attempt("checkpoint", save_file, out / f"epoch_{epoch:04d}.pt", ckpt)
+            if ends:
                 break
         if log and not done:  # after last.pt: who asked to stop may not wait
             finish()
-    return stopped_by
+    return stopped_by, row
+
+
+def save_last(
+    path: Path, ckpt: dict, failing: float | None, patience: float, wait: bool
+) -> float | None:
+    """Saves last.pt. Returns None, or since when (time.monotonic()) that has failed.
+
+    Raises the error when it has failed for `patience` seconds; with `wait` it tries until then.
+    """
+    while True:
+        try:
+            save_file(path, ckpt)
+            return None
+        except OSError as error:
+            now = time.monotonic()
+            if failing is None and patience:
+                why = error.strerror or error
+                print(f"{path}: {why}; it is tried again for {patience / 60:.0f} minutes")
+            failing = failing or now
+            if now >= failing + patience:
+                raise
+        if not wait:
+            return failing
+        time.sleep(min(1.0, RETRY_EVERY))
 
 
 # flags --------------------------------------------------------------------------------------------
 
+RECIPES = {  # what differs from the defaults in FLAGS
+    "default": {},
+    "notebook": {
+        **{"upsample": "transposed", "info_to": "head", "flip": False, "shift": 0.0, "ema": 0.0},
+        **{"lam_identity": 0.0, "cap_cont": 3.0, "q_augment": 0.0, "r1": 0.0},
+    },
+    "mnist": {  # the paper's lr_g; a z too small to choose the digit in place of c
+        **{"upsample": "transposed", "width": 32, "batch_size": 64, "lr_g": 1e-3, "z_dim": 16},
+        **{"lam_identity": 0.0, "r1": 0.1, "shift": 0.0},  # a digit is its stroke
+    },
+}
+
 # fmt: off
-FLAGS = {  # by group: flag, default (None: parse_args sets it), limits or choices or kind, meaning
+FLAGS = {  # by group: flag, default (None: see derived), limits or choices or kind, meaning
 "pictures": [
     ("--data", "data/anime", "FOLDER", f"a folder, or {', '.join(NAMED_SETS)}"),
-    ("--image-size", None, (16, 256), "16, 32, 64, 128 or 256 (default 64; named sets 32)"),
-    ("--channels", None, (1, 3), "1 grey, 3 colour (default: what the set has)"),
-    ("--flip", None, bool, "mirror half of them (default on; digits and clothes off)"),
+    ("--image-size", 64, LIMITS["image_size"], "16, 32, 64, 128 or 256; named sets 32"),
+    ("--channels", None, LIMITS["channels"], "1 grey, 3 colour (default: what the set has)"),
+    ("--flip", True, bool, "mirror half of them; digits and clothes: off"),
+    ("--crop", "centre", ["centre", "top"], "what is kept of pictures that are not square"),
 ], "codes": [
-    ("--n-cat", 1, (0, 64), "categorical codes, 0 to 64"),
-    ("--cat-dim", 10, (2, 1000), "categories of each, 2 to 1000"),
-    ("--n-cont", 2, (0, 256), "continuous codes in [-1, 1], 0 to 256"),
-    ("--z-dim", None, (0, 10_000), "noise, 0 to 10000 (default 100; mnist 16)"),
+    ("--n-cat", 1, LIMITS["n_cat"], "categorical codes, 0 to 64"),
+    ("--cat-dim", 10, LIMITS["cat_dim"], "categories of each, 2 to 1000"),
+    ("--n-cont", 2, LIMITS["n_cont"], "continuous codes in [-1, 1], 0 to 256"),
+    ("--z-dim", 100, LIMITS["z_dim"], "noise, 0 to 10000"),
 ], "networks and objective": [
-    ("--width", None, (1, 1024), "channels of D's first and G's last layer (default 64; mnist 32)"),
-    ("--recipe", "default", ["default", "notebook"], "notebook: its settings and faults"),
-    ("--lam-cat", None, (0.0, 1000.0), "lambda of each categorical code's L_I (default 1)"),
+    ("--recipe", None, [*RECIPES], "notebook: its settings and faults (default: by --data)"),
+    ("--width", 64, LIMITS["width"], "channels of D's first and G's last layer"),
+    ("--upsample", "nearest", UPSAMPLE, "G's layers: nearest neighbours and 3x3 convolutions, or"
+     " transposed 4x4 convolutions"),
+    ("--lam-cat", 1.0, (0.0, 1000.0), "lambda of each categorical code's L_I"),
     ("--lam-cont", None, (0.0, 1000.0), "of each continuous code's (default 3 / n_cont, max 0.3)"),
     ("--cap-cont", None, (0.0, 3.0), "G is rewarded for a continuous code's L_I up to X nats"
      " (default 1.4; with up to 5 codes 3, which is no limit)"),
-    ("--lam-identity", None, (0.0, 1000.0), "of the identity loss: pictures of the same categories"
-     " must have the same colours in the same places (default 2; mnist 0)"),
-    ("--upsample", None, ["nearest", "transposed"], "G's layers (default nearest; notebook, mnist transposed)"),
-    ("--shift", None, (0.0, 0.5), "D sees pictures moved by up to this share of their width (default 0.125)"),
-    ("--info-to", None, ["trunk", "head"], "L_I trains Q with D's trunk, or Q's head (notebook)"),
+    ("--lam-identity", 2.0, (0.0, 1000.0), "of the identity loss: pictures of the same categories"
+     " must have the same colours in the same places"),
+    ("--info-to", "trunk", ["trunk", "head"], "L_I trains Q with D's trunk, or Q's head"),
     ("--q-augment", None, (0.0, 3.0), "how strongly pictures are moved, turned, blurred and"
      " relit before Q reads categorical codes (default 1 with up to 5 codes, else 0)"),
-    ("--r1", None, (0.0, 1e3), "D's gradient penalty (default 0.3; below 64 pixels 0; mnist 0.1)"),
-    ("--ema", None, (0.0, 1.0), "half-life of G's average, as a share of its steps (default 0.03)"),
+    ("--shift", 0.125, (0.0, 0.5), "D sees pictures shifted by up to this share of their width,"
+     f" growing over {SHIFT_EPOCHS} epochs"),
+    ("--r1", None, (0.0, 1e3), "D's gradient penalty (default 0.3; below 64 pixels 0)"),
+    ("--ema", 0.03, (0.0, 1.0), "half-life of G's average, as a share of its steps"),
 ], "training": [
     ("--epochs", 150, (1, 10**9), "passes over the pictures"),
-    ("--batch-size", None, (2, 65_536), "pictures in a step (default 128; mnist 64)"),
-    ("--lr-g", None, (0.0, 1.0), "G's learning rate (default 0.0002; mnist 0.001)"),
-    ("--lr-d", None, (0.0, 1.0), "D's learning rate (default 0.0002)"),
+    ("--batch-size", 128, (2, 65_536), "pictures in a step"),
+    ("--lr-g", 2e-4, (0.0, 1.0), "G's learning rate"),
+    ("--lr-d", 2e-4, (0.0, 1.0), "D's learning rate"),
     ("--init", None, "FILE", "begin with the weights, codes and networks of this checkpoint"),
     ("--seed", 0, (0, 2**63 - 1), "seed of all random numbers"),
     ("--device", "auto", "DEVICE", "cpu, cuda, cuda:1, mps; auto takes the fastest"),
     ("--amp", None, bool, "bfloat16 convolutions (default: where they are faster)"),
-    ("--compile", False, bool, "torch.compile: a slow start, then faster steps on a GPU"),
+    ("--cuda-graph", False, bool, "replay the step as a CUDA graph, so that no kernel waits"),
     ("--max-steps", None, (1, 10**12), "finish after N steps in all"),
     ("--max-minutes", None, (0.001, 1e7), "stop this call after X minutes; repeat it to resume"),
 ], "output": [
@@ -1606,44 +1820,39 @@ FLAGS = {  # by group: flag, default (None: parse_args sets it), limits or choic
 # fmt: on
 
 
-def limits_of(flags: dict) -> dict[str, tuple]:
-    """(lowest, highest) of every number in a table of flags, by its name in args."""
-    rows = [row for group in flags.values() for row in group if isinstance(row[2], tuple)]
-    return {flag[2:].replace("-", "_"): limits for flag, _, limits, _ in rows}
+def derived(args: dict) -> dict:
+    """The defaults that follow from the codes, the size and the recipe."""
+    n_cat, n_cont = args["n_cat"], args["n_cont"]
+    few = n_cat + n_cont <= 5
+    values = {"out": f"checkpoint/cat{n_cat}-cont{n_cont}"}
+    values["lam_cont"] = min(0.3, 3 / max(n_cont, 1))  # they share one weight
+    values["cap_cont"] = 3.0 if few else 1.4  # else they go on growing, and categoricals fade
+    values["q_augment"] = 1.0 if few else 0.0  # many codes would be learned too slowly
+    values["r1"] = 0.3 if args["image_size"] >= 64 else 0.0  # without it D wins
+    if args["recipe"] == "notebook":  # its defect: the loss of 20 continuous codes was never added
+        values["lam_cont"] = 0.0 if n_cont == 20 else 0.1
+    return values
 
 
-LIMITS = limits_of(FLAGS)  # also of what a checkpoint may ask for
-
-
-class UserError(Exception):
-    """What the user can fix, in one line: what is wrong, where, what to do."""
-
-    code = 2  # of the program's exit
-
-
-class Diverged(UserError):
-    """The training itself went wrong: NaN or infinity."""
-
-    code = 1
-
-
-def check_limits(values: dict, limits: dict = LIMITS) -> None:
-    """Raises UserError when a value named in limits has another type or lies outside."""
-    for name, (low, high) in limits.items():
-        value, kind = values.get(name, low), "a whole number" if type(low) is int else "a number"
-        must = f"{kind} from {low} to {high}"
-        fits = type(value) is type(low) and low <= value <= high
-        if name == "image_size":
-            fits, must = fits and value & (value - 1) == 0, "16, 32, 64, 128 or 256"
-        elif name == "channels":
-            fits, must = fits and value != 2, "1 (grey) or 3 (colour)"
-        if not fits:
-            raise UserError(f"--{name.replace('_', '-')} {value}: must be {must}")
+def resolve(given: dict, shape: dict) -> Namespace:
+    """All flags: the table's, then the recipe's, a checkpoint's shape, what was given."""
+    flags = {dest(flag): default for rows in FLAGS.values() for flag, default, *_ in rows}
+    data = given.get("data")
+    recipe = given.get("recipe") or ("mnist" if data == "mnist" else "default")
+    named = {"image_size": 32, "flip": NAMED_SETS[data].flip} if data in NAMED_SETS else {}
+    flags |= {**named, **RECIPES[recipe], **shape, **given, "recipe": recipe}
+    rest = {k: v for k, v in derived(flags).items() if flags[k] is None}
+    return Namespace(**flags | rest)
 
 
 def spec_of(args: Namespace) -> CodeSpec:
     """The codes that a run's flags ask for."""
     return CodeSpec(args.n_cat, args.cat_dim, args.n_cont, args.z_dim)
+
+
+def dest(flag: str) -> str:
+    """A flag's name in args: "--lam-cat" is lam_cat."""
+    return flag[2:].replace("-", "_")
 
 
 class Parser(ArgumentParser):
@@ -1652,77 +1861,70 @@ class Parser(ArgumentParser):
     def __init__(self, program: str, about: str | None, flags: dict):
         raw = RawDescriptionHelpFormatter
         super().__init__(program, description=about, formatter_class=raw, allow_abbrev=False)
-        self.limits = limits_of(flags)
         for title, rows in flags.items():
             group = self.add_argument_group(title)
             for flag, default, kind, meaning in rows:
                 if kind is bool:
-                    how = {"action": BooleanOptionalAction if default is None else "store_true"}
+                    how = {"action": "store_true" if default is False else BooleanOptionalAction}
                 elif isinstance(kind, tuple):
-                    how = {"type": type(kind[0]), "metavar": "N" if type(kind[0]) is int else "X"}
+                    metavar = "N" if type(kind[0]) is int else "X"
+                    how = {"type": partial(self.number, flag, kind), "metavar": metavar}
+                elif isinstance(kind, str):
+                    how = {"type": partial(self.text, flag), "metavar": kind}
                 else:
-                    how = {"metavar": kind} if isinstance(kind, str) else {"choices": kind}
+                    how = {"choices": kind}
                 meaning += "" if default is None or default is False else f" (default {default})"
                 group.add_argument(flag, default=default, help=meaning, **how)
 
-    def parse_args(self, argv: list[str] | None = None) -> Namespace:
-        """The flags, when every given number is within its limits."""
-        args = super().parse_args(argv)
-        for name, text in ((k, v) for k, v in vars(args).items() if isinstance(v, str)):
-            if not text:
-                raise UserError(f"--{name.replace('_', '-')}: is empty")
-            setattr(args, name, os.path.expanduser(text))  # shells leave --out=~/run as it is
-        check_limits({k: v for k, v in vars(args).items() if v is not None}, self.limits)
-        return args
+    @staticmethod
+    def number(flag: str, limits: tuple, text: str) -> float:
+        try:
+            value = type(limits[0])(text)
+        except ValueError:
+            value = text
+        check_limits({dest(flag): value}, {dest(flag): limits})
+        return value
+
+    @staticmethod
+    def text(flag: str, text: str) -> str:
+        if not text:
+            raise UserError(f"{flag}: is empty")
+        return os.path.expanduser(text)  # shells leave --out=~/run as it is
+
+    def given(self, argv: list[str] | None = None) -> dict:
+        """Only the flags that argv has, by their names in args."""
+        unset = object()
+        args = self.parse_args(argv, Namespace(**{a.dest: unset for a in self._actions}))
+        return {k: v for k, v in vars(args).items() if v is not unset}
 
     def error(self, message: str) -> None:
         raise UserError(f"{message}; see --help")
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
-    """The flags, every default resolved but --amp's and --channels', which train resolves."""
-    parser = Parser("infogan.py", (__doc__ or "").split("\nSections")[0], FLAGS)
-    args = parser.parse_args(argv)
-    # a run that is there has codes and networks too, should the file of --init be gone
-    if found := [p for p in (args.init, f"{args.out}/last.pt") if args.init and os.path.isfile(p)]:
-        then = load_checkpoint(found[0])["args"]
-        parser.set_defaults(**{name: then[name] for name in SHAPE})
-        args = parser.parse_args(argv)
-        if given := differences(args, then, SHAPE):
-            raise UserError(f"--init {found[0]} has {given[0]}; leave this flag out")
-    size = args.image_size or (32 if args.data in NAMED_SETS else 64)
-    few = args.n_cat + args.n_cont <= 5
-    unset = {"out": f"checkpoint/cat{args.n_cat}-cont{args.n_cont}", "image_size": size}
-    unset |= {"width": 64, "z_dim": 100, "batch_size": 128, "lr_g": 2e-4, "lr_d": 2e-4}
-    unset |= {"info_to": "trunk", "ema": 0.03, "lam_identity": 2.0, "changes": []}
-    unset["flip"] = args.data not in ("mnist", "fashion-mnist", "svhn")  # no mirrored digits
-    # continuous codes share one weight; a categorical stops by itself once Q reads it
-    unset |= {"lam_cat": 1.0, "lam_cont": min(0.3, 3 / max(args.n_cont, 1))}
-    unset["cap_cont"] = 3.0 if few else 1.4  # else they go on growing, and categoricals fade
-    unset["q_augment"] = 1.0 if few else 0.0  # many codes would be learned too slowly
-    unset |= {"upsample": "nearest", "shift": 0.125}
-    unset["r1"] = 0.3 if size >= 64 else 0.0  # without it D wins
-    if args.recipe == "notebook":  # its defect: with 20 continuous codes their loss was never added
-        unset |= {"lam_cont": 0.0 if args.n_cont == 20 else 0.1, "info_to": "head", "ema": 0.0}
-        unset |= {"upsample": "transposed", "shift": 0.0}
-        unset |= {"cap_cont": 3.0, "q_augment": 0.0, "r1": 0.0, "lam_identity": 0.0, "flip": False}
-    elif args.data == "mnist":
-        # the paper's lr_g, narrow nets, and a z too small to choose the digit in place of c
-        unset |= {"width": 32, "batch_size": 64, "lr_g": 1e-3, "z_dim": 16, "r1": 0.1}
-        unset["lam_identity"] = 0.0  # a digit is its stroke
-        unset |= {"upsample": "transposed", "shift": 0.0}
-    for name, value in unset.items():
-        if getattr(args, name, None) is None:
-            setattr(args, name, value)
+    """All flags of a run; only --channels and --amp wait for pictures and device."""
+    given = Parser("infogan.py", (__doc__ or "").split("\nSections")[0], FLAGS).given(argv)
+    shape = {}
+    if "init" in given:  # a run that is there has codes and networks too, should the file be gone
+        paths = [given["init"], f"{resolve(given, {}).out}/last.pt"]
+        path = next(filter(os.path.isfile, paths), paths[0])
+        before = load_checkpoint(path)["args"]
+        shape = {flag: before[flag] for flag in SHAPE}
+        if other := differences(Namespace(**{**shape, **given}), shape, SHAPE):
+            raise UserError(f"--init {path} has {other[0]}; leave this flag out")
+    args = resolve(given, shape)
     spec_of(args)
     return args
 
 
-@dataclass
+# program ------------------------------------------------------------------------------------------
+
+
 class Output:
     """A stream that survives its reader, as a closed terminal must not end a run; rank 0's only."""
 
-    stream: TextIO
+    def __init__(self, stream: TextIO):
+        self.stream = stream
 
     def __getattr__(self, name: str) -> object:
         return getattr(self.stream, name)
@@ -1740,24 +1942,27 @@ class Output:
 
 def run(program: str, job: Callable[[], int]) -> int:
     """The job's exit code; an error that the user can fix is one line on stderr and exit code 2."""
-    with redirect_stdout(Output(sys.stdout)), redirect_stderr(Output(sys.stderr)):
-        try:
-            return job()
-        except UserError as error:
-            text, code = str(error), error.code
-        except OSError as error:
-            text, code = f"{error.filename or 'a file'}: {error.strerror or error}; fix this", 2
-            text += " or give another --out, and run it again; saved files are unchanged"
-        except (MemoryError, RuntimeError) as error:
-            text, code = "out of memory; lower --batch-size, --width or --image-size", 2
-            if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-                text = f"--compile: {error}".split("\n")[0] + "; install a compiler or leave it out"
-            elif not isinstance(error, MemoryError) and "allocate" not in str(error):
-                raise
-        except KeyboardInterrupt:
-            text, code = "stopped", 130
-        print(f"{program}: {text}".replace("\n", " "), file=sys.stderr)
-        return code
+    try:
+        return job()
+    except UserError as error:
+        text, code = str(error), error.code
+    except OSError as error:
+        text, code = f"{error.filename or 'a file'}: {error.strerror or error}; fix this", 2
+        text += " or give another --out, and run it again; saved files are unchanged"
+    except (MemoryError, RuntimeError) as error:
+        text, code = "out of memory; lower --batch-size, --width or --image-size", 2
+        if not isinstance(error, MemoryError) and "allocate" not in str(error):
+            raise
+    except KeyboardInterrupt:
+        text, code = "stopped", 130
+    print(f"{program}: {text}".replace("\n", " "), file=sys.stderr)
+    return code
+
+
+def as_program(main: Callable[[], int]) -> None:
+    """Runs main and ends the process, with streams that survive a closed terminal."""
+    sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
+    sys.exit(main())
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -1773,4 +1978,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    as_program(main)
