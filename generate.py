@@ -14,22 +14,22 @@ The architecture comes from the checkpoint. Along a row of a sheet only one code
 
 from __future__ import annotations
 
-import argparse
 import base64
 import csv
-import inspect
 import io
-import itertools
 import json
 import math
 import os
 import re
 import sys
+from argparse import Namespace
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache, partial
+from inspect import signature
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,34 +44,18 @@ from torch.nn.utils import fuse_conv_bn_eval
 from tqdm import tqdm
 
 import infogan
-from infogan import (
-    Codes,
-    CodeSpec,
-    Generator,
-    UserError,
-    load_encoder,
-    load_generator,
-    load_pictures,
-    replacing,
-    to_image,
-)  # fmt: skip
+from infogan import Codes, CodeSpec, Generator, Pictures, UserError, replacing, to_image
 
-Seeds, Held, Ends = Sequence[int], dict[str, float], tuple[float, float]  # of flags
+Seeds, Held, Ends = Sequence[int], dict[str, float], tuple[float, float]  # of --set and --range
 Names = dict[str, str]
-N_MEASURED, N_MOVED, N_REAL = (
-    400,
-    100,
-    1000,
-)  # samples behind a table's figures; behind its tints, heat maps
+N_MEASURED, N_MOVED = 400, 100  # samples behind a table's figures; behind its tints, heat maps
 MOST_SHOWN = 100  # categories on a sheet
 DRAWN_AT_ONCE, N_READ = 32, 4  # pictures in each pass of G; drawings beside a picture of --read
-N_DIRECTIONS, N_PATCHES = 512, 32  # of the Wasserstein distance; patches of each picture
+N_REAL = 1000  # pictures behind a distance to real ones
 PAGE = Path(__file__).parent / "data/explorer.html"
 PAGE_MB = 9  # at most: it must open, and follow a slider, at once
-CODE = "(cat|cont)[0-9]+"
 FONTS = "/usr/share/fonts /usr/local/share/fonts ~/.local/share/fonts ~/.fonts C:/Windows/Fonts"
 FONTS += " /System/Library/Fonts /Library/Fonts ~/Library/Fonts"
-SIZES, TRAINED = ("image_size", "channels"), "#2f62c9"  # the bar over values of training
 MARK, EXIF = "generate.py of InfoGAN", Image.Exif()  # what is ours may be written again
 EXIF[ExifTags.Base.Software] = MARK
 MARKED = {"exif": EXIF.tobytes(), "comment": MARK}  # of PNG and WebP, and of GIF
@@ -93,17 +77,40 @@ class Model(NamedTuple):
     device: torch.device
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """Size and channels of its pictures."""
-        return self.ckpt["args"]["image_size"], self.ckpt["args"]["channels"]
+    def shape(self) -> tuple[int, int, str]:
+        """Size and channels of its pictures, and what is kept of those that are not square."""
+        args = self.ckpt["args"]
+        return args["image_size"], args["channels"], args.get("crop", "centre")
+
+
+def folded(G: Generator) -> nn.Sequential:
+    """G in plain layers: doubling and batch norm are in the weights of the convolutions."""
+    layers = [nn.Unflatten(1, (-1, 1, 1))]
+    for m in G.layers:
+        if isinstance(m, nn.BatchNorm2d):
+            transposed = isinstance(layers[-1], nn.ConvTranspose2d)
+            layers[-1] = fuse_conv_bn_eval(layers[-1], m, transpose=transposed)
+            continue
+        if isinstance(m, (infogan.UpsampleConv2d, infogan.ConvTranspose2dFromPixel)):
+            up, bias = isinstance(m, infogan.UpsampleConv2d), m.bias
+            weight = nn.Parameter(m.folded() if up else m.weight)
+            m = nn.ConvTranspose2d(*weight.shape[:2], 4, 1 + up, int(up), bias=bias is not None)
+            m.weight, m.bias = weight, bias
+        layers.append(m.eval())
+    return nn.Sequential(*layers).requires_grad_(False).to(memory_format=torch.channels_last)
 
 
 def load_model(path: str, device: torch.device) -> Model:
-    """The checkpoint, or the last of a run's folder."""
+    """A checkpoint, or the last one of a run's folder."""
     file = Path(path, "last.pt") if os.path.isdir(path) else Path(path)
-    (G, spec), (Q, _) = (load(file, device) for load in (load_generator, load_encoder))
-    G = folded(G).to(memory_format=torch.channels_last)
-    return Model(file, G, Q, spec, infogan.load_checkpoint(file), device)
+    (G, spec), (Q, _) = infogan.load_generator(file, device), infogan.load_encoder(file, device)
+    Q = Q.to(memory_format=torch.channels_last)  # faster
+    return Model(file, folded(G), Q, spec, infogan.load_checkpoint(file), device)
+
+
+def load_real(model: Model, data: str, flag: str = "--data") -> Pictures:
+    """Real pictures, as the run sees them."""
+    return infogan.load_pictures(data, *model.shape, flag=flag)
 
 
 @torch.no_grad()
@@ -122,11 +129,10 @@ def hold(spec: CodeSpec, codes: Codes, held: Held) -> Codes:
     return codes
 
 
-def traversal(model: Model, base: Codes, code: str, values: Sequence[float], held: Held) -> Tensor:
-    """Pictures (n * len(values), …) along one code, or along all categoricals that are not held."""
+def traversal(model: Model, base: Codes, code: str, values: Sequence, held: Held) -> Tensor:
+    """Pictures (n * len(values), …) along a code, or along all categoricals that are not held."""
     moved = model.spec.traverse(base, code, values)
-    moved = hold(model.spec, moved, held) if code == "cat" else moved
-    return draw(model.G, model.spec.join(moved))
+    return draw(model.G, model.spec.join(hold(model.spec, moved, held if code == "cat" else {})))
 
 
 def check_ours(paths: Iterable[Path]) -> None:
@@ -140,10 +146,16 @@ def check_ours(paths: Iterable[Path]) -> None:
 
 def save_table(path: Path, lines: Iterable[Iterable[object]]) -> None:
     """A CSV, complete or not at all."""
+    csv.writer(text := io.StringIO(), lineterminator="\n").writerows(lines)
     with replacing(path) as file:
-        text = io.TextIOWrapper(file, "utf-8", "surrogateescape", newline="")
-        csv.writer(text, lineterminator="\n").writerows(lines)
-        text.detach()  # `replacing` flushes and closes the file itself
+        file.write(text.getvalue().encode(errors="surrogateescape"))
+
+
+def print_table(lines: list[list[str]]) -> None:
+    """Columns: the first to the left, the others to the right."""
+    left, *right = (max(map(len, column)) for column in zip(*lines, strict=True))
+    for name, *cells in lines:
+        print(f"{name:{left}}", *map(str.rjust, cells, right), sep="  ")
 
 
 # names --------------------------------------------------------------------------------------------
@@ -155,7 +167,7 @@ def check_codes(spec: CodeSpec, where: str, codes: Iterable[str]) -> None:
         raise UserError(f"{where}: {code!a}: this checkpoint has {', '.join(spec.names) or 'none'}")
 
 
-def read_names(model: Model, given: str | None) -> dict[str, str]:
+def read_names(model: Model, given: str | None) -> Names:
     """What people call the codes: by --names, names.json beside the checkpoint, or within it."""
     path, spec = Path(given or model.path.with_name("names.json")), model.spec
     where, names = f"--names {path}" if given else str(path), model.ckpt.get("names", {})
@@ -167,8 +179,9 @@ def read_names(model: Model, given: str | None) -> dict[str, str]:
             raise UserError(f"{where}: {why}") from error
     if not isinstance(names, dict):
         raise UserError(f"{model.path}: its names are no table")
-    if not given:  # it may lie beside the checkpoints of two runs
-        names = {c: n for c, n in names.items() if c in spec.names or not re.fullmatch(CODE, c)}
+    if not given:  # the file may be for the checkpoints of two runs
+        others = [c for c in names if re.fullmatch("(cat|cont)[0-9]+", c) and c not in spec.names]
+        names = {code: name for code, name in names.items() if code not in others}
     check_codes(spec, where, names)
     for code, name in names.items():
         if not isinstance(name, str) or not name.isprintable() or not 0 < len(name) <= 40:
@@ -176,17 +189,17 @@ def read_names(model: Model, given: str | None) -> dict[str, str]:
     return names
 
 
-def read_set(text: str | None, spec: CodeSpec) -> dict[str, float]:
+def read_set(text: str | None, spec: CodeSpec) -> Held:
     """The codes of "cat0=3,cont5=-0.8", with their values. Raises UserError."""
     held, one_of = {}, f"a whole number from 0 to {spec.cat_dim - 1}"
-    for part in filter(None, (text or "").split(",")):
-        code, _, value = part.strip().partition("=")
+    for part in map(str.strip, text.split(",") if text else []):
+        code, _, value = part.partition("=")
         check_codes(spec, "--set", [code])
         v = float(value) if re.fullmatch(r"[-+]?[0-9]*\.?[0-9]+", value) else math.nan
         cat = code.startswith("cat")
         if code in held or not (v in range(spec.cat_dim) if cat else abs(v) <= 1000):
             must = one_of if cat else "a number from -1000 to 1000"
-            raise UserError(f"--set {part.strip()}: {code} must be given once, as {must}")
+            raise UserError(f"--set {part}: {code} must be given once, as {must}")
         held[code] = v
     return held
 
@@ -197,30 +210,25 @@ def label(code: str, names: Names) -> str:
 
 
 @cache
-def font_file(letters: str) -> str | None:
-    """A font that has these letters: "" is Pillow's own; None where this system has none."""
-    roots = (Path(os.path.expanduser(root)) for root in FONTS.split())
-    files = (path for root in roots for path in root.rglob("*.[tTo][tT][fFcC]"))
-    plain = re.compile("(?i)bold|black|italic|oblique|light|thin|mono|serif")
-    found = sorted(files, key=lambda p: (bool(plain.search(p.stem)), len(p.stem), p))
-    for path in ["", *found]:
+def font_for(text: str, size: int) -> ImageFont.FreeTypeFont:
+    """Pillow's own, or one of this system that has the letters; None where there is none."""
+    letters = {*text} - {*map(chr, range(32, 127)), "\n"}
+    if not letters:
+        return ImageFont.load_default(size)
+    files = (p for at in FONTS.split() for p in Path(os.path.expanduser(at)).rglob("*.[tTo][tT]*"))
+    odd = re.compile("(?i)bold|black|italic|oblique|light|thin|mono|serif")
+    for path in sorted(files, key=lambda p: (bool(odd.search(p.stem)), len(p.stem), p)):
         with suppress(OSError, ValueError):  # pictures of signs, which have sizes of their own
-            font = ImageFont.truetype(path, 15) if path else ImageFont.load_default(15)
-            box = bytes(font.getmask(chr(0x10FFFD)))  # which no font has
-            if all(bytes(font.getmask(letter)) not in (box, b"") for letter in letters):
-                return str(path)
+            font = ImageFont.truetype(str(path), size)
+            nothing = {b"", bytes(font.getmask(chr(0x10FFFD)))}  # the box of a letter that it lacks
+            if not any(bytes(font.getmask(letter)) in nothing for letter in letters):
+                return font
     return None
 
 
-def font_for(text: str, size: int) -> ImageFont.FreeTypeFont:
-    """A font with the text's letters, where there is one."""
-    path = font_file("".join(sorted({c for c in text if c > "~"})))
-    return ImageFont.truetype(path, size) if path else ImageFont.load_default(size)
-
-
-def drawable(names: Names) -> dict[str, str]:
+def drawable(names: Names) -> Names:
     """The names that a font here can write; the others are told of in one line."""
-    boxes = [c for c, n in names.items() if font_file("".join(sorted({*n} - {" "}))) is None]
+    boxes = [code for code, name in names.items() if not font_for(name, 12)]
     if boxes:
         print(f"no font here has the letters of {', '.join(boxes)}: pictures show the codes alone")
     return {code: name for code, name in names.items() if code not in boxes}
@@ -287,7 +295,7 @@ def measure(model: Model, seed: int, batch_size: int) -> list[Row]:
     """Rows for z and each kind of code together, then for every code, strongest effect first."""
     spec, rng, device = model.spec, torch.Generator().manual_seed(seed), model.device
     codes, other = spec.sample(N_MEASURED, rng), spec.sample(N_MEASURED, rng)
-    fast = device.type == "cpu" and infogan.speed_up(device)  # a GPU is fast enough
+    fast = device.type == "cpu" and infogan.speed_up(device)  # a GPU needs no bfloat16 for this
 
     def pictures(codes: Codes) -> Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=fast):
@@ -296,60 +304,41 @@ def measure(model: Model, seed: int, batch_size: int) -> list[Row]:
     x = pictures(codes)
     x_edges, read = edge_map(x), [model.Q.D(part.to(device))[1] for part in x.split(batch_size)]
     q = infogan.QOutput(*(torch.cat(parts).cpu() for parts in zip(*read, strict=True)))
-    L_I = infogan.mutual_information(spec, q, codes).tolist()
-    nats = dict(zip(spec.names, zip(L_I, spec.ceilings, strict=True), strict=True))
-    few, rows = Codes(*(c[:N_MOVED] for c in codes)), []
+    L_I = dict(zip(spec.names, infogan.mutual_information(spec, q, codes).tolist(), strict=True))
+    most, few = dict(zip(spec.names, spec.ceilings, strict=True)), [c[:N_MOVED] for c in codes]
+    groups, each = [], []
     names = [*(["z"] if spec.z_dim else []), *spec.kinds, *spec.names]
     for name in tqdm(names, "measuring", leave=False, disable=None):
-        y, known = pictures(spec.replace(codes, name, other)), nats.get(name, (None, None))
-        row = Row(name, *known, effect(x, y), effect(x_edges, edge_map(y)))
-        if name in nats:
-            low, high = map(pictures, low_high(spec, few, name, rng))
-            row = row._replace(tint=tint(low, high), where=heat_map(low, high))
-        rows.append(row)
-    return sorted(rows, key=lambda r: (r.L_I is not None and 1, -r.effect if r.code in nats else 0))
+        y = pictures(spec.replace(codes, name, other))
+        figures = L_I.get(name), most.get(name), effect(x, y), effect(x_edges, edge_map(y))
+        if name in L_I:
+            ends = [*map(pictures, low_high(spec, Codes(*few), name, rng))]
+            each.append(Row(name, *figures, tint(*ends), heat_map(*ends)))
+        else:
+            groups.append(Row(name, *figures))
+    return groups + sorted(each, key=lambda r: -r.effect)
 
 
-def print_table(rows: list[Row], names: Names) -> None:
-    """Nats, shares of variance, tints."""
-    table = {"code": ["L_I / most, nats", "effect", "edges", "tint"]}
-    for r in rows:
-        name = f"all {r.code}" if r.code in ("cat", "cont") else label(r.code, names)
-        nats = "" if r.L_I is None else f"{r.L_I:.2f} / {r.ceiling:.2f}"
-        tinted = "" if r.tint is None else f"{r.tint:.2f}"
-        table[name] = [nats, f"{r.effect:.4f}", f"{r.edges:.4f}", tinted]
-    print_columns(table)
-
-
-def print_columns(rows: dict[str, list[str]]) -> None:
-    """A table: names to the left, cells to the right."""
-    left, cell = (max(map(len, texts)) for texts in (rows, itertools.chain(*rows.values())))
-    for name, cells in rows.items():
-        print(f"{name:{left}}" + "".join(f"  {c:>{cell}}" for c in cells))
-
-
-def patches(x: Tensor, rng: torch.Generator) -> list[Tensor]:
-    """Normalised 7x7 patches (m, channels * 49) of each level of a Laplacian pyramid, 16 up."""
-    levels = []
-    while x.shape[2] >= 16:
-        small = F.avg_pool2d(x, 2)
-        coarsest = small.shape[2] < 16
-        level = x if coarsest else x - F.interpolate(small, scale_factor=2, mode="bilinear")
-        places = level.unfold(2, 7, 1).unfold(3, 7, 1)  # (n, channels, rows, columns, 7, 7)
-        i, j = torch.randint(places.shape[2], (2, len(x), N_PATCHES), generator=rng)
-        y = places[torch.arange(len(x))[:, None], :, i, j].flatten(0, 1)
-        std, mean = torch.std_mean(y, (0, 2, 3), keepdim=True)
-        levels.append(((y - mean) / std.clamp(min=1e-8)).flatten(1))
-        x = small
-    return levels
+def table_of(rows: list[Row], names: Names) -> list[list[str]]:
+    """The rows as text, and the codes' names."""
+    table = [[*Row._fields[:-1], "name"]]
+    for row in rows:
+        figures = ("" if v is None else f"{v:.4f}" for v in row[1:-1])
+        table.append([row.code, *figures, names.get(row.code, "")])
+    return table
 
 
 def sliced_wasserstein(x: Tensor, y: Tensor, rng: torch.Generator) -> list[float]:
-    """Distance of the patches of equally many pictures, level by level (1710.10196, section 5)."""
-    distances = []
-    for a, b in zip(patches(x, rng), patches(y, rng), strict=True):
-        to = F.normalize(torch.randn(a.shape[1], N_DIRECTIONS, generator=rng), dim=0)
-        distances.append(((a @ to).sort(0)[0] - (b @ to).sort(0)[0]).abs().mean().item())
+    """Distance of 7x7 patches of as many pictures, fine to coarse (after 1710.10196, section 5)."""
+    distances, to = [], F.normalize(torch.randn(49 * x.shape[1], 512, generator=rng), dim=0)
+    while x.shape[2] >= 16:
+        sides = []
+        for v in (x, y):
+            patches = F.unfold(v, 7, stride=v.shape[2] // 8).mT.reshape(-1, x.shape[1], 49)
+            std, mean = torch.std_mean(patches, (0, 2), keepdim=True)
+            sides.append((((patches - mean) / std.clamp(min=1e-8)).flatten(1) @ to).sort(0)[0])
+        distances.append((sides[0] - sides[1]).abs().mean().item())
+        x, y = F.avg_pool2d(x, 2), F.avg_pool2d(y, 2)
     return distances
 
 
@@ -357,39 +346,38 @@ def sliced_wasserstein(x: Tensor, y: Tensor, rng: torch.Generator) -> list[float
 
 
 def sheet(
-    title: str,
-    x: Tensor,
-    above: Sequence[str],
-    left: Sequence[str] = (),
-    zoom: int = 1,
-    bar: tuple[float, float] | None = None,
-) -> Image.Image:
+    title: str, x: Tensor, above: Sequence[str], left: Sequence[str] = (), zoom: int = 1,
+    bar: Ends | None = None,
+) -> Image.Image:  # fmt: skip
     """len(above) pictures in a row, labels above the columns and left of the rows.
 
-    A bar goes from the middle of one column to that of another, which need not be whole numbers.
+    A bar goes from the middle of one column to that of another, not always whole numbers.
     """
     k, columns = max(1, 64 // x.shape[3]) * zoom, len(above)  # 64 pixels at least: labels must fit
     tiles = [ImageOps.scale(to_image(p).convert("RGB"), k, Image.Resampling.NEAREST) for p in x]
     gap, edge, top = 2 * zoom, 12 * zoom, (54 if any(above) else 40) * zoom
+
+    def font(text: str, size: int = 12) -> ImageFont.FreeTypeFont:
+        return font_for(text, size * zoom) or ImageFont.load_default(size * zoom)
+
     step, lines = tiles[0].width + gap, [line for text in left for line in text.split("\n")]
-    wide = max((font_for(line, 12 * zoom).getlength(line) for line in lines), default=-8 * zoom)
-    margin, font = edge + int(wide) + 8 * zoom, font_for(title, 15 * zoom)
-    width = max(margin + columns * step - gap, edge + int(font.getlength(title))) + edge
-    height = top + step * -(-len(tiles) // columns) - gap + edge
-    page = Image.new("RGB", (width, height), "white")
+    wide = max((font(line).getlength(line) for line in lines), default=-8 * zoom)
+    margin = edge + int(wide) + 8 * zoom
+    width = max(margin + columns * step - gap, edge + int(font(title, 15).getlength(title))) + edge
+    page = Image.new("RGB", (width, top + step * -(-len(x) // columns) - gap + edge), "white")
     pen = ImageDraw.Draw(page)
-    pen.text((edge, 10 * zoom), title, "black", font)
-    for i, text in enumerate(above):
-        at = (margin + i * step + tiles[0].width // 2, top - 6 * zoom)
-        pen.text(at, text, "#333333", font_for(text, 12 * zoom), anchor="ms")
+    pen.text((edge, 10 * zoom), title, "black", font(title, 15))
+    middles = [margin + i * step + tiles[0].width // 2 for i in range(columns)]
+    for at, text in zip(middles, above, strict=True):
+        pen.text((at, top - 6 * zoom), text, "#333333", font(text), anchor="ms")
     for i, text in enumerate(left):
-        at, small = (edge, top + i * step + tiles[0].width // 2), font_for(text, 12 * zoom)
-        pen.multiline_text(at, text, "#333333", small, anchor="lm", spacing=3 * zoom)
+        at = (edge, top + i * step + tiles[0].width // 2)
+        pen.multiline_text(at, text, "#333333", font(text), anchor="lm", spacing=3 * zoom)
     for i, picture in enumerate(tiles):
         page.paste(picture, (margin + i % columns * step, top + i // columns * step))
-    if bar:
-        a, b = (margin + v * step + tiles[0].width // 2 for v in bar)
-        pen.rectangle((a, top - 4 * zoom, b, top - 2 * zoom), TRAINED)
+    if bar and bar[0] < bar[1]:
+        a, b = (middles[0] + v * step for v in bar)
+        pen.rectangle((a, top - 4 * zoom, b, top - 2 * zoom), "#2f62c9")
     return page
 
 
@@ -401,72 +389,63 @@ def beside(pages: list[Image.Image]) -> Image.Image:
     return whole
 
 
-def trained(low: float, high: float, columns: int) -> tuple[float, float] | None:
-    """Where [-1, 1] lies among columns from low to high; None outside."""
-    a, b = sorted((v - low) / (high - low) * (columns - 1) for v in (-1, 1))
-    a, b = max(a, 0), min(b, columns - 1)
-    return (a, b) if a < b else None
-
-
 def sheets(
-    model: Model, out: Path, seed: int, seeds: Seeds, set_: Held,
-    range_: Ends, steps: int, codes: list[str], names: Names, gif: bool,
-    zoom: int, batch_size: int,
+    model: Model, out: Path, seed: int, seeds: Seeds, set_: Held, range_: Ends, steps: int,
+    codes: list[str], names: Names, gif: bool, zoom: int, batch_size: int,
 ) -> str:  # fmt: skip
     """The table, a sheet per code, sheets of several codes; nothing selected: the seed's first."""
-    G, spec, rows = model.G, model.spec, measure(model, seed, batch_size)
-    print_table(rows, names)
-    figures = [[r.code, *("" if v is None else f"{v:.5f}" for v in r[1:-1])] for r in rows]
-    named = [[*row, names.get(row[0], "")] for row in figures]
-    save_table(out / "table.csv", [[*Row._fields[:-1], "name"], *named])
+    spec, rows = model.spec, measure(model, seed, batch_size)
+    table = table_of(rows, names)
+    print_table(table)
+    save_table(out / "table.csv", table)
     base, names = hold(spec, spec.sample_seeds(seeds), set_), drawable(names)
-    each_z, bar = [f"seed {s}" for s in seeds], trained(*range_, steps)
-    smooth = [round(v, 6) + 0.0 for v in torch.linspace(*range_, steps).tolist()]
-    every = list(range(min(spec.cat_dim, MOST_SHOWN)))
+    each_z, (low, high), every = (
+        [f"seed {s}" for s in seeds],
+        range_,
+        range(spec.cat_dim)[:MOST_SHOWN],
+    )
+    smooth = [round(v, 6) + 0.0 for v in torch.linspace(low, high, steps).tolist()]
     each, numbers = [f"{v:+.2f}" if v else "0" for v in smooth], [str(k) for k in every]
-
-    def save(name: str, title: str, *rest: object) -> None:
-        held = "".join(f"; {code} = {v:g}" for code, v in set_.items())
-        save_picture(out / name, sheet(title + held, *rest))
-
+    ends = sorted((v - low) / (high - low) * (steps - 1) for v in (-1, 1))  # of training, columns
+    bar = max(ends[0], 0), min(ends[1], steps - 1)
+    held = "".join(f"; {code} = {v:g}" for code, v in set_.items())
     strips, left = [], []
     for row in (row for row in rows if row.code in codes):
         cat, name = row.code.startswith("cat"), label(row.code, names)
         values, above, mark = (every, numbers, None) if cat else (smooth, each, bar)
-        x = traversal(model, base, row.code, values, set_)
-        figures = f"L_I {row.L_I:.2f} of {row.ceiling:.2f} nats, effect {row.effect:.3f}"
-        page = sheet(f"{name}: {figures}, tint {row.tint:.2f}", x, above, each_z, zoom, mark)
+        x, nats = traversal(model, base, row.code, values, set_), f"L_I {row.L_I:.2f}"
+        title = f"{name}: {nats} of {row.ceiling:.2f} nats, effect {row.effect:.3f}"
+        page = sheet(f"{title}, tint {row.tint:.2f}", x, above, each_z, zoom, mark)
         where = sheet("", row.where[None], ["where"], zoom=zoom)
         save_picture(out / f"{row.code}.png", beside([page, where]))
         if gif:
             save_gif(out / f"{row.code}.gif", name, x, above, not cat, zoom)
-        of_seed = x.unflatten(0, (len(seeds), -1))
+        of_seed = x.expand(-1, 3, -1, -1).unflatten(0, (len(seeds), -1))
         best = of_seed.var(1).sum((1, 2, 3)).argmax()  # the face that this code changes most
-        strip = of_seed[best, :steps].expand(-1, 3, -1, -1)
-        blank = torch.ones(steps - len(strip), *strip.shape[1:])
-        strips.append(torch.cat([row.where[None], strip, blank]))
-        left.append(f"{name}\nL_I {row.L_I:.2f}\neffect {row.effect:.3f}\n{each_z[best]}")
+        blank = torch.ones(max(0, steps - len(values)), *row.where.shape)
+        strips.append(torch.cat([row.where[None], of_seed[best, :steps], blank]))
+        left.append(f"{name}\n{nats}\neffect {row.effect:.3f}\n{each_z[best]}")
     if strips:
-        title = "strongest code first (category / value), each on the seed that it changes most"
+        title = f"strongest code first (category / value), on the seed that it changes most{held}"
         both = [f"{k} / {v}" if k in every and spec.n_cat else v for k, v in enumerate(each)]
-        mark = bar and spec.n_cont and (bar[0] + 1, bar[1] + 1)
-        save("overview.png", title, torch.cat(strips), ["where", *both], left, zoom, mark)
+        mark = (bar[0] + 1, bar[1] + 1) if spec.n_cont else None
+        page = sheet(title, torch.cat(strips), ["where", *both], left, zoom, mark)
+        save_picture(out / "overview.png", page)
     if spec.n_cat:
-        title = "all categoricals together (columns); z and continuous codes (rows)"
-        x = traversal(model, base, "cat", every, set_)
-        save("all-categoricals.png", title, x, numbers, each_z, zoom)
+        title = f"all categoricals together (columns); z and continuous codes (rows){held}"
+        page = sheet(title, traversal(model, base, "cat", every, set_), numbers, each_z, zoom)
+        save_picture(out / "all-categoricals.png", page)
     if spec.n_cat and spec.n_cont:
         pages, categories = [], spec.traverse(Codes(*(c[:1] for c in base)), "cat0", every)
-        for name in ("cont0", "cont1")[: spec.n_cont]:
-            x = traversal(model, categories, name, smooth, set_)
-            title = f"cat0 (rows) by {name} (columns)"
-            pages.append(sheet(title, x, each, numbers, zoom, bar))
+        for name in spec.names[spec.n_cat :][:2]:
+            x, title = traversal(model, categories, name, smooth, set_), f"cat0 (rows) by {name}"
+            pages.append(sheet(f"{title} (columns)", x, each, numbers, zoom, bar))
         save_picture(out / "cat-by-cont.png", beside(pages))
     first = hold(spec, spec.sample_seeds(range(seed, seed + 100)), set_)
-    title = f"100 samples, seeds {seed} to {seed + 99}, nothing selected"
-    save("samples.png", title, draw(G, spec.join(first)), [""] * 10, (), zoom)
-    told = "; bars: values of training, from -1 to 1" if bar and spec.n_cont else ""
-    return f"{out} has sheets and table.csv{told}"
+    title = f"100 samples, seeds {seed} to {seed + 99}, nothing selected{held}"
+    page = sheet(title, draw(model.G, spec.join(first)), [""] * 10, zoom=zoom)
+    save_picture(out / "samples.png", page)
+    return f"{out} has sheets and table.csv" + "; bars: -1 to 1, as in training" * (spec.n_cont > 0)
 
 
 def save_gif(path: Path, title: str, x: Tensor, values: list[str], back: bool, zoom: int) -> None:
@@ -502,17 +481,17 @@ def walk(model: Model, out: Path, seeds: Seeds, set_: Held, steps: int, zoom: in
     z = turn.cos() * a + turn.sin() * b  # of variance 1 on the way too, so that faces stay sharp
     codes[..., : spec.z_dim] = z[..., : spec.z_dim]
     codes, k = codes.flatten(0, 1), max(1, 128 // model.shape[0]) * zoom
-    x = itertools.chain.from_iterable(draw(model.G, part) for part in codes.split(DRAWN_AT_ONCE))
+    x = chain.from_iterable(draw(model.G, part) for part in codes.split(DRAWN_AT_ONCE))
     frames = (ImageOps.scale(to_image(p).convert("RGB"), k, Image.Resampling.BICUBIC) for p in x)
-    first, rest = next(frames), [Film(len(codes) - 1, frames)]
-    save_picture(out, first, append_images=rest, duration=80, loop=0, save_all=True)
+    first, more = next(frames), [Film(len(codes) - 1, frames)]
+    save_picture(out, first, append_images=more, duration=80, loop=0, save_all=True)
     return f"{out} has {len(codes)} frames"
 
 
 def save_pngs(out: Path, names: list[str], batches: Iterable[Tensor]) -> None:
     """Pictures as PNGs under these names, a batch at a time, into a folder that has no others."""
     if others := {p.name for p in out.glob("*.png")} - {*names}:
-        raise UserError(f"{out}: holds {len(others):,} other pictures; give an empty folder")
+        raise UserError(f"--out {out}: holds {len(others):,} other pictures; give an empty folder")
     check_ours(out / name for name in names)
     out.mkdir(parents=True, exist_ok=True)
 
@@ -520,18 +499,15 @@ def save_pngs(out: Path, names: list[str], batches: Iterable[Tensor]) -> None:
         # lossless at any level; more would take four times as long for files as large
         to_image(x).save(out / name, compress_level=1, **MARKED)
 
-    left, written = iter(names), iter(())
+    paths = iter(names)
     with ThreadPoolExecutor() as pool:  # Pillow compresses without the interpreter's lock
         for x in batches:
-            list(written)  # the batch before, which the threads wrote while this one was drawn
-            written = pool.map(save, x, left)
-        list(written)  # raises what a thread could not write
+            list(pool.map(save, x, paths))  # raises what a thread could not write
 
 
 def samples(
-    model: Model, out: Path, seeds: Seeds, set_: Held, data: str | None,
-    batch_size: int,
-) -> str:  # fmt: skip
+    model: Model, out: Path, seeds: Seeds, set_: Held, data: str | None, batch_size: int
+) -> str:
     """A PNG for each seed and codes.csv, its codes; of --data, what a run sees, into OUT-real."""
     spec, table = model.spec, [["file", "seed", *model.spec.names]]
     step, names = -(-batch_size // DRAWN_AT_ONCE) * DRAWN_AT_ONCE, [f"{s:06d}.png" for s in seeds]
@@ -540,79 +516,55 @@ def samples(
         save_table(out / "codes.csv", table)  # no row of an earlier call, should this one stop
         for i in range(0, len(seeds), step):
             codes = hold(spec, spec.sample_seeds(seeds[i : i + step]), set_)
-            conts = [[f"{v:.4f}" for v in row] for row in codes.c_cont.tolist()]
-            rows = zip(names[i:], seeds[i : i + step], codes.c_cat.tolist(), conts)  # noqa: B905
-            table.extend([*at, *c_cat, *c_cont] for *at, c_cat, c_cont in rows)
+            each = zip(codes.c_cat.tolist(), codes.c_cont.tolist(), strict=True)
+            for k, (c_cat, c_cont) in enumerate(each, i):
+                table.append([names[k], seeds[k], *c_cat, *(f"{v:.4f}" for v in c_cont)])
             yield draw(model.G, spec.join(codes))
 
     save_pngs(out, names, batches())
     save_table(out / "codes.csv", table)
-    if not data:
-        return f"{out} has {len(names):,} pictures and codes.csv"
-    real, x = out.with_name(f"{out.name}-real"), load_pictures(data, *model.shape).x
-    numbers = [f"{i:06d}.png" for i in range(len(x))]
-    save_pngs(real, numbers, map(to_floats, x.split(step)))
-    return f"{out} has {len(names):,} pictures and codes.csv, {real} the {len(x):,} of {data}"
+    told = f"{out} has {len(names):,} pictures and codes.csv"
+    if data:
+        real, x = out.with_name(f"{out.name}-real"), load_real(model, data).x
+        save_pngs(real, [f"{i:06d}.png" for i in range(len(x))], map(to_floats, x.split(step)))
+        told += f", {real} the {len(x):,} of {data}"
+    return told
 
 
 # two runs -----------------------------------------------------------------------------------------
 
 
-def summarise(rows: list[Row]) -> dict[str, str]:
-    """The table's rows of groups, and for each kind of code its mean L_I and weakest effect."""
-    told = {f"effect of {r.code}, pixels / edges": r for r in rows if r.L_I is None}
-    told = {name: f"{r.effect:.3f} / {r.edges:.3f}" for name, r in told.items()}
-    for kind in ("cat", "cont"):
-        if each := [r for r in rows if r.L_I is not None and r.code.rstrip("0123456789") == kind]:
-            mean = sum(r.L_I for r in each) / len(each)
-            told[f"L_I of each {kind}, mean"] = f"{mean:.2f} of {each[0].ceiling:.2f}"
-            told[f"effect of the weakest {kind}"] = f"{each[-1].effect:.4f}"
-    return told
-
-
-def strongest(
-    model: Model, rows: list[Row], seeds: Seeds, held: Held, ends: Ends, steps: int, zoom: int
-) -> Image.Image:
-    """A page with samples and, below, all categoricals moved together and the strongest code."""
-    spec = model.spec
-    columns = min(spec.cat_dim, MOST_SHOWN) if spec.n_cat else steps
-    some = hold(spec, spec.sample_seeds(range(seeds[0], seeds[0] + columns)), held)
-    x, left = [draw(model.G, spec.join(some))], ["samples"]
-    base = hold(spec, spec.sample_seeds(seeds), held)
-    conts = [r.code for r in rows if re.fullmatch("cont[0-9]+", r.code)]
-    for code in [*(["cat"] if spec.n_cat else []), *conts[:1]]:
-        values = range(columns) if code == "cat" else torch.linspace(*ends, columns).tolist()
-        x.append(traversal(model, base, code, [*values], held))
-        left += [code.replace("cat", "all cat")] * len(seeds)
-    return sheet(str(model.path), torch.cat(x), [str(k) for k in range(columns)], left, zoom)
-
-
 def versus(
     model: Model, out: Path, versus: str, data: str | None, seed: int, seeds: Seeds, set_: Held,
-    range_: Ends, steps: int, zoom: int, batch_size: int,
+    range_: Ends, zoom: int, batch_size: int,
 ) -> str:  # fmt: skip
     """Two runs in one table, with their distance to --data, and side by side in comparison.png."""
-    table, pages, real, other = {}, [], None, load_model(versus, model.device)
-    ours, theirs = (vars(m.spec) | dict(zip(SIZES, m.shape, strict=True)) for m in (model, other))
+    spec, pages, both = model.spec, [], [model, load_model(versus, model.device)]
+    ours, theirs = (vars(m.spec) | {"image_size": m.shape[0], "channels": m.shape[1]} for m in both)
     if differ := [name for name in ours if ours[name] != theirs[name]]:
         how = ", ".join(f"--{n.replace('_', '-')} {theirs[n]}, not {ours[n]}" for n in differ)
-        raise UserError(f"--versus {other.path}: has other codes or pictures: {how}")
+        raise UserError(f"--versus {both[1].path}: has other codes or pictures: {how}")
+    rng, columns = torch.Generator().manual_seed(seed), min(spec.cat_dim, MOST_SHOWN)
     if data:
-        rng = torch.Generator().manual_seed(seed)
-        real = load_pictures(data, *model.shape).x
+        real = load_real(model, data).x
         real = to_floats(real[torch.randperm(len(real), generator=rng)[:N_REAL]])
-    for one in (model, other):
-        rng, rows = torch.Generator().manual_seed(seed), measure(one, seed, batch_size)
-        table[str(one.path)] = summarise(rows)
+    base = hold(spec, spec.sample_seeds(seeds), set_)
+    some = spec.join(hold(spec, spec.sample_seeds(range(seed, seed + columns)), set_))
+    for one in both:
+        rows, x = measure(one, seed, batch_size), [draw(one.G, some)]
+        print(one.path)
+        print_table(table_of(rows, {}))
         if data:
-            x = draw(one.G, one.spec.join(one.spec.sample(len(real), rng)))
-            swd = sliced_wasserstein(real, x, rng)
-            told = " / ".join(f"{1000 * d:.0f}" for d in swd)
-            table[str(one.path)]["SWD x 1000, fine to coarse"] = told
-        half = seeds[: -(-len(seeds) // 2)]
-        pages.append(strongest(one, rows, half, set_, range_, steps, zoom))
-    names = table[str(model.path)]
-    print_columns({"": [*table]} | {n: [column[n] for column in table.values()] for n in names})
+            drawn = draw(one.G, spec.join(spec.sample(len(real), rng.manual_seed(seed))))
+            swd = [f"{1000 * d:.0f}" for d in sliced_wasserstein(real, drawn, rng)]
+            print("SWD x 1000 to real pictures, fine to coarse:", *swd)
+        moves = {"cat": range(columns)} if spec.n_cat else {}
+        for row in [r for r in rows if r.code[:4] == "cont" and r.where is not None][:1]:
+            moves[row.code] = torch.linspace(*range_, columns).tolist()
+        x += [traversal(one, base, code, values, set_) for code, values in moves.items()]
+        left = [code.replace("cat", "all cat") for code in moves for _ in seeds]
+        above = [str(k) for k in range(columns)]
+        pages.append(sheet(str(one.path), torch.cat(x), above, ["samples", *left], zoom))
     save_picture(out / "comparison.png", beside(pages))
     return f"{out} has comparison.png"
 
@@ -660,41 +612,40 @@ def sort(
     zoom: int, batch_size: int,
 ) -> str:  # fmt: skip
     """Sheets of real pictures by the codes that Q reads from them; codes.csv; how they agree."""
-    spec, root, named = model.spec, Path(sort).resolve(), sort in infogan.NAMED_SETS
+    spec, root, n_cat = model.spec, Path(sort).resolve(), model.spec.n_cat
     if out.resolve().is_relative_to(root):
         raise UserError(f"--out {out}: lies within --sort {sort}; give another folder")
     if root.is_file():
         raise UserError(f"--sort {sort}: must be a folder; --read takes single pictures")
-    pictures = load_pictures(sort, *model.shape, flag="--sort")
-    files = [name if named else os.path.relpath(name, root) for name in pictures.names]
-    values, doubts = read_codes(model, pictures.x, batch_size)
-    c_cat, n_cat = values[:, : spec.n_cat].int(), spec.n_cat
-
+    x, _, files, *_ = load_real(model, sort, "--sort")
+    if sort not in infogan.NAMED_SETS:
+        files = [os.path.relpath(name, root) for name in files]
+    values, doubts = read_codes(model, x, batch_size)
+    c_cat, floats = values[:, :n_cat].int(), torch.cat([values[:, n_cat:], doubts], 1)
     head = ["file", *spec.names, *(f"{c}_{'p' if 'cat' in c else 'sigma'}" for c in spec.names)]
-    read = zip(files, c_cat, torch.cat([values[:, n_cat:], doubts], 1), strict=True)
-    lines = ([name, *cat.tolist(), *(f"{v:.4f}" for v in row.tolist())] for name, cat, row in read)
-    save_table(out / "codes.csv", itertools.chain([head], lines))
-
+    lines = zip(files, c_cat.tolist(), floats.tolist(), strict=True)
+    lines = ([name, *cat, *(f"{v:.4f}" for v in rest)] for name, cat, rest in lines)
+    save_table(out / "codes.csv", chain([head], lines))
     labels, shown = labels_of(sort, files), drawable(names)
-    places = [i for i, label in enumerate(labels) if label]
-    kinds = {labels[i] for i in places}
+    labelled = [i for i, text in enumerate(labels) if text]
+    kinds = {labels[i] for i in labelled}
     if n_cat:
-        told = f"{len(kinds)} labels of {len(places):,} pictures, {len(files) - len(places):,}"
-        told += " without one (a label is the folder that a picture is in)"
-        print(told + "; no figures: at least 2 labels are needed" * (len(kinds) < 2))
+        left_out = f"{len(files) - len(labelled):,} pictures without one left out"
+        none = "" if len(kinds) > 1 else "; an error needs two: a label is a picture's folder"
+        print(f"labels: {len(kinds)}, {left_out}{none}")
     for code in codes:
         title, j = label(code, shown), spec.names.index(code)
         if j < n_cat:
             order, left, parts = doubts[:, j].argsort(descending=True), [], []
-            for k in range(min(spec.cat_dim, MOST_SHOWN)):
+            for k in range(spec.cat_dim)[:MOST_SHOWN]:
                 mine = order[c_cat[order, j] == k]
                 left.append(f"{k}\n{len(mine):,}")
                 blank = (0,) * 7 + (max(0, steps - len(mine)),)
-                parts.append(F.pad(to_floats(pictures.x[mine[:steps]]), blank, value=1.0))
+                parts.append(F.pad(to_floats(x[mine[:steps]]), blank, value=1.0))
             title += ": category, its number of pictures; the most certain first"
             page = sheet(title, torch.cat(parts), [""] * steps, left, zoom)
             if len(kinds) > 1:
-                error, nmi = agreement(c_cat[places, j].tolist(), [labels[i] for i in places])
+                error, nmi = agreement(c_cat[labelled, j].tolist(), [labels[i] for i in labelled])
                 print(f"{label(code, names)}: {error:.1%} error, NMI {nmi:.3f}")
         else:
             below = min(rows, len(files))  # neighbours below each other
@@ -702,7 +653,7 @@ def sort(
             chosen = values[:, j].argsort()[start + torch.arange(below)[:, None]]
             above = [f"{v:+.2f}" for v in values[chosen, j].mean(0).tolist()]
             title += ": lowest to highest, as Q reads it"
-            page = sheet(title, to_floats(pictures.x[chosen.flatten()]), above, zoom=zoom)
+            page = sheet(title, to_floats(x[chosen.flatten()]), above, zoom=zoom)
         save_picture(out / f"{code}.png", page)
     return f"{out} has sheets and codes.csv"
 
@@ -712,49 +663,30 @@ def read(
     names: Names, zoom: int, batch_size: int,
 ) -> str:  # fmt: skip
     """A table of what Q reads from each picture; read.png: each beside what G draws of it."""
-    spec, paths = model.spec, [Path(os.path.expanduser(path)) for path in read]
-    decoded = [infogan.read_picture(path, *model.shape) for path in paths]
-    for why in (why for why, raw, _ in decoded if raw is None):
-        raise UserError(f"--read {why}: cannot be read as a picture; --sort takes a folder")
-    raw = bytearray(b"".join(raw for _, raw, _ in decoded))
-    x = torch.frombuffer(raw, dtype=torch.uint8).view(
-        len(paths), model.shape[0], model.shape[0], -1
-    )
+    spec, raw, (size, channels, _) = model.spec, bytearray(), model.shape
+    paths = [Path(os.path.expanduser(path)) for path in read]
+    for why, pixels, _ in (infogan.read_picture(path, *model.shape) for path in paths):
+        if pixels is None:
+            raise UserError(f"--read {why}: cannot be read as a picture; --sort takes a folder")
+        raw += pixels
+    x = torch.frombuffer(raw, dtype=torch.uint8).view(-1, size, size, channels)
     values, doubts = read_codes(model, x, batch_size)
-    table, files = {"": [path.name for path in paths]}, [path.name for path in paths]
+    table = {"": [path.name for path in paths]}
     for code, v, d in zip(spec.names, values.T.tolist(), doubts.T.tolist(), strict=True):
         form = "{:.0f} ({:.0%})" if code.startswith("cat") else "{:+.2f} ± {:.2f}"
-        if code in codes:
-            table[label(code, names)] = [*map(form.format, v, d)]
-    print_columns(table)
+        table[code] = [*map(form.format, v, d)]
+    print_table([[label(code, names), *table[code]] for code in ("", *codes)])
     c_cat, c_cont = values.repeat_interleave(len(seeds), 0).split([spec.n_cat, spec.n_cont], 1)
     again = Codes(spec.sample_seeds(seeds).z.repeat(len(x), 1), c_cat.long(), c_cont)
     drawn = draw(model.G, spec.join(hold(spec, again, set_))).unflatten(0, (-1, len(seeds)))
     shown = torch.cat([to_floats(x)[:, None], drawn], 1).flatten(0, 1)
-    above = ["picture", *(f"seed {s}" for s in seeds)]
-    title = "each picture, and what G draws from the codes that Q reads"
-    save_picture(out / "read.png", sheet(title, shown, above, files, zoom))
+    title, above = "each picture, and what G draws from the codes that Q reads", ["picture"]
+    page = sheet(title, shown, above + [f"seed {s}" for s in seeds], table[""], zoom)
+    save_picture(out / "read.png", page)
     return f"{out} has read.png"
 
 
 # for other programs -------------------------------------------------------------------------------
-
-
-def folded(G: Generator) -> nn.Sequential:
-    """G in plain layers: doubling and batch norm are in the weights of the convolutions."""
-    layers = [nn.Unflatten(1, (-1, 1, 1))]
-    for m in G.layers:
-        if isinstance(m, nn.BatchNorm2d):
-            transposed = isinstance(layers[-1], nn.ConvTranspose2d)
-            layers[-1] = fuse_conv_bn_eval(layers[-1], m, transpose=transposed)
-            continue
-        if isinstance(m, (infogan.UpsampleConv2d, infogan.ConvTranspose2dFromPixel)):
-            up = isinstance(m, infogan.UpsampleConv2d)
-            weight, bias = nn.Parameter(m.folded() if up else m.weight), m.bias
-            m = nn.ConvTranspose2d(*weight.shape[:2], 4, 1 + up, int(up), bias=bias is not None)
-            m.weight, m.bias = weight, bias
-        layers.append(m.eval())
-    return nn.Sequential(*layers).requires_grad_(False)
 
 
 def explorer(
@@ -763,29 +695,27 @@ def explorer(
 ) -> str:  # fmt: skip
     """One HTML file that draws by itself, from --set on; its first z are those of the sheets."""
     spec, weights, scales = model.spec, [], []
-    convs = [m.cpu() for m in model.G if hasattr(m, "weight")]
+    convs = [m for m in model.G if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d))]
     for m in convs:  # 8 bits a weight, with a scale for each channel that it makes
         w = m.weight if isinstance(m, nn.ConvTranspose2d) else m.weight.transpose(0, 1)
         scale = w.abs().amax((0, 2, 3)).clamp(min=1e-12) / 127
         weights.append((w / scale[:, None, None]).round().to(torch.int8).flatten())
         scales += [scale, m.bias]
-    if not all(t.isfinite().all() for t in scales):
-        raise UserError("--explorer: this generator's weights are too large")
-    if 4 / 3 * sum(map(len, weights)) > PAGE_MB * 1e6:
-        raise UserError("--explorer: generator too large for a page; train with a smaller --width")
-    rows = measure(model, seed, batch_size)
-    print_table(rows, names)
+    size = 4 / 3e6 * sum(map(len, weights))
+    if size > PAGE_MB:
+        why = f"a page of {size:.1f} MB, the limit is {PAGE_MB}; train with a smaller --width"
+        raise UserError(f"--explorer: generator too large: {why}")
+    rows, codes = measure(model, seed, batch_size), []
+    print_table(table_of(rows, names))
     reach = [*range_, *(v for code, v in set_.items() if code.startswith("cont"))]
 
     def encode(raw: bytes) -> str:
         return base64.b64encode(raw).decode()
 
-    def told(row: Row) -> dict:
-        file = io.BytesIO()
-        to_image(row.where).save(file, "JPEG", quality=85)
-        where = "data:image/jpeg;base64," + encode(file.getvalue())
-        return row._asdict() | {"name": names.get(row.code), "where": where}
-
+    for row in (row for row in rows if row.where is not None):
+        to_image(row.where).save(file := io.BytesIO(), "JPEG", quality=85)
+        where = f"data:image/jpeg;base64,{encode(file.getvalue())}"
+        codes.append(row._asdict() | {"name": names.get(row.code), "where": where})
     data = {
         "title": f"{model.path.parent.name}/{model.path.name}, step {model.ckpt['step']:,}",
         "spec": vars(spec),
@@ -793,10 +723,10 @@ def explorer(
         "at": "#" + "&".join(f"{code}={value:g}" for code, value in set_.items()),
         "seeds": [*seeds],
         "layers": [{"outputs": m.out_channels, "kernel": m.kernel_size[0]} for m in convs],
-        "codes": [told(r) for r in rows if r.where is not None],
+        "codes": codes,
         "z": [[round(v, 4) for v in z] for z in spec.sample_seeds(seeds).z.tolist()],
-        "weights": encode(torch.cat(weights).numpy().tobytes()),
-        "scales": encode(torch.cat(scales).numpy().astype("<f4").tobytes()),
+        "weights": encode(torch.cat(weights).cpu().numpy().tobytes()),
+        "scales": encode(torch.cat(scales).cpu().numpy().astype("<f4").tobytes()),
     }
     filled = json.dumps(data).replace("<", "\\u003c")  # a name must not end the script
     page = PAGE.read_text(encoding="utf-8").replace("data = null;", f"data = {filled};")
@@ -814,11 +744,10 @@ def onnx(model: Model, out: Path) -> str:
         raise UserError("--onnx: needs `pip install onnx onnxscript`") from error
     spec, G = model.spec, model.G.cpu().to(memory_format=torch.contiguous_format)
     names, n = {"input_names": ["codes"], "output_names": ["x"]}, ({0: torch.export.Dim("n")},)
-    some = (torch.zeros(2, spec.dim),)
-    program = torch.onnx.export(G, some, dynamic_shapes=n, dynamo=True, verbose=False, **names)
-    proto = program.model_proto  # made anew at each access
-    proto.doc_string = f"{MARK}. codes: z ({spec.z_dim}); {spec.n_cat} one-hot categoricals of"
-    proto.doc_string += f" {spec.cat_dim}; {spec.n_cont} continuous codes. x: pixels in [-1, 1]"
+    how = {"dynamic_shapes": n, "dynamo": True, "verbose": False, **names}
+    proto = torch.onnx.export(G, (torch.zeros(2, spec.dim),), **how).model_proto  # a new object
+    proto.doc_string = f"{MARK}. codes: z ({spec.z_dim}), {spec.n_cat} categoricals one-hot"
+    proto.doc_string += f" ({spec.cat_dim} each), {spec.n_cont} continuous. x: from -1 to 1"
     with replacing(out / "generator.onnx") as file:
         file.write(proto.SerializeToString())
     return f"{out} has generator.onnx"
@@ -840,17 +769,17 @@ def shrink(model: Model, shrink: str, names: Names) -> str:
 # flags --------------------------------------------------------------------------------------------
 
 # fmt: off
-MODES = {  # its flags are its parameters; into which folder beside the checkpoint; its files
-sheets: ("traversals", "table.csv CODE.png CODE.gif overview.png samples.png all-categoricals.png"
-  " cat-by-cont.png"),
-explorer: ("traversals", "explorer.html"),
-walk: ("traversals/walk.gif", "."),
-samples: ("generated", "codes.csv"),
-read: ("traversals", "read.png"),
-sort: ("sorted", "codes.csv CODE.png"),
-versus: ("traversals", "comparison.png"),
-onnx: ("traversals", "generator.onnx"),
-shrink: ("", ""),
+MODES = {  # by whom, its parameters are its flags; into which folder beside the checkpoint; files
+"sheets": (sheets, "traversals", "table.csv CODE.png CODE.gif overview.png samples.png"
+  " all-categoricals.png cat-by-cont.png"),
+"--explorer": (explorer, "traversals", "explorer.html"),
+"--walk": (walk, "traversals/walk.gif", "."),
+"--samples": (samples, "generated", "codes.csv"),
+"--read": (read, "traversals", "read.png"),
+"--sort": (sort, "sorted", "codes.csv CODE.png"),
+"--versus": (versus, "traversals", "comparison.png"),
+"--onnx": (onnx, "traversals", "generator.onnx"),
+"--shrink": (shrink, "", ""),
 }
 FLAGS = {  # as in infogan.py
 "sheets": [
@@ -861,7 +790,7 @@ FLAGS = {  # as in infogan.py
     ("--seed", 0, (0, 10**9), "of the first picture or row; the others have the next numbers"),
     ("--seeds", None, "LIST", "these instead, such as 3,17,40-49"),
     ("--set", None, "LIST", "hold codes at values, such as cat0=3,cont5=-0.8"),
-    ("--range", None, "V", "values of a continuous code (default -3 3; of up to 5, -1.5 1.5)"),
+    ("--range", None, "V", "values of a continuous code (default -3 3; of up to 5: -1.5 1.5)"),
     ("--steps", 11, (2, 100), "columns of a continuous code's sheet; frames to the next face"),
     ("--zoom", 1, (1, 8), "enlarge sheets N times"),
     ("--gif", False, bool, "also write an animated GIF for each code"),
@@ -875,8 +804,8 @@ FLAGS = {  # as in infogan.py
     ("--read", None, "PICTURE", "tell what Q reads from pictures, draw each again"),
     ("--walk", False, bool, "write an animation that moves through the faces of the seeds"),
     ("--versus", None, "FILE", "compare with this checkpoint"),
-    ("--data", None, "FOLDER", "real pictures: --versus measures against them, --samples writes"
-     " them into OUT-real as a run sees them"),
+    ("--data", None, "FOLDER", "real pictures: --versus measures both against them,"
+     " --samples writes them too, as a run sees them, into OUT-real"),
     ("--onnx", False, bool, "write generator.onnx, for other runtimes"),
     ("--shrink", None, "FILE", "write a checkpoint in half precision, to share"),
 ]}
@@ -885,39 +814,32 @@ SEVERAL = {"samples": {"nargs": "?", "const": 0}, "read": {"nargs": "+"},
 # fmt: on
 
 
-def name_of(mode: Callable) -> str:
-    return "sheets" if mode is sheets else f"--{mode.__name__}"
+def flags_of(mode: str) -> set[str]:
+    """Its function's parameters, and what may tell which seeds are meant."""
+    flags = {"--" + p.strip("_").replace("_", "-") for p in signature(MODES[mode][0]).parameters}
+    flags |= {"--ckpt", "--device", mode, *(["--seed"] if "--seeds" in flags else [])}
+    rows = "--seeds" in flags and mode not in ("--samples", "--read")
+    return flags | {"--rows"} if rows else flags
 
 
-def flags_of(mode: Callable) -> set[str]:
-    """Its parameters; which --seeds are meant, --seed and --rows may tell."""
-    names = {name.strip("_").replace("_", "-") for name in inspect.signature(mode).parameters}
-    names |= {"ckpt", "device", "seed" if "seeds" in names else "ckpt"}
-    names |= {"rows"} if "seeds" in names and mode not in (samples, read) else set()
-    return {f"--{name}" for name in names - {"model"}}
-
-
-def read_seeds(args: argparse.Namespace) -> Sequence[int]:
-    """The numbers of "3,17,40-49", or as many from --seed on as the mode takes. Raises UserError"""
-    text, name = args.seeds, args.mode.__name__
-    count = {"samples": args.samples, "read": N_READ}.get(name, args.rows)
-    seeds = range(args.seed, args.seed + count)
+def read_seeds(args: Namespace) -> Seeds:
+    """The numbers of "3,17,40-49", or as many as the mode takes, from --seed on."""
+    count = {"--samples": args.samples, "--read": N_READ}.get(args.mode, args.rows)
+    seeds, text = range(args.seed, args.seed + count), args.seeds
     if text:
         parts = [re.fullmatch("([0-9]{1,9})(?:-([0-9]{1,9}))?", p.strip()) for p in text.split(",")]
         each = [range(int(m[1]), int(m[2] or m[1]) + 1) if m else range(0) for m in parts]
-        seeds = [*itertools.chain(*each)] if all(each) and sum(map(len, each)) <= 10**7 else []
+        seeds = [*chain(*each)] if all(each) and sum(map(len, each)) <= 10**7 else []
         if not seeds or len(set(seeds)) < len(seeds):
-            must = "must be different whole numbers such as 3,17,40-49"
-            raise UserError(f"--seeds {text}: {must}")
-    least, most = 1 + (name == "walk"), 10**7 if name == "samples" else 100
+            raise UserError(f"--seeds {text}: must be different whole numbers such as 3,17,40-49")
+    least, most = 1 + (args.mode == "--walk"), 10**7 if args.mode == "--samples" else 100
     if not least <= len(seeds) <= most:
-        why = f"needs {least:,} to {most:,} seeds, not {len(seeds):,}"
-        raise UserError(f"{name_of(args.mode)}: {why}")
+        raise UserError(f"{args.mode}: needs {least:,} to {most:,} seeds, not {len(seeds):,}")
     return seeds
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The flags and the mode's function. Raises UserError for what has no effect or no sense."""
+def parse_args(argv: list[str] | None = None) -> Namespace:
+    """The flags and the mode. Raises UserError in one line for what is wrong or has no effect."""
     p = infogan.Parser("generate.py", __doc__, FLAGS)
     for action in p._actions:
         vars(action).update(SEVERAL.get(action.dest, {}))
@@ -925,24 +847,23 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     given = {w.partition("=")[0] for w in (sys.argv if argv is None else argv) if w[:2] == "--"}
     if not args.ckpt:
         raise UserError("--ckpt: give a checkpoint, such as checkpoint/v3/last.pt; see --help")
-    modes = [mode for mode in MODES if name_of(mode) in given]
-    if len(modes) > 1:
-        raise UserError(f"{' and '.join(map(name_of, modes[:2]))}: give only one of them")
-    args.mode = mode = [*modes, sheets][0]
-    for flag in sorted(given - flags_of(mode) - {name_of(mode)}):
-        users = ", ".join(name_of(m) for m in MODES if flag in flags_of(m))
-        raise UserError(f"{flag} has no effect on {name_of(mode)}, only on {users}")
+    if len(modes := [mode for mode in MODES if mode in given]) > 1:
+        raise UserError(f"{modes[0]} and {modes[1]}: give only one of them")
+    args.mode = [*modes, "sheets"][0]
+    for flag in sorted(given - flags_of(args.mode)):
+        users = ", ".join(mode for mode in MODES if flag in flags_of(mode))
+        raise UserError(f"{flag} has no effect on {args.mode}, only on {users}")
     low, high = args.range or (-1, 1)
     if low == high or not all(abs(v) <= 1000 for v in (low, high)):  # true for NaN
         raise UserError("--range: must be two different numbers from -1000 to 1000")
     if args.seeds and (given & {"--seed", "--rows"} or args.samples):
-        raise UserError("--seeds: names them; leave out --seed, --rows and N of --samples")
+        raise UserError("--seeds: leave out --seed, --rows and N of --samples")
     return args
 
 
-def show(args: argparse.Namespace) -> int:
+def show(args: Namespace) -> int:
     """Writes what was asked for and says where it is."""
-    mode, (folder, files), seeds = args.mode, MODES[args.mode], read_seeds(args)
+    (write, folder, files), seeds = MODES[args.mode], read_seeds(args)
     model = load_model(args.ckpt, infogan.pick_device(args.device))
     spec, path = model.spec, model.path
     codes = [code.strip() for code in args.codes.split(",")] if args.codes else spec.names
@@ -952,14 +873,13 @@ def show(args: argparse.Namespace) -> int:
     values = vars(args) | {"model": model, "out": out, "seeds": seeds, "codes": codes}
     values |= {"names": read_names(model, args.names), "set": read_set(args.set, spec)}
     values["range"] = args.range or (-reach, reach)
-    if mode is walk and out.suffix.lower() not in (".gif", ".webp"):
+    if args.mode == "--walk" and out.suffix.lower() not in (".gif", ".webp"):
         raise UserError(f"--out {out}: must end with .gif or .webp")
     stems = map(os.path.splitext, files.split())
-    names = (f"{c}{end}" for stem, end in stems for c in (codes if stem == "CODE" else [stem]))
-    check_ours(map(out.joinpath, names))
+    check_ours(out / f"{c}{e}" for stem, e in stems for c in (codes if stem == "CODE" else [stem]))
     if files:
-        (out.parent if mode is walk else out).mkdir(parents=True, exist_ok=True)
-    print(mode(**{name: values[name.strip("_")] for name in inspect.signature(mode).parameters}))
+        (out.parent if files == "." else out).mkdir(parents=True, exist_ok=True)
+    print(write(**{name: values[name.strip("_")] for name in signature(write).parameters}))
     return 0
 
 

@@ -19,6 +19,7 @@ import socket
 import subprocess
 import sys
 import urllib.request
+import weakref
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -51,6 +52,15 @@ def sheets(ckpt, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("sheets")
     assert generate.main(["--ckpt", str(ckpt), "--out", str(out), *SHEETS]) == 0
     return out
+
+
+def lively(path: Path, *flags: str) -> None:
+    """A checkpoint whose codes change pictures, with no batch statistic as at its start."""
+    args = infogan.parse_args(["--channels", "3", *flags])
+    state = infogan.new_state(args, CPU)
+    for t in (p for p in state.G_ema.state_dict().values() if p.is_floating_point()):
+        t.add_(0.05 * torch.randn(t.shape, generator=seeded()))
+    infogan.save_file(path, infogan.gather_checkpoint(state, args, ""))
 
 
 def test_every_code_has_a_sheet_and_a_loop(sheets):
@@ -122,6 +132,33 @@ def test_loops_run_forth_and_back(tmp_path):
             assert (far < 1) == (i == j), (i, j, far)
 
 
+def tile(page: Image.Image, x: int, y: int) -> torch.Tensor:
+    """The picture of 64 pixels whose corner is there, (64, 64, 3)."""
+    part = page.crop((x, y, x + 64, y + 64))
+    return torch.tensor([*part.tobytes()], dtype=torch.float32).view(64, 64, 3)
+
+
+def test_values_of_training_are_marked_and_overview_has_each_codes_best_face(tmp_path):
+    sheets = tmp_path / "traversals"
+    lively(tmp_path / "last.pt", "--image-size", "16", "--width", "8", "--n-cont", "3")
+    assert generate.main(["--ckpt", str(tmp_path), *SHEETS]) == 0
+    page, overview = (Image.open(sheets / f"{name}.png") for name in ("cont0", "overview"))
+    marked = [x for x in range(page.width) if page.getpixel((x, 51)) == (0x2F, 0x62, 0xC9)]
+    assert marked[-1] - marked[0] in (175, 176, 177), "-1 to 1 of -1.5 to 1.5: of 4 columns of 66"
+    with open(sheets / "table.csv", newline="") as file:
+        codes = [r["code"] for r in csv.DictReader(file) if r["tint"]]
+    row = 54 + 66 * codes.index("cont0")
+    corner, where = (
+        next(x for x in range(image.width) if image.getpixel((x, y)) != (255,) * 3)
+        for image, y in ((page, 54), (overview, row))
+    )
+    shown = torch.stack([tile(overview, where + 66 * (1 + k), row) for k in range(5)])
+    rows = [[tile(page, corner + 66 * k, 54 + 66 * j) for k in range(5)] for j in range(3)]
+    rows = torch.stack([torch.stack(row) for row in rows])
+    best = rows.var(1).sum((1, 2, 3)).argmax()
+    assert shown.equal(rows[best])
+
+
 def test_zoom_enlarges_whole_sheets_and_labels_fit():
     x = torch.rand(6, 3, 32, 32, generator=seeded()) * 2 - 1
     for above, left, title in (
@@ -144,7 +181,7 @@ def test_names_of_codes_are_told_and_in_the_table(ckpt, tmp_path, capsys):
     (tmp_path / "names.json").write_text(NAMES)
     command = ["--ckpt", str(tmp_path / "last.pt"), "--rows", "2", "--steps", "3"]
     assert generate.main(command) == 0
-    assert "cont1 (tilt) " in capsys.readouterr().out
+    assert re.search("cont1 .* tilt\n", capsys.readouterr().out)
     with open(tmp_path / "traversals/table.csv", newline="") as file:
         assert {r["code"]: r["name"] for r in csv.DictReader(file)}["cont1"] == "tilt"
     plain = (tmp_path / "traversals/cont1.png").read_bytes()
@@ -162,6 +199,35 @@ def test_names_go_with_a_shrunken_checkpoint_into_the_explorer(ckpt, tmp_path):
     assert generate.main(["--ckpt", str(small), "--explorer"]) == 0
     page = (small.parent / "small-traversals/explorer.html").read_text()
     assert '"name": "tilt"' in page and page.count("</script>") == 1
+
+
+def test_names_beside_two_checkpoints_serve_both_and_a_blank_after_a_comma_is_no_code(
+    ckpt, tmp_path, capsys
+):
+    shutil.copy(ckpt, tmp_path / "last.pt")
+    table = b'\xef\xbb\xbf{"cont1": "tilt", "cont77": "of the other run"}'  # a byte-order mark
+    (tmp_path / "names.json").write_bytes(table)
+    few = ["--rows", "1", "--steps", "2", "--codes", "cat0, cont1"]
+    assert generate.main(["--ckpt", str(tmp_path), *few]) == 0
+    assert " tilt" in capsys.readouterr().out
+    sheets = {path.name for path in (tmp_path / "traversals").glob("c*[0-9].png")}
+    assert sheets == {"cat0.png", "cont1.png"}
+    (tmp_path / "names.json").write_text('{"kont1": "tilt"}')
+    assert generate.main(["--ckpt", str(tmp_path), *few]) == 2
+    said_one_line(capsys, "names.json", "kont1")
+
+
+def test_names_that_no_font_can_write_are_told_and_leave_the_code(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(generate, "FONTS", str(tmp_path))
+    generate.font_for.cache_clear()
+    names = {"cat0": "髪の色", "cont0": "лицо", "cont1": "tilt"}
+    assert generate.drawable(names) == {"cont1": "tilt"}
+    said = capsys.readouterr().out
+    assert "letters of cat0, cont0" in said and said.count("\n") == 1
+    monkeypatch.undo()
+    generate.font_for.cache_clear()
+    if font := generate.font_for("Rötlich é", 12):  # where this system has one
+        assert bytes(font.getmask("ö")) not in (b"", bytes(font.getmask(chr(0x10FFFD))))
 
 
 BAD_NAMES = {
@@ -245,7 +311,7 @@ def test_nothing_that_is_not_ours_is_overwritten(ckpt, sheets, tmp_path, capsys)
     mine |= {"--samples": ["000002.png", "codes.csv"], "--versus": ["comparison.png"]}
     mine |= {"--read": ["read.png"], "--sort": ["codes.csv", "cat1.png"]}
     value = {"--samples": "3", "--versus": str(ckpt), "--read": "none.png", "--sort": str(HERE)}
-    assert mine.keys() | {"--shrink"} == {*map(generate.name_of, generate.MODES)}
+    assert mine.keys() | {"--shrink"} == generate.MODES.keys()
     for mode, names in mine.items():
         for name in names:
             out = tmp_path / "out"
@@ -322,9 +388,19 @@ def test_real_pictures_are_sorted_by_what_Q_reads(ckpt, faces, tmp_path, capsys)
         assert float(row["cont2_sigma"]) == pytest.approx(sigma[0, 2].item(), abs=1e-3)
 
 
-def test_pictures_without_subfolders_have_no_labels_to_compare_with(ckpt, faces, tmp_path, capsys):
-    assert generate.main(["--ckpt", str(ckpt), "--out", str(tmp_path), *SORT, str(faces)]) == 0
-    assert "NMI" not in capsys.readouterr().out
+def test_a_label_is_the_folder_of_a_picture_and_figures_never_vanish(ckpt, faces, tmp_path, capsys):
+    sort = ["--ckpt", str(ckpt), "--out", str(tmp_path / "out"), *SORT]
+    assert generate.main([*sort, str(faces)]) == 0
+    said = capsys.readouterr().out
+    assert "NMI" not in said and "labels: 0, 600 pictures without one" in said
+    for i in range(40):
+        folder = tmp_path / "set" / ("train", "test")[i // 30] / ("red", "blue")[i % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(faces / f"{i:06d}.png", folder)
+    shutil.copy(faces / "000050.png", tmp_path / "set")
+    assert generate.main([*sort, str(tmp_path / "set")]) == 0
+    said = capsys.readouterr().out
+    assert said.count("NMI") == 2 and "labels: 2, 1 pictures without one left out" in said
 
 
 def test_sorting_a_folder_that_is_none_is_one_line(ckpt, tmp_path, capsys):
@@ -372,6 +448,8 @@ def test_onnx_draws_the_same(ckpt, tmp_path):
         codes = spec.join(spec.sample(n, seeded()))
         (x,) = session.run(["x"], {"codes": codes.numpy()})
         assert G(codes).allclose(torch.from_numpy(x), atol=1e-4)
+    assert "z (100), 2 categoricals" in session.get_modelmeta().description
+    assert generate.main(["--ckpt", str(ckpt), "--out", str(tmp_path), "--onnx"]) == 0, "again"
 
 
 def test_folding_batch_norm_changes_nothing(ckpt):
@@ -430,7 +508,7 @@ def test_two_runs_are_compared_in_a_table_and_a_picture(ckpt, faces, tmp_path, c
     capsys.readouterr()
     assert generate.main(["--ckpt", str(a), "--versus", str(b), "--data", str(faces)]) == 0
     told = capsys.readouterr().out
-    for words in (a, b, "effect of z", "effect of cat", "L_I of each cont", "weakest", "SWD"):
+    for words in (a, b, "z  ", "cat1", "cont1", "L_I", "SWD"):
         assert str(words) in told
     assert Image.open(tmp_path / "a/traversals/comparison.png").width > 800
     assert not (tmp_path / "a/traversals/table.csv").exists()
@@ -442,6 +520,13 @@ def test_runs_with_other_codes_are_not_compared_and_it_says_what_differs(ckpt, t
     assert generate.main(["--ckpt", str(ckpt), "--versus", str(tmp_path)]) == 2
     said = said_one_line(capsys, "--versus", "other codes", "--z-dim 7, not 100")
     assert "--n-c" not in said
+
+
+def test_runs_without_codes_are_compared_too(tmp_path):
+    state, args, _, _ = tiny_state("--n-cat", "0", "--n-cont", "0")
+    infogan.save_file(tmp_path / "last.pt", infogan.gather_checkpoint(state, args, ""))
+    assert generate.main(["--ckpt", str(tmp_path), "--versus", str(tmp_path)]) == 0
+    assert (tmp_path / "traversals/comparison.png").exists()
 
 
 def draws(argv: list[object], out: Path) -> dict[str, bytes]:
@@ -525,6 +610,38 @@ def test_a_walk_is_closed_and_its_z_keeps_its_length(tmp_path, monkeypatch):
         assert (codes[3] - (codes[0] + codes[6]) / 2).abs().max() < 1e-6
         assert x.diff(dim=0).norm(dim=1).max() < 0.4 * (faces[0] - faces[1]).norm()
         assert (x[-1] - x[0]).norm() < 0.4 * (faces[2] - faces[0]).norm(), "not closed"
+
+
+@pytest.mark.parametrize("suffix", ["gif", "webp"])
+def test_a_walk_draws_its_frames_as_they_are_written(ckpt, tmp_path, monkeypatch, suffix):
+    frames, alive, real = [], [], generate.to_image
+
+    def to_image(x: torch.Tensor) -> Image.Image:
+        image = real(x)
+        alive.append(sum(frame() is not None for frame in frames))
+        frames.append(weakref.ref(image))
+        return image
+
+    monkeypatch.setattr(generate, "to_image", to_image)
+    path = tmp_path / f"w.{suffix}"
+    assert generate.main(["--ckpt", str(ckpt), "--walk", "--steps", "9", "--out", str(path)]) == 0
+    assert len(alive) == 8 * 9 and max(alive) < 5
+
+
+def test_samples_with_data_leave_the_whole_set_as_the_run_sees_it(ckpt, tmp_path, capsys):
+    few_pictures(tmp_path / "set", 3)
+    few_pictures(tmp_path / "set/more", 5)
+    Image.new("RGB", (30, 20), "red").save(tmp_path / "set/wide.webp")
+    command = ["--ckpt", str(ckpt), "--samples", "2", "--data", str(tmp_path / "set"), "--out"]
+    for _ in range(2):  # what is ours is written again
+        assert generate.main([*command, str(tmp_path / "fake")]) == 0
+    n = len(infogan.load_pictures(str(tmp_path / "set"), 16, 3).x)
+    real = [Image.open(path) for path in (tmp_path / "fake-real").iterdir()]
+    assert len(real) == n >= 6 and {image.size for image in real} == {(16, 16)}
+    (tmp_path / "fake-real/000000.png").write_bytes(b"mine")
+    capsys.readouterr()
+    assert generate.main([*command, str(tmp_path / "fake")]) == 2
+    said_one_line(capsys, "000000.png", "is there")
 
 
 def test_Q_reads_a_picture_of_one_s_own_and_G_draws_it_again(ckpt, tmp_path, capsys):
@@ -611,12 +728,13 @@ class Browser:
         job = f"{waiting} {frames} done((() => {{ {script} }})())))"
         return self.ask("/execute/async", script=job, args=args)
 
-    def face(self, size: int) -> torch.Tensor:
+    def face(self) -> torch.Tensor:
         """The drawn picture, (3, size, size) from 0 to 255."""
         pixels = self.run(
             "const face = document.getElementById('face');"
             "return [...face.getContext('2d').getImageData(0, 0, face.width, face.height).data]"
         )
+        size = math.isqrt(len(pixels) // 4)
         return torch.tensor(pixels).view(size, size, 4)[:, :, :3].permute(2, 0, 1)
 
     def quit(self) -> None:
@@ -651,21 +769,17 @@ def browser(tmp_path_factory):
         kill(process)
 
 
-SHAPES = ["2,3,3", "1,10,0,--channels,1", "0,2,2", "0,2,0"]  # n_cat, cat_dim, n_cont, flags
+SHAPES = ["2,3,3,--image-size,64", "1,10,0,--channels,1", "0,2,2,--recipe,notebook", "0,2,0"]
 
 
 @pytest.fixture(scope="session", params=SHAPES)
 def page(browser, tmp_path_factory, request) -> tuple[Path, Path]:
-    """A checkpoint of 32x32 pictures, and its explorer."""
+    """A checkpoint and its explorer, for n_cat, cat_dim, n_cont and other flags."""
     n_cat, cat_dim, n_cont, *more = request.param.split(",")
     flags = ["--image-size", "32", "--width", "8", "--n-cat", n_cat, "--cat-dim", cat_dim]
-    args = infogan.parse_args(["--channels", "3", *flags, "--n-cont", n_cont, *more])
-    state = infogan.new_state(args, CPU)
-    for t in (p for p in state.G_ema.state_dict().values() if p.is_floating_point()):
-        t.add_(0.05 * torch.randn(t.shape, generator=seeded()))  # no statistic is as at its start
     path = tmp_path_factory.mktemp("explorer") / "run #1/last.pt"
     path.parent.mkdir()
-    infogan.save_file(path, infogan.gather_checkpoint(state, args, ""))
+    lively(path, *flags, "--n-cont", n_cont, *more)
     assert generate.main(["--ckpt", str(path), "--explorer"]) == 0
     return path, path.parent / "traversals/explorer.html"
 
@@ -691,7 +805,7 @@ def test_the_explorer_draws_what_python_draws(browser, explorer):
         browser.run("location.hash = given[0]", link)
         c_cat, c_cont = torch.tensor([*values.values()]).split([spec.n_cat, spec.n_cont])
         x = G(spec.join(Codes(z[k : k + 1], c_cat.long()[None], c_cont[None])))[0]
-        seen.append(browser.face(32))
+        seen.append(browser.face())
         assert (seen[-1] - (x + 1) * 127.5).abs().max() <= 2, link
     assert not seen[0].equal(seen[1])
 
@@ -706,7 +820,7 @@ def test_the_explorer_opens_with_the_codes_that_are_set(browser, explorer, page,
     plain = Codes(torch.zeros(1), torch.zeros(1, spec.n_cat).long(), torch.zeros(1, spec.n_cont))
     codes = generate.hold(spec, plain._replace(z=spec.sample_seeds([6]).z), held)
     x = G(spec.join(codes))[0]
-    assert (browser.face(32) - (x + 1) * 127.5).abs().max() <= 2
+    assert (browser.face() - (x + 1) * 127.5).abs().max() <= 2
     thumbs = "return [...document.querySelectorAll('.one')].slice(0, 3).map(b => b.title)"
     titles = [f"character {k}" for k in range(3)] if spec.n_cat else ["seed 6", "seed 2", "z 2"]
     assert browser.run(thumbs) == titles
@@ -718,28 +832,53 @@ def test_the_explorer_has_a_control_for_each_code_and_they_move_the_picture(brow
     assert browser.run(count, "range") == spec.n_cont
     assert browser.run(count, "radio") == spec.n_cat * spec.cat_dim
     loaded = "return [...document.querySelectorAll('legend img')].map(i => i.naturalWidth)"
-    assert browser.run(loaded) == [32] * len(spec.names), "a heat map beside each"
-    seen = [browser.face(32)]
+    assert browser.run(loaded) == [browser.face().shape[2]] * len(spec.names), (
+        "a heat map beside each"
+    )
+    seen = [browser.face()]
     if spec.n_cat:
         browser.run("document.querySelectorAll('input[type=radio]')[1].click()")
-        seen.append(browser.face(32))
+        seen.append(browser.face())
         assert not seen[-1].equal(seen[-2])
     if spec.n_cont:
         slide = "const s = document.querySelector('input[type=range]'); s.value = given[0];"
         for value in (-1, 1):
             browser.run(slide + "s.dispatchEvent(new Event('input'));", value)
-            seen.append(browser.face(32))
+            seen.append(browser.face())
         assert not seen[-1].equal(seen[-2])
         assert re.search(r"&cont\d=1(&|$)", browser.run("return location.hash"))
 
 
 def test_the_explorers_keys_take_another_face_and_go_back(browser, explorer):
-    seen = [browser.face(32)]
+    seen = [browser.face()]
     for key in ("r", "0"):
         browser.run("document.dispatchEvent(new KeyboardEvent('keydown', { key: given[0] }))", key)
-        seen.append(browser.face(32))
+        seen.append(browser.face())
     assert browser.run("return location.hash") == "#z=0"
     assert not seen[1].equal(seen[0]) and seen[2].equal(seen[0])
+
+
+def test_the_explorer_takes_another_character_pose_or_z_and_keeps_the_rest(browser, explorer):
+    _, spec, _ = explorer
+    numbers = {"character": spec.n_cat, "pose": spec.n_cont, "z": spec.z_dim}
+    kinds = {"character": "cat", "pose": "cont", "z": "z"}
+    state = "return Object.entries(state)"
+    for button, n in numbers.items():
+        assert browser.run(f"return document.getElementById('{button}').hidden") == (n == 0)
+        before = dict(browser.run(state))
+        for _ in range(9):  # chance may take the same again
+            browser.run(f"document.getElementById('{button}').click()")
+        after = dict(browser.run(state))
+        moved = {re.sub("[0-9]", "", code) for code in before if before[code] != after[code]}
+        assert moved <= {kinds[button]} and (moved or not n)
+    row = "return [...document.querySelectorAll('.one')].map(b => b.title)"
+    first = browser.run(row)
+    assert len(set(first)) == 10
+    browser.run("document.querySelectorAll('.one')[7].click()")
+    pressed = "return document.querySelectorAll('.one')[7].getAttribute('aria-pressed')"
+    assert browser.run(pressed) == "true"
+    browser.run("document.querySelector('.turn:last-child').click()")
+    assert not {*browser.run(row)} & {*first}
 
 
 def test_the_explorer_asks_no_network_and_reports_no_error(browser, explorer):
