@@ -504,12 +504,15 @@ class State:
         return means
 
 
+N_U = 22  # uniform numbers that a step takes for each picture
+
+
 class Batch(NamedTuple):
     """What a step takes, all of it on the device: a CUDA graph can copy nothing from the CPU."""
 
     x: Tensor  # (n, channels, size, size), real pictures in [-1, 1]
     codes: Codes  # of n pictures to draw
-    u: Tensor  # (n, 22), uniform in [0, 1): how pictures are shifted and augmented
+    u: Tensor  # (n, N_U), uniform in [0, 1): how pictures are shifted and augmented
     reach: Tensor  # (): how far D's pictures are shifted, in pixels
     beta: Tensor  # (): the share of G_ema that stays
 
@@ -632,17 +635,18 @@ def new_state(args: Namespace, device: torch.device) -> State:
 def pick_device(name: str) -> torch.device:
     """The fastest device for "auto", a GPU always with its number. Raises UserError if missing."""
     n_cuda = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    rank, world = rank_and_world()
-    own = int(os.environ.get("LOCAL_RANK", 0)) if world > 1 else 0  # a GPU for each process
+    has_mps, (_, world), own = torch.backends.mps.is_available(), rank_and_world(), 0
     if name == "auto":
-        mps = "mps" if torch.backends.mps.is_available() else "cpu"
-        name = "cuda" if n_cuda else mps
-    if name == "cuda" and own >= n_cuda > 0:
-        why = f"process {rank} of {world} has none; start fewer, or give --device cpu"
-        raise UserError(f"--device cuda: {n_cuda} GPU{'s' * (n_cuda > 1)} here, {why}")
+        name = "cuda" if n_cuda else "mps" if has_mps else "cpu"
+    if name == "cuda" and n_cuda:  # set_device takes none without a number
+        if world > 1:  # a GPU for each process, of those that torchrun started on this machine
+            own, world = (int(os.environ[f"LOCAL_{key}"]) for key in ("RANK", "WORLD_SIZE"))
+        if world > n_cuda:
+            why = f"{world} processes, but {n_cuda} GPU{'s' if n_cuda > 1 else ''}"
+            raise UserError(f"--device cuda: {why} here; start fewer, or give --device cpu")
+        name = f"cuda:{own}"
     there = ["cpu", "cpu:0", *(f"cuda:{i}" for i in range(n_cuda))]
-    there += ["mps", "mps:0"] if torch.backends.mps.is_available() else []
-    name = f"cuda:{own}" if name == "cuda" else name  # set_device takes none without a number
+    there += ["mps", "mps:0"] if has_mps else []
     if name not in there:
         raise UserError(f"--device {name}: not available here; use --device auto")
     return torch.device(name)
@@ -1527,7 +1531,7 @@ def batches(state: State, args: Namespace, pictures: Pictures, B: int) -> Iterat
             codes = spec.sample(len(mine), state.rng)
             codes = pair(codes) if args.lam_identity else codes
             codes = Codes(*(to_device(c, device) for c in codes))
-            u = to_device(torch.rand(len(mine), 22, generator=state.rng), device)
+            u = to_device(torch.rand(len(mine), N_U, generator=state.rng), device)
             numbers = float(reach_at(state, args)), beta_at(state, args)
             yield Batch(real, codes, u, *(torch.full((), v, device=device) for v in numbers))
 
