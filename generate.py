@@ -44,7 +44,7 @@ from torch.nn.utils import fuse_conv_bn_eval
 from tqdm import tqdm
 
 import infogan
-from infogan import Codes, CodeSpec, Generator, Pictures, UserError, replacing, to_image
+from infogan import Codes, CodeSpec, Generator, UserError, load_pictures, replacing, to_image
 
 Seeds, Held, Ends = Sequence[int], dict[str, float], tuple[float, float]  # of --set and --range
 Names = dict[str, str]
@@ -106,11 +106,6 @@ def load_model(path: str, device: torch.device) -> Model:
     (G, spec), (Q, _) = infogan.load_generator(file, device), infogan.load_encoder(file, device)
     Q = Q.to(memory_format=torch.channels_last)  # faster
     return Model(file, folded(G), Q, spec, infogan.load_checkpoint(file), device)
-
-
-def load_real(model: Model, data: str, flag: str = "--data") -> Pictures:
-    """Real pictures, as the run sees them."""
-    return infogan.load_pictures(data, *model.shape, flag=flag)
 
 
 @torch.no_grad()
@@ -525,7 +520,7 @@ def samples(
     save_table(out / "codes.csv", table)
     told = f"{out} has {len(names):,} pictures and codes.csv"
     if data:
-        real, x = out.with_name(f"{out.name}-real"), load_real(model, data).x
+        real, x = out.with_name(f"{out.name}-real"), load_pictures(data, *model.shape).x
         save_pngs(real, [f"{i:06d}.png" for i in range(len(x))], map(to_floats, x.split(step)))
         told += f", {real} the {len(x):,} of {data}"
     return told
@@ -546,7 +541,7 @@ def versus(
         raise UserError(f"--versus {both[1].path}: has other codes or pictures: {how}")
     rng, columns = torch.Generator().manual_seed(seed), min(spec.cat_dim, MOST_SHOWN)
     if data:
-        real = load_real(model, data).x
+        real = load_pictures(data, *model.shape).x
         real = to_floats(real[torch.randperm(len(real), generator=rng)[:N_REAL]])
     base = hold(spec, spec.sample_seeds(seeds), set_)
     some = spec.join(hold(spec, spec.sample_seeds(range(seed, seed + columns)), set_))
@@ -617,7 +612,7 @@ def sort(
         raise UserError(f"--out {out}: lies within --sort {sort}; give another folder")
     if root.is_file():
         raise UserError(f"--sort {sort}: must be a folder; --read takes single pictures")
-    x, _, files, *_ = load_real(model, sort, "--sort")
+    x, _, files, *_ = load_pictures(sort, *model.shape, flag="--sort")
     if sort not in infogan.NAMED_SETS:
         files = [os.path.relpath(name, root) for name in files]
     values, doubts = read_codes(model, x, batch_size)
