@@ -1797,7 +1797,7 @@ def resolve(given: dict, shape: dict) -> Namespace:
     flags = {dest(flag): default for rows in FLAGS.values() for flag, default, *_ in rows}
     data = given.get("data")
     recipe = given.get("recipe") or ("mnist" if data == "mnist" else "default")
-    named = {"image_size": 32, "flip": NAMED_SETS[data].flip} if data in NAMED_SETS else {}
+    named = dict(zip(("image_size", "flip"), NAMED_SETS.get(data, ())[3:], strict=False))
     flags |= {**named, **RECIPES[recipe], **shape, **given, "recipe": recipe}
     rest = {k: v for k, v in derived(flags).items() if flags[k] is None}
     return Namespace(**flags | rest)
