@@ -13,14 +13,27 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import generate
 import infogan
 from infogan import UserError
 
-SMALL = ["--image-size", "16", "--width", "4", "--batch-size", "8", "--channels", "3", "--r1", "0.3"]
+SMALL = [
+    "--image-size",
+    "16",
+    "--width",
+    "4",
+    "--batch-size",
+    "8",
+    "--channels",
+    "3",
+    "--r1",
+    "0.3",
+]
 
 
 def state_and_args(*flags: str, device: str = "cpu") -> tuple:
@@ -203,3 +216,18 @@ def test_a_cuda_graph_computes_what_eager_steps_do(flags):
     assert graphed.graphs and not graphed.failed
     for a, b in zip(one.G.parameters(), two.G.parameters(), strict=True):
         assert (a - b).abs().mean() < 1e-3 and (a - b).abs().max() < 5e-2
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_a_run_on_a_gpu_resumes_and_is_shown(tmp_path, capsys):
+    (tmp_path / "faces").mkdir()
+    for i in range(64):
+        noise = torch.randint(256, (16, 16, 3), generator=torch.Generator().manual_seed(i))
+        Image.fromarray(noise.byte().numpy()).save(tmp_path / f"faces/{i}.png")
+    flags = [*SMALL, "--data", str(tmp_path / "faces"), "--out", str(tmp_path / "run")]
+    for steps in ("24", "48"):  # graphs come after three steps of each kind
+        flags += ["--device", "cuda", "--cuda-graph", "--max-steps", steps]
+        assert infogan.main(flags) == 0
+    said = capsys.readouterr().out
+    assert torch.cuda.get_device_name(0) in said and "CUDA graph" in said and "step 24" in said
+    assert generate.main(["--ckpt", str(tmp_path / "run/last.pt"), "--samples", "4"]) == 0
