@@ -1617,7 +1617,7 @@ def loop(
     log = Log(out, spec, state.step) if is_main() else None
     step_once = GraphedStep() if args.cuda_graph else train_step
     first, began, row, failing = state.step, time.monotonic(), {}, None
-    start, next_save = began - 60 * state.minutes, began + SAVE_SECONDS
+    start, next_save = began - 60 * state.minutes, began + (SAVE_SECONDS if log else math.inf)
     tty, next_shown = sys.stderr.isatty(), began  # a file gets lines, a terminal one that changes
     together = -(-SAVE_STEPS // per_epoch)  # epochs
     draw_every, keep_every = args.sample_every or 5 * together, args.save_every or 25 * together
