@@ -14,12 +14,11 @@ else
 PY := $(VENV)/bin/python
 endif
 READY := $(VENV)/.ready
-TESTS := test_infogan.py data/test_generate.py data/test_data.py
+TESTS := test_infogan.py $(wildcard data/test_*.py)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup drawn demo data faces train-v1 train-v2 train-v3 generate measure explorer \
 	compare test browser test-browser torture bench lint clean
-TESTS += data/test_pages.py data/test_torture.py
 
 help:  ## this list
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12

@@ -320,19 +320,6 @@ class Discriminator(nn.Module):
         return self.spec.split(self.q_head(h)[:, : self.spec.q_dim, 0, 0].float())
 
 
-class Encoder(nn.Module):
-    """Q for users: reads codes from pictures in [-1, 1]."""
-
-    def __init__(self, D: Discriminator):
-        super().__init__()
-        self.D = D
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """c_cat's probabilities (n, n_cat, cat_dim); c_cont's means and sigmas (n, n_cont)."""
-        q = self.D(x)[1]
-        return q.q_logits.softmax(2), q.q_mu, (q.q_logvar / 2).exp()
-
-
 def networks(args: Namespace) -> tuple[Generator, Discriminator]:
     """G and D of a run's flags."""
     shape = (spec_of(args), args.image_size, args.width, args.channels)
@@ -422,7 +409,7 @@ def shift(x: Tensor, u: Tensor, reach: Tensor) -> Tensor:
     by = ((2 * reach + 1) * u).floor() - reach
     i = torch.arange(x.shape[3], device=x.device)
     Y, X = (i[:, None] + by[:, :, None, None] == i).to(x.dtype).unbind(1)  # (n, size, size): 0, 1
-    return Y[:, None] @ x @ X[:, None].mT
+    return (Y[:, None] @ x @ X[:, None].mT).to(x.dtype)
 
 
 def augment(x: Tensor, u: Tensor, strength: float) -> Tensor:
@@ -446,7 +433,7 @@ def augment(x: Tensor, u: Tensor, strength: float) -> Tensor:
 @contextmanager
 def not_recorded(D: Discriminator) -> Iterator[None]:
     """Batch norm's running averages stay: they are of pictures as they are, which Q is used on."""
-    norms = [m for m in D.modules() if isinstance(m, (nn.BatchNorm2d, nn.SyncBatchNorm))]
+    norms = [m for m in D.modules() if isinstance(m, nn.BatchNorm2d)]
     for norm in norms:
         norm.momentum = 0.0
     try:
@@ -517,29 +504,7 @@ class State:
         return means
 
 
-def new_state(args: Namespace, device: torch.device) -> State:
-    """Networks and optimisers at step 0; every random number comes from args.seed."""
-    rng, (rank, world) = torch.Generator().manual_seed(args.seed), rank_and_world()
-    G, D = networks(args)
-    for net in (G, D):
-        init_weights(net, rng)
-        net.to(device, memory_format=torch.channels_last)
-    if rank:  # the weights are the same in all processes, what they draw is not
-        rng.manual_seed((args.seed + rank) % 2**63)
-    if device.type == "cuda" and world > 1:  # gloo has none; R1 cannot go through it
-        G = nn.SyncBatchNorm.convert_sync_batchnorm(G)
-        D = D if args.r1 else nn.SyncBatchNorm.convert_sync_batchnorm(D)
-    heads = {"trunk": [D.trunk, D.d_head, D.q_head], "head": [D.trunk, D.d_head]}[args.info_to]
-    with_D = [p for part in heads for p in part.parameters()]
-    with_G = [*G.parameters()]
-    if args.info_to == "head":
-        with_G += D.q_head.parameters()
-    adam = {"betas": (0.5, 0.999), "fused": device.type in ("cpu", "cuda")}
-    adam["capturable"] = args.cuda_graph
-    opt_G = torch.optim.Adam(with_G, args.lr_g, **adam)
-    opt_D = torch.optim.Adam(with_D, args.lr_d, **adam)
-    G_ema = copy.deepcopy(G).eval().requires_grad_(False)
-    return State(G.spec, device, G, G_ema, D, opt_G, opt_D, rng)
+N_U = 22  # uniform numbers that a step takes for each picture
 
 
 class Batch(NamedTuple):
@@ -547,7 +512,7 @@ class Batch(NamedTuple):
 
     x: Tensor  # (n, channels, size, size), real pictures in [-1, 1]
     codes: Codes  # of n pictures to draw
-    u: Tensor  # (n, 22), uniform in [0, 1): how pictures are shifted and augmented
+    u: Tensor  # (n, N_U), uniform in [0, 1): how pictures are shifted and augmented
     reach: Tensor  # (): how far D's pictures are shifted, in pixels
     beta: Tensor  # (): the share of G_ema that stays
 
@@ -555,20 +520,6 @@ class Batch(NamedTuple):
 def variant(state: State, args: Namespace) -> tuple[bool, bool]:
     """Whether this step has R1, and whether D sees shifted pictures."""
     return args.r1 > 0 and state.step % R1_EVERY == 0, reach_at(state, args) > 0
-
-
-SHIFT_EPOCHS = 40  # D remembers only what it has seen often: shifts grow until then
-
-
-def reach_at(state: State, args: Namespace) -> int:
-    """How far D's pictures are shifted at this step, in pixels."""
-    return int(args.shift * args.image_size * min(1, state.epochs / SHIFT_EPOCHS))
-
-
-def beta_at(state: State, args: Namespace) -> float:
-    """Of G_ema: a half-life that grows with training fits runs of any length (2312.02696, 3.1)."""
-    steps = state.step + 1 + (1000 if args.init else 0)  # else --init's were gone after one
-    return 0.5 ** (1 / (args.ema * steps)) if args.ema else 0.0
 
 
 def train_step(state: State, args: Namespace, batch: Batch) -> dict[str, Tensor]:
@@ -594,7 +545,7 @@ def train_step(state: State, args: Namespace, batch: Batch) -> dict[str, Tensor]
     loss_D = loss = d_loss(d_real, d_fake)
     if to_trunk:  # -V - lambda L_I, which trains Q and the trunk
         loss = loss - lambda_L_I(spec, mutual_information(spec, q, codes), args)
-    R1 = r1_penalty(d_real, x) if with_r1 else x.new_zeros(())
+    R1 = r1_penalty(d_real, x) if with_r1 else torch.zeros((), device=x.device)
     descend(state.opt_D, loss + R1_EVERY * args.r1 * R1 if with_r1 else loss)
 
     D.requires_grad_(False)  # G's step needs no gradient of D's weights
@@ -605,7 +556,7 @@ def train_step(state: State, args: Namespace, batch: Batch) -> dict[str, Tensor]
     L_I = mutual_information(spec, q, codes)
     # here L_I reaches G (Eq. 6); a continuous code that Q reads well need not grow further
     loss = loss_G - lambda_L_I(spec, L_I, args, args.cap_cont)
-    identity = x.new_zeros(())
+    identity = torch.zeros((), device=x.device)
     if args.lam_identity and spec.n_cat:  # as far as Q knows c: before, G has only z to vary x with
         q_knows = L_I[: spec.n_cat].detach().mean() / math.log(spec.cat_dim)
         identity = identity_loss(x_fake)
@@ -618,6 +569,20 @@ def train_step(state: State, args: Namespace, batch: Batch) -> dict[str, Tensor]
     metrics |= {"R1": R1_EVERY * R1, "identity": identity}  # a mean over R1_EVERY steps is R1's
     metrics |= dict(zip(spec.names, L_I.unbind(), strict=True))
     return {name: value.detach() for name, value in metrics.items()}
+
+
+SHIFT_EPOCHS = 40  # D remembers only what it has seen often: shifts grow until then
+
+
+def reach_at(state: State, args: Namespace) -> int:
+    """How far D's pictures are shifted at this step, in pixels."""
+    return int(args.shift * args.image_size * min(1, state.epochs / SHIFT_EPOCHS))
+
+
+def beta_at(state: State, args: Namespace) -> float:
+    """Of G_ema: a half-life that grows with training fits runs of any length (2312.02696, 3.1)."""
+    steps = state.step + 1 + (1000 if args.init else 0)  # else --init's were gone after one
+    return 0.5 ** (1 / (args.ema * steps)) if args.ema else 0.0
 
 
 def descend(opt: torch.optim.Optimizer, loss: Tensor) -> None:
@@ -642,23 +607,46 @@ def update_ema(G_ema: nn.Module, G: nn.Module, beta: Tensor) -> None:
             e.copy_(g)
 
 
+def new_state(args: Namespace, device: torch.device) -> State:
+    """Networks and optimisers at step 0; every random number comes from args.seed."""
+    rng, rank = torch.Generator().manual_seed(args.seed), rank_and_world()[0]
+    G, D = networks(args)
+    for net in (G, D):
+        init_weights(net, rng)
+        net.to(device, memory_format=torch.channels_last)
+    if rank:  # the weights are the same in all processes, what they draw is not
+        rng.manual_seed((args.seed + rank) % 2**63)
+    heads = {"trunk": [D.trunk, D.d_head, D.q_head], "head": [D.trunk, D.d_head]}[args.info_to]
+    with_D = [p for part in heads for p in part.parameters()]
+    with_G = [*G.parameters()]
+    if args.info_to == "head":
+        with_G += D.q_head.parameters()
+    adam = {"betas": (0.5, 0.999), "fused": device.type in ("cpu", "cuda")}
+    adam["capturable"] = args.cuda_graph
+    opt_G = torch.optim.Adam(with_G, args.lr_g, **adam)
+    opt_D = torch.optim.Adam(with_D, args.lr_d, **adam)
+    G_ema = copy.deepcopy(G).eval().requires_grad_(False)
+    return State(G.spec, device, G, G_ema, D, opt_G, opt_D, rng)
+
+
 # device -------------------------------------------------------------------------------------------
 
 
 def pick_device(name: str) -> torch.device:
     """The fastest device for "auto", a GPU always with its number. Raises UserError if missing."""
     n_cuda = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    rank, world = rank_and_world()
-    own = int(os.environ.get("LOCAL_RANK", 0)) if world > 1 else 0  # a GPU for each process
+    has_mps, (_, world), own = torch.backends.mps.is_available(), rank_and_world(), 0
     if name == "auto":
-        mps = "mps" if torch.backends.mps.is_available() else "cpu"
-        name = "cuda" if n_cuda else mps
-    if name == "cuda" and own >= n_cuda > 0:
-        why = f"process {rank} of {world} has none; start fewer, or give --device cpu"
-        raise UserError(f"--device cuda: {n_cuda} GPU{'s' * (n_cuda > 1)} here, {why}")
+        name = "cuda" if n_cuda else "mps" if has_mps else "cpu"
+    if name == "cuda" and n_cuda:  # set_device takes none without a number
+        if world > 1:  # a GPU for each process, of those that torchrun started on this machine
+            own, world = (int(os.environ[f"LOCAL_{key}"]) for key in ("RANK", "WORLD_SIZE"))
+        if world > n_cuda:
+            why = f"{world} processes, but {n_cuda} GPU{'s' if n_cuda > 1 else ''}"
+            raise UserError(f"--device cuda: {why} here; start fewer, or give --device cpu")
+        name = f"cuda:{own}"
     there = ["cpu", "cpu:0", *(f"cuda:{i}" for i in range(n_cuda))]
-    there += ["mps", "mps:0"] if torch.backends.mps.is_available() else []
-    name = f"cuda:{own}" if name == "cuda" else name  # set_device takes none without a number
+    there += ["mps", "mps:0"] if has_mps else []
     if name not in there:
         raise UserError(f"--device {name}: not available here; use --device auto")
     return torch.device(name)
@@ -682,7 +670,8 @@ def to_device_if_it_fits(x: Tensor, device: torch.device) -> Tensor:
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:
     """A copy that does not wait for the device's earlier work: a GPU's from pinned memory."""
-    return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
+    pinned = x.pin_memory() if device.type == "cuda" and x.device.type == "cpu" else x
+    return pinned.to(device, non_blocking=True)
 
 
 def describe(state: State, args: Namespace) -> str:
@@ -761,22 +750,12 @@ SYSTEM = r"(?is)\..*|@eadir|[@#$]recycle(\.bin)?|recycler|#snapshot|__macosx|los
 SYSTEM += r"|found\.000|system volume information|desktop\.ini|thumbs(\.db)?"  # hidden ones too
 MADE = [{"args.json", "log.csv"}, {"last.pt"}, {"codes.csv"}, {"table.csv", "overview.png"}]
 GET_PICTURES = "give a folder of pictures; `make data` downloads faces, `make demo` draws some"
-
-
-class NamedSet(NamedTuple):
-    kind: str  # torchvision's class, which downloads and reads it
-    path: str  # of its file or folder, below DATA
-    size: int  # --image-size
-    flip: bool  # whether its pictures may be mirrored
-    n: int = 0  # how many a whole folder has
-
-
-DATA, IDX = Path("data"), "raw/train-images-idx3-ubyte"  # where torchvision keeps them
-NAMED_SETS = {
-    "mnist": NamedSet("MNIST", f"MNIST/{IDX}", 32, False),
-    "fashion-mnist": NamedSet("FashionMNIST", f"FashionMNIST/{IDX}", 32, False),
-    "svhn": NamedSet("SVHN", "train_32x32.mat", 32, False),
-    "celeba": NamedSet("CelebA", "celeba/img_align_celeba", 32, True, 202_599),
+DATA, IDX = Path("data"), "raw/train-images-idx3-ubyte"  # where torchvision keeps named sets
+NAMED_SETS = {  # torchvision's class, its file or folder, files in it, --image-size, --flip
+    "mnist": ("MNIST", f"MNIST/{IDX}", 1, 32, False),
+    "fashion-mnist": ("FashionMNIST", f"FashionMNIST/{IDX}", 1, 32, False),
+    "svhn": ("SVHN", "train_32x32.mat", 1, 32, False),
+    "celeba": ("CelebA", "celeba/img_align_celeba", 202_599, 32, True),
 }
 
 
@@ -803,24 +782,27 @@ def find_pictures(folder: Path) -> tuple[list[Path], str]:
     folders, links, visited = [folder], [], {*map(str, folder.parents)}
     while folders or links:  # links last, so that pictures keep the names that they have without
         here = folders.pop() if folders else links.pop(0)
-        real, names = os.path.realpath(here), set()
+        if (real := os.path.realpath(here)) in visited:
+            continue
+        visited.add(real)
         try:
-            names = {*os.listdir(here)} if real not in visited else names
+            names = {*os.listdir(here)}
         except OSError:
             files.append(here)
-        visited.add(real)
+            continue
         if here != folder and any(marks <= names for marks in MADE):
             passed_over[f"folder {here.name} (a run, or by generate.py)"] += 1
             continue
         for path in map(here.joinpath, sorted(names)):
             suffix = re.split("[?:_]", path.suffix.lower())[0]  # .jpg?w=400 and .jpg_large too
-            if os.path.isdir(path) and not re.fullmatch(SYSTEM, path.name):
-                (links if path.is_symlink() else folders).append(path)
-            elif os.path.isdir(path):
+            is_folder, is_picture = os.path.isdir(path), formats.get(suffix) in FORMATS
+            if is_folder and re.fullmatch(SYSTEM, path.name):
                 passed_over[f"folder {path.name}"] += 1
+            elif is_folder:
+                (links if path.is_symlink() else folders).append(path)
             elif path.name[0] == ".":
-                passed_over["hidden"] += formats.get(suffix) in FORMATS
-            elif formats.get(suffix) in FORMATS or not os.path.exists(path):
+                passed_over["hidden"] += is_picture
+            elif is_picture or not os.path.exists(path):
                 files.append(path)
             else:
                 passed_over[f"of {suffix or 'no suffix'}"] += 1
@@ -829,15 +811,16 @@ def find_pictures(folder: Path) -> tuple[list[Path], str]:
 
 def open_named_set(name: str, flag: str) -> Collection[tuple]:
     """torchvision's (picture, label) pairs, downloaded where they are missing."""
-    path, own = DATA / NAMED_SETS[name].path, Path(name)
-    is_run = (own / "log.csv").exists()
-    if not path.exists() and own.is_dir() and not is_run and find_pictures(own)[0]:
+    kind, path, *_ = NAMED_SETS[name]
+    path, own = DATA / path, Path(name)
+    is_other = own.is_dir() and not (own / "log.csv").exists()  # which a run has
+    if not path.exists() and is_other and find_pictures(own)[0]:
         why = f"a known set, and a folder of pictures here: give {flag} ./{name} for the folder"
         raise UserError(f"{flag} {name}: {why}, or rename it to get the known set")
     try:
         from torchvision import datasets  # takes a second, so only here
 
-        return getattr(datasets, NAMED_SETS[name].kind)(DATA, download=not path.exists())
+        return getattr(datasets, kind)(DATA, download=not path.exists())
     except Exception as error:  # of any kind: torchvision, gdown and scipy raise them
         why = f"torchvision cannot get it into {DATA}/"
         if path.exists() and not isinstance(error, ImportError):
@@ -887,8 +870,8 @@ def read_picture(
 
 
 def decode(data: str, flag: str, items: list, how: tuple[int, int, str], file: BinaryIO) -> dict:
-    """Writes all different items, decoded; returns facts about them. how: size, channels, crop."""
-    numbers, unreadable, n_cut, is_grey, checksum = {}, [], 0, True, 0  # numbers of items, by hash
+    """Decodes paths or pictures (how: size, channels, crop) into file; facts about the set."""
+    places, unreadable, n_cut, is_grey, checksum = {}, [], 0, True, 0  # places in items, by hash
     (size, channels, crop), share = how, MAX_PIXELS // DECODERS
     Image.init()  # loads Pillow's formats, which threads must not do at the same time
     with warnings.catch_warnings(), ThreadPoolExecutor(DECODERS) as pool:
@@ -896,18 +879,18 @@ def decode(data: str, flag: str, items: list, how: tuple[int, int, str], file: B
         parts = (items[i : i + DECODED_AT_ONCE] for i in range(0, len(items), DECODED_AT_ONCE))
         read = (pool.map(lambda item: read_picture(item, *how, share), part) for part in parts)
         read = tqdm(chain.from_iterable(read), "pictures", len(items), leave=False, disable=None)
-        for i, (key, x, is_cut) in enumerate(read):  # decoders release the GIL
-            if x is None and "(DecompressionBomb" in key:  # too large for several at once
-                key, x, is_cut = read_picture(items[i], *how)
+        for i, (hash_or_why, x, is_cut) in enumerate(read):  # decoders release the GIL
+            if x is None and "(DecompressionBomb" in hash_or_why:  # too large for several at once
+                hash_or_why, x, is_cut = read_picture(items[i], *how)
             if x is None:
-                unreadable.append(key)
-            elif key not in numbers:
-                numbers[key] = i
+                unreadable.append(hash_or_why)
+            elif hash_or_why not in places:
+                places[hash_or_why] = i
                 n_cut += is_cut
                 is_grey = is_grey and all(x[::channels] == x[c::channels] for c in range(channels))
                 checksum = zlib.crc32(x, checksum)
                 file.write(x)
-    n, hashes = len(numbers), sorted(numbers)
+    n, hashes = len(places), sorted(places)
     summary = f"{n:,} pictures in {data}"
     if copies := len(items) - len(unreadable) - n:
         summary += f", {copies:,} exact {'copy' if copies == 1 else 'copies'} dropped"
@@ -921,8 +904,8 @@ def decode(data: str, flag: str, items: list, how: tuple[int, int, str], file: B
         summary += " infogan.py --crop top takes the upper part of tall ones"
     facts = {"summary": summary, "shape": (n, size, size, channels), "checksum": checksum}
     facts["fingerprint"] = hashlib.sha256("".join([crop, *hashes]).encode()).hexdigest()[:16]
-    facts["names"] = [str(items[i] if isinstance(items[i], Path) else i) for i in numbers.values()]
-    return facts | {"grey": is_grey, "order": sorted(range(n), key=[*numbers].__getitem__)}
+    facts["names"] = [str(items[i] if isinstance(items[i], Path) else i) for i in places.values()]
+    return facts | {"grey": is_grey, "order": sorted(range(n), key=[*places].__getitem__)}
 
 
 def cache_folder() -> Path:
@@ -964,34 +947,33 @@ def load_pictures(
     or the "top" of tall pictures. Exact copies and unreadable files are left out and counted.
     Raises UserError, with the flag that names the set, when fewer than two remain.
     """
-    named = NAMED_SETS.get(data)
-    root = DATA / named.path if named else Path(os.path.expanduser(data))
+    named = data in NAMED_SETS
+    root = DATA / NAMED_SETS[data][1] if named else Path(os.path.expanduser(data))
     if named and not root.exists():
         open_named_set(data, flag)
     elif not named and not root.is_dir():
         raise UserError(f"{flag} {data}: no such folder; {GET_PICTURES}")
     root = root.resolve()  # one set, however its path is written
-    items, passed_over = find_pictures(root) if root.is_dir() else ([root], "")
+    files, passed_over = find_pictures(root) if root.is_dir() else ([root], "")
     if passed_over:
         print(f"passed over in {data}: {passed_over}")
-    if named and len(items) < named.n:
+    if named and len(files) < (n := NAMED_SETS[data][2]):
         cure = f"delete it to get it anew, or give {flag} {root} to use these"
-        raise UserError(f"{flag} {data}: {root} has {len(items):,} of {named.n:,}; {cure}")
-    files = hashlib.sha256(str(DECODER).encode())  # changes with every name, size and time
-    for path in items:
-        files.update(os.fsencode(path))
+        raise UserError(f"{flag} {data}: {root} has {len(files):,} of {n:,}; {cure}")
+    state = hashlib.sha256(str(DECODER).encode())  # changes with every name, size and time
+    for path in files:
+        state.update(os.fsencode(path))
         with suppress(OSError):  # an unreadable one counts by its name
-            files.update(f" {path.stat().st_size} {path.stat().st_mtime_ns}\0".encode())
-    key, place = files.hexdigest(), hashlib.sha256(os.fsencode(root)).hexdigest()[:16]
+            state.update(f" {path.stat().st_size} {path.stat().st_mtime_ns}\0".encode())
+    key, place = state.hexdigest(), hashlib.sha256(os.fsencode(root)).hexdigest()[:16]
     for depth in (3, 1):  # one cache for each set and way to decode it, made anew when it changes
         path = cache_folder() / f"{place}-{size}x{size}x{depth}-{crop}.pixels"
         cached = read_cache(path, key)
         if channels != 1 or (cached and cached[1]["grey"]):
             break
     if not cached:
-        if root.is_file():
-            items = [image for image, _ in open_named_set(data, flag)]
-        job = (data, flag, items, (size, depth, crop))
+        pictures = [x for x, _ in open_named_set(data, flag)] if root.is_file() else files
+        job = (data, flag, pictures, (size, depth, crop))
         try:
             write_cache(path, key, lambda file: decode(*job, file))
             if not (cached := read_cache(path, key)):
@@ -1010,12 +992,10 @@ def load_pictures(
 
 def make_batch(x: Tensor, flip: bool, rng: torch.Generator, device: torch.device) -> Tensor:
     """uint8 (n, h, w, channels) as floats (n, channels, h, w) in [-1, 1]; flip mirrors half."""
-    if device.type == "cuda" and x.device.type == "cpu":
-        x = x.pin_memory()  # so that the copy does not wait for the device's earlier work
-    x = x.to(device, non_blocking=True)
+    x = to_device(x, device)
     if flip:
         mirrored = torch.rand(len(x), 1, 1, 1, generator=rng) < 0.5
-        x = torch.where(mirrored.to(device, non_blocking=True), x.flip(2), x)
+        x = torch.where(to_device(mirrored, device), x.flip(2), x)
     x = x.contiguous().permute(0, 3, 1, 2).float()  # moved as bytes; its layout is channels_last
     return torch.add(x.new_full((), -1.0), x, alpha=1 / 127.5, out=x)  # x / 127.5 - 1 in one pass
 
@@ -1119,6 +1099,19 @@ def load_generator(path: str | Path, device: str = "cpu") -> tuple[Generator, Co
     return G, G.spec
 
 
+class Encoder(nn.Module):
+    """Q for users: reads codes from pictures in [-1, 1]."""
+
+    def __init__(self, D: Discriminator):
+        super().__init__()
+        self.D = D
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """c_cat's probabilities (n, n_cat, cat_dim); c_cont's means and sigmas (n, n_cont)."""
+        q = self.D(x)[1]
+        return q.q_logits.softmax(2), q.q_mu, (q.q_logvar / 2).exp()
+
+
 def load_encoder(path: str | Path, device: str = "cpu") -> tuple[Encoder, CodeSpec]:
     """(Q, spec): reads codes from pictures in [-1, 1], see Encoder."""
     D = load_net(path, "D", device)
@@ -1185,7 +1178,8 @@ SIGNALS = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
 
 def files_of_run(out: Path) -> list[Path]:
     """What lies in a run's folder, but IGNORED; what makes it a run comes last."""
-    paths = [path for path in out.iterdir() if not re.fullmatch(IGNORED, path.name)]
+    paths = out.iterdir() if out.is_dir() else [path for path in [out] if path.exists()]
+    paths = [path for path in paths if not re.fullmatch(IGNORED, path.name)]
     return sorted(paths, key=lambda path: path.name in ("last.pt", "args.json"))
 
 
@@ -1194,36 +1188,26 @@ def first_free(pattern: str) -> Path:
     return next(path for i in count(1) if not (path := Path(pattern.format(i))).exists())
 
 
-def lock(file: BinaryIO) -> None:
-    """Locks a file until it is closed. Raises BlockingIOError or PermissionError if it is taken."""
-    if os.name == "posix":
-        import fcntl
-
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.fstat(file.fileno()).st_nlink == 0:  # a run that has just ended removed it
-            raise BlockingIOError
-    else:
-        import msvcrt
-
-        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-
-
 @contextmanager
 def locked(out: Path) -> Iterator[None]:
     """A run's folder, made if missing, for this process alone: the lock ends with the process."""
-    files = files_of_run(out) if out.is_dir() else [out] * out.exists()
+    files = files_of_run(out)
     if files and not any(any(out.glob(name)) for name in ("args.json", "last.pt", "epoch_*.pt")):
         raise UserError(f"--out {out}: has {files[0].name} but no run in it; give another folder")
     out.mkdir(parents=True, exist_ok=True)
     pid = out / ".pid"
     with open(out / ".lock", "ab") as file:
         try:
-            lock(file)
-        except (BlockingIOError, PermissionError):
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(file.fileno()).st_nlink == 0:  # a run that has just ended removed it
+                raise BlockingIOError
+        except BlockingIOError:
             holder = pid.read_text() if pid.exists() else "of another program"
             raise UserError(f"--out {out}: process {holder} is training there") from None
-        except OSError as error:  # some network drives have no locks
-            print(f"{out}: cannot be locked ({error.strerror}); start no second run there")
+        except (ImportError, OSError) as error:  # Windows and some network drives have no locks
+            print(f"{out}: cannot be locked ({error}); start no second run there")
         with suppress(OSError):
             pid.write_text(str(os.getpid()))
         for part in [*out.glob(".*.part"), *out.glob("samples/.*.part")]:
@@ -1346,17 +1330,6 @@ def save_animation(out: Path) -> None:
         save_picture(out / "training.gif", frames[0], append_images=frames[1:], **how)
 
 
-@torch.no_grad()
-def strongest_codes(G: Generator, spec: CodeSpec, codes: Codes) -> Tensor:
-    """A grid of one latent along each of the eight codes that change the picture most."""
-    rows, smooth = [], torch.linspace(-1, 1, 8).tolist()
-    for name in spec.names:
-        values = [k % spec.cat_dim for k in range(8)] if name.startswith("cat") else smooth
-        rows.append(G(spec.join(spec.traverse(codes, name, values))))
-    rows.sort(key=lambda x: -x.var(0).sum().item())
-    return make_grid(torch.cat(rows[:8]))
-
-
 class Log:
     """log.csv, curves.png and TensorBoard's events of a run; rows after `step` are removed."""
 
@@ -1471,32 +1444,13 @@ def draw_panel(title: str, x: list[float], lines: list[list[float]], top: float)
     return panel
 
 
-@dataclass
-class Progress:
-    """The progress line: twice a second in a terminal, else every half a minute on a new line."""
-
-    spec: CodeSpec
-    batch_size: int
-    step: int  # when it was shown last
-    at: float  # time.monotonic() of then
-
-    def due(self, now: float) -> bool:
-        return now >= self.at + (0.5 if sys.stderr.isatty() else 30.0)
-
-    def show(self, step: int, now: float, left: float, epochs: str, row: dict[str, float]) -> None:
-        """Losses, and the mean L_I of each kind of code beside its ceiling."""
-        text = f"epoch {epochs}"
-        if row:
-            text += f"  D {row['loss_D']:.2f}  G {row['loss_G']:.2f}"
-            for kind, place in self.spec.kinds.items():
-                L_I = [row[name] for name in self.spec.names[place]]
-                text += f"  L_I {kind} {sum(L_I) / len(L_I):.2f}/{self.spec.ceilings[place][0]:.2f}"
-        speed = (step - self.step) * self.batch_size / max(now - self.at, 1e-9)
-        text += f"  {speed:,.0f} img/s  eta {timedelta(seconds=round(max(0.0, left)))}"
-        tty = sys.stderr.isatty()
-        print(f"\r{text:<110}" if tty else text, end="" if tty else "\n", file=sys.stderr)
-        sys.stderr.flush()
-        self.step, self.at = step, now
+def describe_row(spec: CodeSpec, row: dict[str, float]) -> str:
+    """Losses, and the mean L_I of each kind of code beside its ceiling."""
+    text = f"D {row['loss_D']:.2f}  G {row['loss_G']:.2f}"
+    for kind, place in spec.kinds.items():
+        L_I = [row[name] for name in spec.names[place]]
+        text += f"  L_I {kind} {sum(L_I) / len(L_I):.2f}/{spec.ceilings[place][0]:.2f}"
+    return text
 
 
 # processes ----------------------------------------------------------------------------------------
@@ -1577,7 +1531,7 @@ def batches(state: State, args: Namespace, pictures: Pictures, B: int) -> Iterat
             codes = spec.sample(len(mine), state.rng)
             codes = pair(codes) if args.lam_identity else codes
             codes = Codes(*(to_device(c, device) for c in codes))
-            u = to_device(torch.rand(len(mine), 22, generator=state.rng), device)
+            u = to_device(torch.rand(len(mine), N_U, generator=state.rng), device)
             numbers = float(reach_at(state, args)), beta_at(state, args)
             yield Batch(real, codes, u, *(torch.full((), v, device=device) for v in numbers))
 
@@ -1628,9 +1582,9 @@ def train(args: Namespace) -> int:
         if is_main():
             if args.restart and files_of_run(out):
                 move_aside(out)
-            (out / "samples").mkdir(exist_ok=True)
-            with replacing(out / "args.json") as file:
+            with replacing(out / "args.json") as file:  # first: it makes the folder a run's
                 file.write(json.dumps(vars(args), indent=2).encode() + b"\n")
+            (out / "samples").mkdir(exist_ok=True)
         stopped_by, row = loop(state, args, pictures, B, total, end)
 
     finished = state.step >= total
@@ -1664,7 +1618,7 @@ def loop(
     step_once = GraphedStep() if args.cuda_graph else train_step
     first, began, row, failing = state.step, time.monotonic(), {}, None
     start, next_save = began - 60 * state.minutes, began + SAVE_SECONDS
-    progress = Progress(spec, B, first, began)
+    tty, next_shown = sys.stderr.isatty(), began  # a file gets lines, a terminal one that changes
     together = -(-SAVE_STEPS // per_epoch)  # epochs
     draw_every, keep_every = args.sample_every or 5 * together, args.save_every or 25 * together
 
@@ -1701,14 +1655,18 @@ def loop(
                 place = {"step": state.step, "epoch": state.epochs, "minutes": state.minutes}
                 if log:
                     log.add(place | row)
-            if log and (progress.due(now) or ends):
-                left = min((total - state.step) * (now - began) / (state.step - first), end - now)
-                progress.show(state.step, now, left, f"{state.epochs:.1f}/{args.epochs}", row)
+            if log and row and (now >= next_shown or ends):
+                next_shown = now + (0.5 if tty else 30.0)
+                speed = (state.step - first) / (now - began)  # steps a second
+                left = max(0, round(min((total - state.step) / speed, end - now)))
+                text = f"epoch {state.epochs:.1f}/{args.epochs}  {describe_row(spec, row)}"
+                text += f"  {speed * B:,.0f} img/s  eta {timedelta(seconds=left)}"
+                end_of_line = "\n" if ends or not tty else ""
+                print(
+                    f"\r{text:<110}" if tty else text, end=end_of_line, file=sys.stderr, flush=True
+                )
             if log and rest == 0 and epoch % draw_every == 0:
                 log.add_grid("samples", save_samples(f"epoch_{epoch:04d}"), epoch)
-                if spec.names:
-                    one = Codes(*(c[:1] for c in latents))
-                    log.add_grid("strongest codes", strongest_codes(state.G_ema, spec, one), epoch)
                 log.draw()
             if log and done:  # before last.pt, so that a finished run is complete
                 finish()
@@ -1839,7 +1797,7 @@ def resolve(given: dict, shape: dict) -> Namespace:
     flags = {dest(flag): default for rows in FLAGS.values() for flag, default, *_ in rows}
     data = given.get("data")
     recipe = given.get("recipe") or ("mnist" if data == "mnist" else "default")
-    named = {"image_size": 32, "flip": NAMED_SETS[data].flip} if data in NAMED_SETS else {}
+    named = dict(zip(("image_size", "flip"), NAMED_SETS.get(data, ())[3:], strict=False))
     flags |= {**named, **RECIPES[recipe], **shape, **given, "recipe": recipe}
     rest = {k: v for k, v in derived(flags).items() if flags[k] is None}
     return Namespace(**flags | rest)

@@ -466,9 +466,10 @@ def test_beyond_their_edges_augmented_pictures_go_on(monkeypatch):
     """Bit for bit as by padding_mode="border", which not every torch has on every device."""
     x, grids = torch.rand(6, 3, 32, 32, generator=seeded()).requires_grad_(), []
     real_grid, real_sample = F.affine_grid, F.grid_sample
-    monkeypatch.setattr(
-        F, "affine_grid", lambda *a, **k: grids.append(real_grid(*a, **k)) or grids[0]
-    )
+
+    def grid(*size, **how):
+        grids.append(real_grid(*size, **how))
+        return grids[0]
 
     def sample(x, where, align_corners):
         y = real_sample(x, where, align_corners=align_corners)
@@ -479,6 +480,7 @@ def test_beyond_their_edges_augmented_pictures_go_on(monkeypatch):
         assert slopes[0].equal(slopes[1])
         return y
 
+    monkeypatch.setattr(F, "affine_grid", grid)
     monkeypatch.setattr(F, "grid_sample", sample)
     infogan.augment(x, 1.0, seeded())
     assert len(grids) == 1
@@ -516,10 +518,8 @@ def test_the_identity_loss_moves_G_once_Q_reads_categories():
         for known in (False, True):
             state, args, x, codes = tiny_state("--lam-identity", lam)
             if known:  # Q that is sure of what G was told
-                sure = F.one_hot(codes.c_cat, 3).float() * 50
-                state.D.q_output = lambda h, D=state.D, sure=sure: D.spec.split(
-                    D.q_head(h)[:, : D.spec.q_dim, 0, 0].float()
-                )._replace(q_logits=sure)
+                sure, real = F.one_hot(codes.c_cat, 3).float() * 50, state.D.q_output
+                state.D.q_output = lambda h, sure=sure, real=real: real(h)._replace(q_logits=sure)
             infogan.train_step(state, args, x, codes)
             ends[lam, known] = torch.cat([p.detach().flatten() for p in state.G.parameters()])
     assert not ends["0", True].equal(ends["5", True])
@@ -799,9 +799,7 @@ def test_rubbish_among_pictures_is_told_and_the_rest_trains(faces, tmp_path, cap
         Image.new("RGB", size, (60 * i, 0, 0)).save(folder / name)
     gone, real = folder / "gone.png", infogan.find_pictures
     gone.touch()
-    monkeypatch.setattr(
-        infogan, "find_pictures", lambda f: (real(f), gone.unlink(missing_ok=True))[0]
-    )
+    monkeypatch.setattr(infogan, "find_pictures", lambda f: (real(f), gone.unlink())[0])
     for path in sorted(faces.glob("*.png"))[:36]:
         shutil.copy(path, folder)
     assert infogan.main(tiny(folder, tmp_path / "run", "--max-steps", 2)) == 0
@@ -1143,14 +1141,10 @@ def cache_in(folder: Path) -> None:
 
 @unix
 def test_two_starts_at_once_share_a_cache(faces, tmp_path):
-    runs = [
-        Run(
-            tiny(faces, tmp_path / k, "--max-steps", 1),
-            tmp_path / f"said {k}",
-            partial(cache_in, tmp_path),
-        )
-        for k in "ab"
-    ]
+    prepare, runs = partial(cache_in, tmp_path), []
+    for name in "ab":
+        argv = tiny(faces, tmp_path / name, "--max-steps", 1)
+        runs.append(Run(argv, tmp_path / f"said {name}", prepare))
     assert [run.end()[0] for run in runs] == [0, 0]
     assert same(tmp_path / "a/last.pt", tmp_path / "b/last.pt")
     assert len([*(tmp_path / "infogan").iterdir()]) == 1
@@ -1369,7 +1363,7 @@ def test_restart_moves_what_lies_in_a_folder(faces, trained, tmp_path, monkeypat
     def refuse(path: Path, to: Path) -> Path:
         if kind == "volume" and out not in Path(to).parents:
             raise OSError(18, "Invalid cross-device link")
-        if kind == "killed" and next(n) == 3:
+        if kind == "killed" and next(n) == 7:  # last.pt is the ninth
             raise KeyboardInterrupt
         return rename(path, to)
 
@@ -1947,11 +1941,10 @@ def test_codes_are_learned(faces, tmp_path):
     codes = spec.sample(1000, seeded(1))
     with torch.no_grad():
         q = Q.D(G(spec.join(codes)))[1]
-    known = infogan.mutual_information(spec, q, codes)
+    L_I = infogan.mutual_information(spec, q, codes)
     shuffled = Codes(*(c.roll(1, 0) for c in codes))
     control = infogan.mutual_information(spec, q, shuffled)
-    print("L_I", known.tolist(), "shuffled", control.tolist())
-    assert known[0] > 0.7 and known[1] > 0.5 and (control <= 0).all()
+    assert L_I[0] > 0.7 and L_I[1] > 0.5 and (control <= 0).all(), (L_I, control)
 
 
 def little_memory() -> None:
@@ -1981,62 +1974,48 @@ def test_a_closed_terminal_costs_nothing(faces, tmp_path):
 # flags --------------------------------------------------------------------------------------------
 
 
-def test_defaults_of_the_third_version():
-    args = infogan.parse_args(["--n-cat", "10", "--n-cont", "20", "--epochs", "360"])
-    shown = {"data": "data/anime", "out": "checkpoint/cat10-cont20", "epochs": 360, "seed": 0,
-             "cat_dim": 10, "z_dim": 100, "batch_size": 128, "image_size": 64, "width": 64,
-             "save_every": None, "sample_every": None, "lam_cat": 1.0, "lam_cont": 0.15,
-             "cap_cont": 1.4, "lam_identity": 2.0, "q_augment": 0.0, "r1": 0.3, "info_to": "trunk",
-             "ema": 0.03, "flip": True}  # fmt: skip
-    assert {name: getattr(args, name) for name in shown} == shown
+THIRD = ["--n-cat", "10", "--n-cont", "20", "--epochs", "360"]
+DEFAULTS = [  # flags, and what args then are
+    ([], {"n_cat": 1, "cat_dim": 10, "n_cont": 2, "z_dim": 100, "lam_cat": 1.0, "lam_cont": 0.3,
+          "q_augment": 1.0, "lam_identity": 2.0, "data": "data/anime", "epochs": 150, "seed": 0,
+          "out": "checkpoint/cat1-cont2", "lr_g": 2e-4, "lr_d": 2e-4}),
+    (THIRD, {"out": "checkpoint/cat10-cont20", "epochs": 360, "batch_size": 128, "image_size": 64,
+             "width": 64, "lam_cat": 1.0, "lam_cont": 0.15, "cap_cont": 1.4, "lam_identity": 2.0,
+             "q_augment": 0.0, "r1": 0.3, "info_to": "trunk", "ema": 0.03, "flip": True}),
+    (["--data", "mnist"], {"lr_g": 1e-3, "lr_d": 2e-4, "q_augment": 1.0, "width": 32, "z_dim": 16,
+                           "image_size": 32, "flip": False, "lam_identity": 0.0, "r1": 0.1}),
+    (["--data", "mnist", "--lr-g", "0.01"], {"lr_g": 0.01, "width": 32}),
+    (["--data", "celeba"], {"flip": True, "image_size": 32, "width": 64}),
+    (["--recipe", "notebook"], {"lam_cat": 1.0, "lam_cont": 0.1, "cap_cont": 3.0, "q_augment": 0.0,
+                                "r1": 0.0, "lam_identity": 0.0, "info_to": "head", "ema": 0.0,
+                                "flip": False}),
+    (["--recipe", "notebook", *THIRD, "--ema", "0.5"], {"lam_cont": 0.0, "r1": 0.0, "ema": 0.5}),
+    (["--recipe", "notebook", "--data", "mnist"], {"lr_g": 2e-4, "flip": False, "width": 64}),
+]  # fmt: skip
 
 
-def test_defaults_are_those_of_the_first_version():
-    args = infogan.parse_args([])
-    assert (args.n_cat, args.n_cont, args.epochs, args.out) == (1, 2, 150, "checkpoint/cat1-cont2")
-    assert (args.lam_cat, args.lam_cont, args.q_augment, args.lr_g) == (1.0, 0.3, 1.0, 2e-4)
-    assert args.lam_identity == 2.0
-
-
-def test_digits_have_defaults_of_their_own_and_a_flag_wins():
-    args = infogan.parse_args(["--data", "mnist", "--lr-g", "0.01"])
-    assert (args.lr_g, args.lr_d, args.q_augment, args.width) == (0.01, 2e-4, 1.0, 32)
-    assert (args.image_size, args.flip, args.lam_identity) == (32, False, 0.0)
-    assert infogan.parse_args(["--data", "celeba"]).flip is True
-
-
-def test_the_notebooks_recipe_has_its_settings_and_a_flag_wins():
-    args = infogan.parse_args(["--data", "mnist", "--recipe", "notebook"])
-    assert (args.lr_g, args.q_augment, args.flip, args.width) == (2e-4, 0.0, False, 64)
-    for n_cont, lam in (("20", 0.0), ("2", 0.1)):
-        args = infogan.parse_args(["--recipe", "notebook", "--n-cont", n_cont])
-        assert (args.lam_cat, args.lam_cont, args.q_augment, args.r1) == (1.0, lam, 0.0, 0.0)
-        assert (args.cap_cont, args.lam_identity) == (3.0, 0.0)
-        assert (args.info_to, args.ema, args.flip) == ("head", 0.0, False)
-    assert infogan.parse_args(["--recipe", "notebook", "--ema", "0.5"]).ema == 0.5
+@pytest.mark.parametrize("flags, values", DEFAULTS)
+def test_defaults_follow_the_recipe_and_the_set_and_a_flag_wins(flags, values):
+    args = vars(infogan.parse_args(flags))
+    assert {name: args[name] for name in values} == values
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--n-cat", "65"], ("--n-cat 65", "0 to 64")),
-    (["--n-cat", "two"], ("--n-cat", "two")),
     (["--image-size", "48"], ("--image-size 48", "64")),
     (["--channels", "2"], ("--channels 2",)),
-    (["--lr-g", "nan"], ("--lr-g nan",)),
-    (["--epochs", "0"], ("--epochs 0",)),
     (["--n-cat", "0", "--n-cont", "0", "--z-dim", "0"], ("--z-dim",)),
     (["--bogus"], ("--bogus", "--help")),
     (["--data", ""], ("--data", "empty")),
     (["--data", "no such folder"], ("no such folder", "make demo")),
     (["--data", "."], ("at least 2",)),
-    (["--device", "cuda"], ("cuda",)),
+    (["--device", "tpu"], ("--device tpu: not available",)),
+    (["--init", "none.pt"], ("none.pt: no such checkpoint",)),
     (["--out", "full", "--data", "."], ("full", "mine.csv", "another folder")),
 ])  # fmt: skip
 def test_bad_flags_get_one_line(tmp_path, monkeypatch, capsys, flags, words):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "full").mkdir()
     (tmp_path / "full/mine.csv").write_text("precious")
-    if "cuda" in flags and torch.cuda.is_available():
-        pytest.skip("there is a GPU")
     assert infogan.main(flags) == 2
     said_one_line(capsys, *words)
     assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == ["mine.csv"]
@@ -2046,11 +2025,9 @@ def test_every_path_may_begin_with_the_home(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("USERPROFILE", str(tmp_path))
     for module, needed in ((infogan, []), (generate, ["--ckpt=~/a.pt"])):
-        rows = [
-            row for rows in module.FLAGS.values() for row in rows if row[2] in ("FOLDER", "FILE")
-        ]
-        for flag in (row[0] for row in rows):
-            if flag not in ("--data",) or module is infogan:
+        rows = [row for rows in module.FLAGS.values() for row in rows]
+        for flag in (row[0] for row in rows if row[2] in ("FOLDER", "FILE")):
+            if flag != "--data" or module is infogan:
                 args = vars(module.parse_args([*needed, f"{flag}=~/a.pt"]))
                 assert args[flag[2:]] == str(tmp_path / "a.pt"), flag
 
@@ -2059,13 +2036,8 @@ def test_every_path_may_begin_with_the_home(tmp_path, monkeypatch):
 def test_every_number_has_limits(module, capsys):
     needed = ["--ckpt", "x.pt"] if module is generate else []
     for name, (low, high) in module.LIMITS.items():
-        flag, step = "--" + name.replace("_", "-"), 1 if type(low) is int else 1e-6
-        for value in (
-            low - step,
-            high + max(step, high * 1e-6 * (type(high) is float)),
-            "x",
-            "nan",
-        ):
+        flag, step = "--" + name.replace("_", "-"), 1 if type(low) is int else 1e-6 * max(1, high)
+        for value in (low - step, high + step, "x", "nan"):
             assert module.main([*needed, f"{flag}={value}"]) == 2
             said_one_line(capsys, flag, str(value).split(".")[0])
 

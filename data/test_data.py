@@ -25,8 +25,9 @@ import download
 import draw_faces
 import measure
 
+import infogan
 from infogan import Codes, CodeSpec, Generator
-from test_infogan import said_one_line, seeded
+from test_infogan import cache, said_one_line, seeded  # noqa: F401 (a fixture for all tests)
 
 # drawn faces --------------------------------------------------------------------------------------
 
@@ -257,8 +258,6 @@ def torture_a_zip_of_a_million_entries_is_refused(tmp_path, capsys, serve):
 
 # measure.py ---------------------------------------------------------------------------------------
 
-TINY = Path(measure.__file__).with_name("format-1.pt")  # one categorical and one continuous code
-
 
 def blank(codes: Codes) -> Tensor:
     return torch.zeros(len(codes.z), 3, 16, 16)
@@ -438,13 +437,24 @@ def two_factors(tmp_path_factory) -> Path:
     return folder
 
 
-def test_the_command_prints_its_figures_and_writes_the_same(two_factors, tmp_path, capsys):
+@pytest.fixture(scope="module")
+def small(two_factors, tmp_path_factory) -> str:
+    """A checkpoint with one categorical and one continuous code."""
+    out = tmp_path_factory.mktemp("run")
+    flags = ["--image-size=16", "--width=1", "--batch-size=8", "--cat-dim=2", "--n-cont=1"]
+    flags += ["--z-dim=3", "--max-steps=1", "--device=cpu", f"--data={two_factors}"]
+    assert infogan.main([*flags, f"--out={out}"]) == 0
+    return str(out / "last.pt")
+
+
+def test_the_command_prints_its_figures_and_writes_the_same(small, two_factors, tmp_path, capsys):
+    capsys.readouterr()
     told = []
     for seed in (1, 2):  # of PyTorch's own chance, which must not count
         torch.manual_seed(seed)
         out = tmp_path / "figures.json"
         flags = ["--n", "50", "--steps", "3", "--faces", str(two_factors), "--device", "cpu"]
-        assert measure.main([str(TINY), *flags, "--json", str(out)]) == 0
+        assert measure.main([small, *flags, "--json", str(out)]) == 0
         told.append((capsys.readouterr().out, out.read_text()))
     assert told[0] == told[1]
     text, figures = told[0][0], json.loads(told[0][1])
@@ -477,9 +487,11 @@ def test_faces_are_matched_by_their_names(two_factors, tmp_path):
     assert cont[:3, 0].tolist() == pytest.approx([1, -1, 128 / 127.5 - 1], abs=1e-5)
 
 
-def test_what_a_user_can_mend_is_one_line(two_factors, tmp_path, capsys):
+def test_what_a_user_can_mend_is_one_line(small, two_factors, tmp_path, capsys):
+    capsys.readouterr()
+
     def refused(*flags: object) -> bool:
-        return measure.main([str(TINY), "--n", "4", "--steps", "0", *map(str, flags)]) == 2
+        return measure.main([small, "--n", "4", "--steps", "0", *map(str, flags)]) == 2
 
     assert refused("--faces", tmp_path)
     said_one_line(capsys, "measure.py", str(tmp_path), "factors.csv", "draw_faces.py")

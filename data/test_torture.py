@@ -57,26 +57,26 @@ def unchanged(whole: Path, killed: Path, epochs: int) -> None:
         assert path.read_bytes() == (killed / "samples" / path.name).read_bytes()
 
 
-def killed_at(module: str, name: str, n: int) -> None:
-    """The n-th call of a function kills its process instead."""
-    module = {"os": os, "infogan": infogan}[module]
-    real, calls = getattr(module, name), itertools.count(1)
+def killed_at(moment: str, n: int) -> None:
+    """A process is killed in its n-th train_step, or before the n-th file of a name has it."""
+    calls = itertools.count(1)
+    module, name = (infogan, moment) if moment == "train_step" else (os, "replace")
+    real = getattr(module, name)
 
-    def call(*given, **named):
-        if next(calls) == n:
+    def call(*given):
+        if (name == "train_step" or Path(given[1]).name == moment) and next(calls) == n:
             os.kill(os.getpid(), signal.SIGKILL)
-        return real(*given, **named)
+        return real(*given)
 
     setattr(module, name, call)
 
 
 @unix
 def test_kills_leave_no_trace(faces, trained, tmp_path):
-    """Before files have their names, before they are on the disk, within an epoch."""
     out, said = tmp_path / "run", tmp_path / "said"
     flags = tiny(faces, out, *EACH, "--epochs", 3)
-    for moment in (("os", "replace", 2), ("os", "replace", 6), ("infogan", "train_step", 30),
-                   ("os", "fsync", 9), ("os", "replace", 8)):  # fmt: skip
+    for moment in (("log.csv", 1), ("last.pt", 1), ("train_step", 7), ("epoch_0002.png", 1),
+                   ("last.pt", 2)):  # fmt: skip
         code, text = Run(flags, said, partial(killed_at, *moment)).end()
         assert code == -signal.SIGKILL, (moment, text)
     code, text = Run(flags, said).end()
