@@ -586,7 +586,7 @@ def labels_of(data: str, names: list[str]) -> list[str]:
         return [Path(name).parent.name for name in names]
     from torchvision.datasets.mnist import read_label_file
 
-    path = infogan.DATA / infogan.NAMED_SETS[data].path.replace("images-idx3", "labels-idx1")
+    path = infogan.DATA / infogan.NAMED_SETS[data][1].replace("images-idx3", "labels-idx1")
     labels = read_label_file(str(path)).tolist() if path.exists() else []
     return [str(labels[int(name)]) if labels else "" for name in names]
 
