@@ -97,7 +97,8 @@ def folded(G: Generator) -> nn.Sequential:
             m = nn.ConvTranspose2d(*weight.shape[:2], 4, 1 + up, int(up), bias=bias is not None)
             m.weight, m.bias = weight, bias
         layers.append(m.eval())
-    return nn.Sequential(*layers).requires_grad_(False).to(memory_format=torch.channels_last)
+    net = nn.Sequential(*layers).eval().requires_grad_(False)
+    return net.to(memory_format=torch.channels_last)
 
 
 def load_model(path: str, device: torch.device) -> Model:
