@@ -104,9 +104,10 @@ def folded(G: Generator) -> nn.Sequential:
 def load_model(path: str, device: torch.device) -> Model:
     """A checkpoint, or the last one of a run's folder."""
     file = Path(path, "last.pt") if os.path.isdir(path) else Path(path)
-    (G, spec), (Q, _) = infogan.load_generator(file, device), infogan.load_encoder(file, device)
+    ckpt = infogan.load_checkpoint(file)
+    (G, spec), (Q, _) = infogan.load_generator(ckpt, device), infogan.load_encoder(ckpt, device)
     Q = Q.to(memory_format=torch.channels_last)  # faster
-    return Model(file, folded(G), Q, spec, infogan.load_checkpoint(file), device)
+    return Model(file, folded(G), Q, spec, ckpt, device)
 
 
 @torch.no_grad()

@@ -1073,12 +1073,13 @@ def load_checkpoint(path: str | Path) -> dict:
     except Exception as error:  # of any kind: the file is at fault
         why = f"broken, or not a checkpoint of infogan.py ({type(error).__name__})"
         raise UserError(f"{path}: {why}") from error
-    return ckpt
+    return ckpt | {"path": str(path)}
 
 
-def load_net(path: str | Path, key: str, device: str) -> Generator | Discriminator:
+def load_net(path: str | Path | dict, key: str, device: str) -> Generator | Discriminator:
     """The weights under key in the architecture that the checkpoint names: float32, frozen."""
-    ckpt = load_checkpoint(path)
+    ckpt = path if isinstance(path, dict) else load_checkpoint(path)
+    path = ckpt["path"]
     with torch.device("meta"):  # takes no memory before the shapes are known to fit
         G, D = networks(Namespace(**ckpt["args"]))
     net = G if key == "G_ema" else D
@@ -1093,8 +1094,8 @@ def load_net(path: str | Path, key: str, device: str) -> Generator | Discriminat
     return net.eval().requires_grad_(False).to(device)
 
 
-def load_generator(path: str | Path, device: str = "cpu") -> tuple[Generator, CodeSpec]:
-    """(G, spec), the averaged generator: `x = G(spec.join(spec.sample(n, rng)))`."""
+def load_generator(path: str | Path | dict, device: str = "cpu") -> tuple[Generator, CodeSpec]:
+    """(G, spec) of a file or of load_checkpoint's dict: `x = G(spec.join(spec.sample(n, rng)))`."""
     G = load_net(path, "G_ema", device)
     return G, G.spec
 
@@ -1112,7 +1113,7 @@ class Encoder(nn.Module):
         return q.q_logits.softmax(2), q.q_mu, (q.q_logvar / 2).exp()
 
 
-def load_encoder(path: str | Path, device: str = "cpu") -> tuple[Encoder, CodeSpec]:
+def load_encoder(path: str | Path | dict, device: str = "cpu") -> tuple[Encoder, CodeSpec]:
     """(Q, spec): reads codes from pictures in [-1, 1], see Encoder."""
     D = load_net(path, "D", device)
     return Encoder(D).eval(), D.spec
@@ -1551,7 +1552,7 @@ def train(args: Namespace) -> int:
             init = load_checkpoint(args.init) if args.init and not ckpt else None
             channels = args.channels or (ckpt and ckpt["args"]["channels"])
             pictures = load_pictures(args.data, args.image_size, channels, args.crop)
-            if ckpt and ckpt["fingerprint"] != pictures.fingerprint:
+            if ckpt and ckpt.get("fingerprint", pictures.fingerprint) != pictures.fingerprint:
                 check_same(args, ["other pictures"])
         # on a GPU bfloat16 is faster only inside a graph: its casts are kernels too
         fast = fast and (device.type != "cuda" or args.cuda_graph)

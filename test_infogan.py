@@ -2202,7 +2202,9 @@ def test_progress_in_a_file_is_a_line_each_half_minute(
     steps = [16, 21, 26, 31, 36] if not terminal else [*range(16, 37)]
     assert epochs == [f"{step / 18:.1f}" for step in steps]
     assert said.count("\n") == (1 if terminal else 5)
-    assert said.count("\r") == (21 if terminal else 0) and said.endswith("eta 0:00:00" if not terminal else "\n")
+    assert said.count("\r") == (21 if terminal else 0) and said.endswith(
+        "eta 0:00:00" if not terminal else "\n"
+    )
 
 
 # flags --------------------------------------------------------------------------------------------
