@@ -1154,7 +1154,7 @@ def restore(state: State, ckpt: dict, path: Path, weights_only: bool = False) ->
         state.sums = {name: v.to(state.device) for name, v in ckpt["sums"].items()}
         rank, world = rank_and_world()
         if len(ckpt["rng"]) == world:
-            state.rng.set_state(ckpt["rng"][rank])
+            state.rng.set_state(ckpt["rng"][rank].clone())  # of a part torch reads beside it
         else:
             print(f"{len(ckpt['rng'])} processes before, {world} now: other random numbers")
     except BROKEN as error:
