@@ -517,6 +517,9 @@ class Batch(NamedTuple):
     beta: Tensor  # (): the share of G_ema that stays
 
 
+METRICS = ("loss_D", "loss_G", "D_real", "D_fake", "R1", "identity")  # and each code's L_I
+
+
 def variant(state: State, args: Namespace) -> tuple[bool, bool]:
     """Whether this step has R1, and whether D sees shifted pictures."""
     return args.r1 > 0 and state.step % R1_EVERY == 0, reach_at(state, args) > 0
@@ -564,11 +567,9 @@ def train_step(state: State, args: Namespace, batch: Batch) -> dict[str, Tensor]
     descend(state.opt_G, loss)
     update_ema(state.G_ema, G, beta)
 
-    metrics = {"loss_D": loss_D, "loss_G": loss_G}
-    metrics |= {"D_real": d_real.sigmoid().mean(), "D_fake": d_fake.sigmoid().mean()}
-    metrics |= {"R1": R1_EVERY * R1, "identity": identity}  # a mean over R1_EVERY steps is R1's
-    metrics |= dict(zip(spec.names, L_I.unbind(), strict=True))
-    return {name: value.detach() for name, value in metrics.items()}
+    values = [loss_D, loss_G, d_real.sigmoid().mean(), d_fake.sigmoid().mean()]
+    values += [R1_EVERY * R1, identity, *L_I]  # a mean over R1_EVERY steps is R1's
+    return {k: v.detach() for k, v in zip([*METRICS, *spec.names], values, strict=True)}
 
 
 SHIFT_EPOCHS = 40  # D remembers only what it has seen often: shifts grow until then
@@ -1159,7 +1160,7 @@ def restore(state: State, ckpt: dict, path: Path, weights_only: bool = False) ->
         state.sums = {name: v.to(state.device) for name, v in ckpt["sums"].items()}
         rank, world = rank_and_world()
         if len(ckpt["rng"]) == world:
-            state.rng.set_state(ckpt["rng"][rank])
+            state.rng.set_state(ckpt["rng"][rank].clone())  # of a part torch reads beside it
         else:
             print(f"{len(ckpt['rng'])} processes before, {world} now: other random numbers")
     except BROKEN as error:
@@ -1356,7 +1357,10 @@ class Log:
         if not self.path.exists():
             return
         with open(self.path, newline="", errors="replace") as file, suppress(ValueError, TypeError):
-            for line in csv.DictReader(file):
+            lines = csv.DictReader(file)
+            if lines.fieldnames != ["step", "epoch", "minutes", *METRICS, *self.spec.names]:
+                raise ValueError
+            for line in lines:
                 row = {name: float(value) for name, value in line.items()}
                 if not row.get("step", math.inf) <= step:
                     break

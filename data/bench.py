@@ -3,12 +3,14 @@
     python data/bench.py
 
 draws 2,000 faces and measures how long a start takes, how fast pictures come from files to batches,
-whole training steps, where the time of a step goes, and the most memory that all of it took.
+whole training steps, where the time of a step goes, a whole training with its files, and the most
+memory that all of it took.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import subprocess
 import sys
@@ -25,7 +27,7 @@ import torch
 import torch.nn.functional as F
 
 import infogan
-from infogan import Codes, CodeSpec, Discriminator, Generator
+from infogan import Batch, Codes, CodeSpec, Discriminator, Generator
 
 HERE = Path(__file__).resolve().parent.parent
 
@@ -94,13 +96,16 @@ V3 = ["--n-cat", "10", "--n-cont", "20", "--channels", "3"]
 BARE = ["--q-augment", "0", "--r1", "0", "--ema", "0"]  # the default recipe with nothing added
 
 
-def bench_steps(device: torch.device) -> None:
-    """Whole steps, in turn, so that a machine that slows down slows all of them down."""
+def bench_steps(device: torch.device) -> float:
+    """Whole steps, in turn, so that a machine that slows down slows all of them down.
+
+    Returns the pictures a second of the default step.
+    """
     spec, B = CodeSpec(10, 10, 20), 128
     rng = torch.Generator().manual_seed(0)
     x = torch.rand(B, 3, 64, 64, generator=rng).to(device) * 2 - 1
     codes = Codes(*(c.to(device) for c in spec.sample(B, rng)))
-    nets = [Generator(spec).to(device), Discriminator(spec).to(device)]
+    nets = [Generator(spec, upsample="transposed").to(device), Discriminator(spec).to(device)]
     for m in (m for net in nets for m in net.modules()):  # the notebook's are plain convolutions
         plain = {
             infogan.Conv2dToPixel: torch.nn.Conv2d,
@@ -109,20 +114,29 @@ def bench_steps(device: torch.device) -> None:
         m.__class__ = plain.get(type(m), type(m))
     opts = [torch.optim.Adam(net.parameters(), 2e-4, betas=(0.5, 0.999)) for net in nets]
     steps = {"notebook's loop": lambda: plain_step(*nets, *opts, x, codes, spec)}
-    x_last = x.contiguous(memory_format=torch.channels_last)
+    batch = Batch(
+        x.contiguous(memory_format=torch.channels_last),
+        codes,
+        torch.rand(B, 22, generator=rng).to(device),
+        torch.tensor(8.0, device=device),  # that of most epochs
+        torch.tensor(0.999, device=device),
+    )
     fast = infogan.speed_up(device)
     ours = {"notebook's mathematics": ["--recipe", "notebook", "--no-amp"]}
     ours |= {"default": ["--no-amp"], "default, bare": ["--no-amp", *BARE]}
     ours |= {"default, bfloat16": ["--amp"]} if fast else {}
-    for name, flags in ours.items():
+    ours |= {"default, CUDA graph": ["--cuda-graph"]} if device.type == "cuda" else {}
+    jobs = {"R1": ["--no-amp"], **ours}
+    for name, flags in jobs.items():
         args = infogan.parse_args([*V3, *flags])
+        args.amp = fast if args.amp is None else args.amp
         state = infogan.new_state(args, device)
-        steps[name] = lambda s=state, a=args: infogan.train_step(s, a, x_last, codes)
-    lazy = infogan.new_state(args := infogan.parse_args([*V3, "--no-amp"]), device)
-
-    def with_r1() -> None:
-        lazy.step = infogan.R1_EVERY
-        infogan.train_step(lazy, args, x_last, codes)
+        # D sees shifted pictures at both; only the first has R1
+        state.step = 1000 * infogan.R1_EVERY + (name != "R1")
+        step = infogan.GraphedStep() if args.cuda_graph else infogan.train_step
+        jobs[name] = lambda f=step, s=state, a=args: f(s, a, batch)
+    with_r1 = jobs.pop("R1")
+    steps |= jobs
 
     a = torch.randn(4096, 4096, device=device)
     jobs = steps | {"R1": with_r1, "product": lambda: a @ a}
@@ -130,7 +144,7 @@ def bench_steps(device: torch.device) -> None:
     for turn in range(40 if device.type == "cuda" else 7):
         for name, job in jobs.items():
             seconds = seconds_of(job, device)
-            if turn:  # the first warms up
+            if turn > (4 if device.type == "cuda" else 0):  # these warm up, or capture a graph
                 took[name].append(seconds)
     took = {name: min(each) for name, each in took.items()}  # what the machine can when it is free
     for name in steps:
@@ -143,6 +157,7 @@ def bench_steps(device: torch.device) -> None:
     )
     name = "notebook's mathematics"
     bench_profile(steps[name], took[name], took["product"], device)
+    return B / usual
 
 
 def bench_profile(step, seconds: float, product: float, device: torch.device) -> None:
@@ -195,6 +210,31 @@ def bench_start(folder: str) -> None:
         print(f"start to first step, {name}              {seconds:10.1f} s")
 
 
+def bench_loop(folder: str, device: torch.device, default: float) -> None:
+    """A training with its files and its progress line, beside the default step alone."""
+    flags = [*V3, "--no-amp", "--data", folder, "--device", str(device), "--r1", "0"]
+    n, real, begun = (400 if device.type == "cuda" else 10), infogan.train_step, []
+
+    def step(*given):
+        if device.type == "cuda" and len(begun) in (3, n - 1):
+            torch.cuda.synchronize()
+        begun.append(time.perf_counter())
+        return real(*given)
+
+    infogan.train_step = step
+    try:
+        with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing):
+            with contextlib.redirect_stderr(nothing):
+                code = infogan.main([*flags, "--max-steps", str(n), "--out", f"{folder}-loop"])
+    finally:
+        infogan.train_step = real
+    if code:
+        sys.exit(f"the training ended with {code}")
+    speed = 128 * (n - 4) / (begun[-1] - begun[3])
+    print(f"whole loop, default without R1         {speed:10.1f} pictures/s, "
+          f"{speed / default:.2f} times its step")  # fmt: skip
+
+
 def main(argv: list[str] | None = None) -> None:
     import resource
 
@@ -212,7 +252,8 @@ def main(argv: list[str] | None = None) -> None:
         draw_faces.main([f"{folder}/faces/all", "--n", "2000", "--workers", "2"])
         bench_start(f"{folder}/faces")
         bench_pictures(f"{folder}/faces", device)
-    bench_steps(device)
+        default = bench_steps(device)
+        bench_loop(f"{folder}/faces", device, default)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated() / 2**20

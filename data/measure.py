@@ -52,6 +52,7 @@ from infogan import (
     Parser,
     QOutput,
     UserError,
+    as_program,
     load_encoder,
     load_generator,
     mutual_information,
@@ -333,4 +334,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    as_program(main)
