@@ -20,7 +20,7 @@ What the default adds to the paper; `--recipe notebook` is without it:
     --cap-cont      G is not rewarded for codes that Q already reads well
     --r1            from 64 pixels on, a penalty on D's gradient (1801.04406)
     --ema           what is shown and saved is an average of G's weights (2312.02696)
-    --upsample      nearest neighbours and 3x3 convolutions in G, which leave no grain
+    --upsample      nearest neighbours and 3x3 convolutions in G, not transposed ones
 
 Sections, the paper first (search for "# step ---"): limits, codes, networks, objective, step; then
 device, pictures, checkpoint, run folder, display, processes, train, flags, program.
@@ -241,7 +241,7 @@ class ConvTranspose2dFromPixel(nn.ConvTranspose2d):
 
 
 class UpsampleConv2d(nn.Conv2d):
-    """Nearest neighbours to twice the size, then a 3x3 convolution; no chequered grain."""
+    """Nearest neighbours to twice the size, then a 3x3 convolution."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.conv_transpose2d(x, self.folded(), self.bias, stride=2, padding=1)
@@ -1870,11 +1870,11 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     shape = {}
     if "init" in given:  # a run that is there has codes and networks too, should the file be gone
         paths = [given["init"], f"{resolve(given, {}).out}/last.pt"]
-        path = next(filter(os.path.isfile, paths), paths[0])
-        before = load_checkpoint(path)["args"]
-        shape = {flag: before[flag] for flag in SHAPE}
-        if other := differences(Namespace(**{**shape, **given}), shape, SHAPE):
-            raise UserError(f"--init {path} has {other[0]}; leave this flag out")
+        for path in [path for path in paths if os.path.isfile(path)][:1]:
+            before = load_checkpoint(path)["args"]
+            shape = {flag: before[flag] for flag in SHAPE}
+            if other := differences(Namespace(**{**shape, **given}), shape, SHAPE):
+                raise UserError(f"--init {path} has {other[0]}; leave this flag out")
     args = resolve(given, shape)
     spec_of(args)
     return args
