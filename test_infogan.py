@@ -1603,7 +1603,7 @@ def test_a_folder_with_anything_else_is_refused(faces, tmp_path, capsys, name):
 @pytest.mark.parametrize("flags, words", [
     (("--n-cont", 3), ("--n-cont 2, not 3",)),
     (("--width", 8), ("--width 4, not 8",)),
-    (("--width", 8, "--allow-changes"), ("--width 4, not 8",)),  # for good
+    (("--width", 8, "--allow-changes"), ("training cannot go on",)),  # for good
     (("--batch-size", 16), ("--batch-size 32, not 16", "--allow-changes")),
     (("--data", "few", "--batch-size", 16), ("--batch-size",)),  # flags before pictures are decoded
     (("--data", "few"), ("other pictures", "--allow-changes")),
@@ -1620,7 +1620,7 @@ def test_going_on_with_another_run_is_refused(
 
 
 def test_changes_that_are_allowed_go_on(faces, trained, tmp_path):
-    """Other pictures, an epoch of another length, other rates, and optimisers of other weights."""
+    """Other pictures, an epoch of another length, and other rates."""
     out, few = copied(trained, tmp_path / "run", 1), few_pictures(tmp_path / "few")
     flags = ("--batch-size", 4, "--lr-g", 0.01, "--r1", 1, "--allow-changes")
     first = (out / "epoch_0001.pt").read_bytes()
@@ -1628,9 +1628,6 @@ def test_changes_that_are_allowed_go_on(faces, trained, tmp_path):
     ckpt = infogan.load_checkpoint(out / "last.pt")
     assert ckpt["step"] == 25 and ckpt["opt_G"]["param_groups"][0]["lr"] == 0.01
     assert ckpt["args"]["r1"] == 1 and (out / "epoch_0001.pt").read_bytes() == first
-    more = ("--max-steps", 26, "--recipe", "notebook")
-    assert infogan.main(tiny(few, out, *flags, *more)) == 0
-    assert step_of(out) == 26
 
 
 def test_other_flags_may_change_and_are_told_in_one_line(faces, trained, tmp_path, capsys):
@@ -1675,8 +1672,8 @@ def test_a_new_run_begins_with_another_s_weights(ckpt, faces, tmp_path, capsys, 
     assert infogan.load_checkpoint(out / "last.pt")["step"] == 2
     capsys.readouterr()
     again = [*still, "--init", str(ckpt), "--out", str(out), "--max-steps", "3"]
-    assert infogan.main(again) == 2
-    said_one_line(capsys, "--init before.pt, not", "another --out")
+    assert infogan.main(again) == 0
+    assert f"until now it had --init before.pt, not {ckpt}" in capsys.readouterr().out
 
 
 def test_an_init_whose_weights_do_not_fit_is_one_line(ckpt, faces, tmp_path, capsys):
@@ -2068,7 +2065,7 @@ def test_two_processes_fail_in_one_line(tmp_path):
 def test_devices_have_numbers(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    named = {"auto": "cuda", "cuda": "cuda", "cuda:1": "cuda:1", "cpu": "cpu", "cpu:0": "cpu:0"}
+    named = {"auto": "cuda:0", "cuda": "cuda:0", "cuda:1": "cuda:1", "cpu": "cpu", "cpu:0": "cpu:0"}
     assert {name: str(infogan.pick_device(name)) for name in named} == named
     for name in ("cuda:2", "cuda:x", "cpu:1", "auto:0", "tpu", "meta"):
         with pytest.raises(UserError, match=f"--device {name}: not available"):
@@ -2195,7 +2192,7 @@ class Clock:
 def test_progress_in_a_file_is_a_line_each_half_minute(
     faces, tmp_path, monkeypatch, capsys, terminal
 ):
-    """In a terminal one line, written over. None before the first row of log.csv, one at the end."""
+    """In a terminal one line, written over. None before log.csv's first row, one at the end."""
     Clock(monkeypatch)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
     assert infogan.main(tiny(faces, tmp_path / "run", "--max-steps", 36)) == 0
@@ -2264,7 +2261,8 @@ def test_bad_flags_get_one_line(tmp_path, monkeypatch, capsys, flags, words):
     assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == ["mine.csv"]
 
 
-def test_every_path_may_begin_with_the_home(tmp_path, monkeypatch):
+def test_every_path_may_begin_with_the_home(ckpt, tmp_path, monkeypatch):
+    shutil.copy(ckpt, tmp_path / "a.pt")  # which --init reads
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("USERPROFILE", str(tmp_path))
     for module, needed in ((infogan, []), (generate, ["--ckpt=~/a.pt"])):

@@ -223,9 +223,12 @@ def bench_loop(folder: str, device: torch.device, default: float) -> None:
 
     infogan.train_step = step
     try:
-        with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing):
-            with contextlib.redirect_stderr(nothing):
-                code = infogan.main([*flags, "--max-steps", str(n), "--out", f"{folder}-loop"])
+        with (
+            open(os.devnull, "w") as nothing,
+            contextlib.redirect_stdout(nothing),
+            contextlib.redirect_stderr(nothing),
+        ):
+            code = infogan.main([*flags, "--max-steps", str(n), "--out", f"{folder}-loop"])
     finally:
         infogan.train_step = real
     if code:

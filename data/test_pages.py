@@ -105,7 +105,11 @@ def check_flags(path: Path, argv: list[str]) -> None:
     if "--help" in argv:  # which another test runs
         return
     if path.parent == HERE:
-        {"infogan.py": infogan, "generate.py": generate}[path.name].parse_args(argv)
+        if path.name == "generate.py":
+            generate.parse_args(argv)
+        else:  # whatever --init names: a run makes it first
+            given = infogan.Parser("infogan.py", None, infogan.FLAGS).given(argv)
+            infogan.spec_of(infogan.resolve(given, {}))
         return
     real = argparse.ArgumentParser.parse_args
 
