@@ -1245,7 +1245,7 @@ def test_two_starts_at_once_share_a_cache(faces, tmp_path):
         runs.append(Run(argv, tmp_path / f"said {name}", prepare))
     assert [run.end()[0] for run in runs] == [0, 0]
     assert same(tmp_path / "a/last.pt", tmp_path / "b/last.pt")
-    assert len([*(tmp_path / "infogan").iterdir()]) == 1
+    assert len([*(tmp_path / "infogan").iterdir()]) == 2  # pixels and facts
 
 
 # checkpoint ---------------------------------------------------------------------------------------
@@ -1695,7 +1695,7 @@ def test_a_shrunken_checkpoint_and_a_run_s_own_begin_a_run(ckpt, faces, tmp_path
     assert (tmp_path / "run.old-1/last.pt").exists()
     assert infogan.load_checkpoint(out / "last.pt")["args"]["init"] == str(out / "last.pt")
     args = infogan.parse_args(["--init", str(HERE / "checkpoint/animefaces-v3.pt")])
-    assert (args.n_cat, args.n_cont, args.width) == (10, 20, 32) and args.lam_cont == 0.15
+    assert (args.n_cat, args.n_cont, args.width) == (10, 20, 48) and args.lam_cont == 0.15
     assert args.out == "checkpoint/cat10-cont20"
 
 
