@@ -1245,7 +1245,7 @@ def test_two_starts_at_once_share_a_cache(faces, tmp_path):
         runs.append(Run(argv, tmp_path / f"said {name}", prepare))
     assert [run.end()[0] for run in runs] == [0, 0]
     assert same(tmp_path / "a/last.pt", tmp_path / "b/last.pt")
-    assert len([*(tmp_path / "infogan").iterdir()]) == 1
+    assert len([*(tmp_path / "infogan").iterdir()]) == 2  # pixels and facts
 
 
 # checkpoint ---------------------------------------------------------------------------------------
