@@ -1756,8 +1756,8 @@ FLAGS = {  # by group: flag, default (None: see derived), limits or choices or k
     ("--info-to", "trunk", ["trunk", "head"], "L_I trains Q with D's trunk, or Q's head"),
     ("--q-augment", None, (0.0, 3.0), "how strongly pictures are moved, turned, blurred and"
      " relit before Q reads categorical codes (default 1 with up to 5 codes, else 0)"),
-    ("--shift", 0.125, (0.0, 0.5), "D sees pictures shifted by up to this share of their width,"
-     f" growing over {SHIFT_EPOCHS} epochs"),
+    ("--shift", None, (0.0, 0.5), "D sees pictures shifted by up to this share of their width,"
+     f" growing over {SHIFT_EPOCHS} epochs (default 0.125; below 64 pixels 0.0625)"),
     ("--r1", None, (0.0, 1e3), "D's gradient penalty (default 0.3; below 64 pixels 0)"),
     ("--ema", 0.03, (0.0, 1.0), "half-life of G's average, as a share of its steps"),
 ], "training": [
@@ -1791,7 +1791,9 @@ def derived(args: dict) -> dict:
     values["lam_cont"] = min(0.3, 3 / max(n_cont, 1))  # they share one weight
     values["cap_cont"] = 3.0 if few else 1.4  # else they go on growing, and categoricals fade
     values["q_augment"] = 1.0 if few else 0.0  # many codes would be learned too slowly
-    values["r1"] = 0.3 if args["image_size"] >= 64 else 0.0  # without it D wins
+    large = args["image_size"] >= 64
+    values["r1"] = 0.3 if large else 0.0  # without it D wins
+    values["shift"] = 0.125 if large else 0.0625  # small pictures lose variety with more
     if args["recipe"] == "notebook":  # its defect: the loss of 20 continuous codes was never added
         values["lam_cont"] = 0.0 if n_cont == 20 else 0.1
     return values

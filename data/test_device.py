@@ -22,18 +22,8 @@ import generate
 import infogan
 from infogan import UserError
 
-SMALL = [
-    "--image-size",
-    "16",
-    "--width",
-    "4",
-    "--batch-size",
-    "8",
-    "--channels",
-    "3",
-    "--r1",
-    "0.3",
-]
+SMALL = ["--image-size", "16", "--width", "4", "--batch-size", "8"]
+SMALL += ["--channels", "3", "--r1", "0.3", "--shift", "0.125"]
 
 
 def state_and_args(*flags: str, device: str = "cpu") -> tuple:
