@@ -1236,8 +1236,9 @@ def move_aside(out: Path) -> None:
 
 def differences(args: Namespace, before: dict, names: Collection[str]) -> list[str]:
     """ "--r1 0.3, not 1.0" for each flag that is not as before."""
-    changed = [n for n in names if getattr(args, n) is not None and getattr(args, n) != before[n]]
-    return [f"--{n.replace('_', '-')} {before[n]}, not {getattr(args, n)}" for n in sorted(changed)]
+    pairs = [(name, before.get(name), getattr(args, name)) for name in sorted(names)]
+    changed = [(name, old, new) for name, old, new in pairs if new is not None and new != old]
+    return [f"--{name.replace('_', '-')} {old}, not {new}" for name, old, new in changed]
 
 
 def check_same(args: Namespace, changes: list[str]) -> None:
