@@ -209,11 +209,13 @@ def label(code: str, names: Names) -> str:
 @cache
 def font_for(text: str, size: int) -> ImageFont.FreeTypeFont:
     """Pillow's own, or one of this system that has the letters; None where there is none."""
-    letters = {*text} - {*map(chr, range(32, 127)), "\n"}
-    if not letters:
+    if text.isascii():
         return ImageFont.load_default(size)
+    letters = {*text, *"Lact0"} - {" ", "\n"}  # those of codes too: not each font has Latin ones
     files = (p for at in FONTS.split() for p in Path(os.path.expanduser(at)).rglob("*.[tTo][tT]*"))
-    odd = re.compile("(?i)bold|black|italic|oblique|light|thin|mono|serif")
+    odd = re.compile("(?i)bold|bd|demi|black|ita|obl|light|thin|cond|mono|serif")
+    signs = re.compile("(?i)dingbat|ding|symbol|emoji|icon|awesome|^[ds]0500")  # in letters' places
+    files = (path for path in files if not signs.search(path.stem))
     for path in sorted(files, key=lambda p: (bool(odd.search(p.stem)), len(p.stem), p)):
         with suppress(OSError, ValueError):  # pictures of signs, which have sizes of their own
             font = ImageFont.truetype(str(path), size)
