@@ -1561,8 +1561,8 @@ def train(args: Namespace) -> int:
                 check_same(args, ["other pictures"])
         # on a GPU bfloat16 is faster only inside a graph: its casts are kernels too
         fast = fast and (device.type != "cuda" or args.cuda_graph)
-        found = {"channels": pictures.x.shape[3], "amp": fast if args.amp is None else args.amp}
-        args, n = Namespace(**{**vars(args), **found}), len(pictures.x)
+        resolved = {"channels": pictures.x.shape[3], "amp": fast if args.amp is None else args.amp}
+        args, n = Namespace(**{**vars(args), **resolved}), len(pictures.x)
         state = new_state(args, device)
         if source := ckpt or init:
             restore(state, source, Path(args.init) if init else out, weights_only=bool(init))
