@@ -92,7 +92,7 @@ def tiny_state(*flags: str) -> tuple[infogan.State, Namespace, torch.Tensor, Cod
 
 def batch_of(state: infogan.State, args: Namespace, x: torch.Tensor, codes: Codes) -> infogan.Batch:
     """What train_step takes at this step, with the same chance each time."""
-    u = torch.rand(len(x), 22, generator=seeded(3))
+    u = torch.rand(len(x), infogan.N_U, generator=seeded(3))
     reach = torch.tensor(float(infogan.reach_at(state, args)))
     return infogan.Batch(x, codes, u, reach, torch.tensor(infogan.beta_at(state, args)))
 

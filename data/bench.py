@@ -118,7 +118,7 @@ def bench_steps(device: torch.device) -> float:
     batch = Batch(
         x.contiguous(memory_format=torch.channels_last),
         codes,
-        torch.rand(B, 22, generator=rng).to(device),
+        torch.rand(B, infogan.N_U, generator=rng).to(device),
         torch.tensor(8.0, device=device),  # that of most epochs
         torch.tensor(0.999, device=device),
     )
