@@ -30,13 +30,11 @@ Left out on purpose: labels, learning-rate schedules, growing networks, loader p
 from __future__ import annotations
 
 import copy
-import csv
 import hashlib
 import io
 import json
 import math
 import os
-import pickletools
 import re
 import signal
 import sys
@@ -482,7 +480,8 @@ class State:
     per_epoch: int = 1  # steps
     step: int = 0
     minutes: float = 0.0  # of training, over all starts
-    sums: dict[str, Tensor] = field(default_factory=dict)  # of metrics, since the last logged step
+    sums: dict[str, Tensor] = field(default_factory=dict)  # of metrics, since the last row
+    rows: list[list[float]] = field(default_factory=list)  # of log.csv
 
     @property
     def epochs(self) -> float:
@@ -496,12 +495,18 @@ class State:
         else:
             self.sums = {name: value.clone() for name, value in metrics.items()}
 
-    def means(self, steps: int) -> dict[str, float]:
-        """The metrics' means over all processes and this many steps; the sums begin anew."""
+    @property
+    def columns(self) -> list[str]:
+        """The names of what stands in a row of log.csv."""
+        return ["step", "epoch", "minutes", *METRICS, *self.spec.names]
+
+    def add_row(self) -> dict[str, float]:
+        """The next row of log.csv: the metrics' means over LOG_EVERY steps and all processes."""
         all_mean_([*self.sums.values()])
-        values = (torch.stack([*self.sums.values()]) / steps).tolist()
-        means, self.sums = dict(zip(self.sums, values, strict=True)), {}
-        return means
+        means = torch.stack([*self.sums.values()]) / LOG_EVERY
+        self.rows.append([self.step, self.epochs, self.minutes, *means.tolist()])
+        self.sums = {}
+        return dict(zip(self.columns, self.rows[-1], strict=True))
 
 
 N_U = 22  # uniform numbers that a step takes for each picture
@@ -1005,10 +1010,8 @@ def make_batch(x: Tensor, flip: bool, rng: torch.Generator, device: torch.device
 
 FORMAT = 2
 NETS, OPTIMISERS = ("G", "G_ema", "D"), ("opt_G", "opt_D")  # names in State and in the file
-PICKLED = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2"}
-PICKLED |= {f"torch {kind}Storage" for kind in ("Float", "Half", "Long", "Byte")}
 LOWER_LR = "last.pt is the last good one, if saved. Lower --lr-g and --lr-d"
-NEW_RUN = "--restart moves the old run aside, another --out starts beside it"
+NEW_RUN = "another --out starts a new run"
 BROKEN = (AttributeError, EOFError, KeyError, OSError, RuntimeError, TypeError, ValueError)
 
 
@@ -1044,26 +1047,16 @@ def save_file(path: Path, values: dict) -> None:
 def load_checkpoint(path: str | Path) -> dict:
     """A checkpoint on the CPU: "args" (a dict of the flags), "spec", "step", "G_ema", …
 
-    Runs no code from the file, takes no more memory than it has bytes, verifies its checksums.
-    Raises UserError for a file that is not a checkpoint of ours.
+    Runs no code from the file. Raises UserError for a file that is not a checkpoint of ours.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint; infogan.py saves last.pt in a run's folder")
     try:
-        size = path.stat().st_size
         with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
-            if sum(entry.file_size for entry in entries) > size or archive.testzip():
+            if archive.testzip():  # torch does not verify checksums
                 raise zipfile.BadZipFile
-            pickles = [archive.read(entry) for entry in entries if entry.filename.endswith(".pkl")]
-        ops = (op for raw in pickles for op in pickletools.genops(raw))
-        if not {name for op, name, _ in ops if op.name.endswith("GLOBAL")} <= PICKLED:
-            raise ValueError
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
-        tensors = [leaf for leaf in tree_leaves(ckpt) if isinstance(leaf, Tensor)]
-        if sum(t.nbytes for t in tensors) > size:  # one number stretched over a huge shape
-            raise ValueError
         if ckpt["format"] != FORMAT:
             raise UserError("is from another version of infogan.py")
         check_limits({name: ckpt["args"].get(name) for name in LIMITS})
@@ -1136,6 +1129,7 @@ def gather_checkpoint(state: State, args: Namespace, fingerprint: str) -> dict:
         if not all(w.isfinite().all() for w in ckpt[name].values()):
             raise Diverged(f"step {state.step}: {name} has weights that are not finite; {LOWER_LR}")
     ckpt |= {name: getattr(state, name) for name in ("sums", "step", "minutes")}
+    ckpt["rows"] = torch.tensor(state.rows, dtype=torch.float64)
     ckpt |= {"format": FORMAT, "spec": asdict(state.spec), "args": vars(args)}
     return ckpt | {"rng": all_stacked(state.rng.get_state()), "fingerprint": fingerprint}
 
@@ -1158,6 +1152,7 @@ def restore(state: State, ckpt: dict, path: Path, weights_only: bool = False) ->
                 raise ValueError
         state.step, state.minutes = int(ckpt["step"]), float(ckpt["minutes"])
         state.sums = {name: v.to(state.device) for name, v in ckpt["sums"].items()}
+        state.rows = ckpt["rows"].tolist()
         rank, world = rank_and_world()
         if len(ckpt["rng"]) == world:
             state.rng.set_state(ckpt["rng"][rank].clone())  # of a part torch reads beside it
@@ -1178,27 +1173,15 @@ SIGNALS = ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"]
 SIGNALS = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
 
 
-def files_of_run(out: Path) -> list[Path]:
-    """What lies in a run's folder, but IGNORED; what makes it a run comes last."""
-    paths = out.iterdir() if out.is_dir() else [path for path in [out] if path.exists()]
-    paths = [path for path in paths if not re.fullmatch(IGNORED, path.name)]
-    return sorted(paths, key=lambda path: path.name in ("last.pt", "args.json"))
-
-
-def first_free(pattern: str) -> Path:
-    """The first path that does not exist yet of a pattern such as "old-{}"."""
-    return next(path for i in count(1) if not (path := Path(pattern.format(i))).exists())
-
-
 @contextmanager
 def locked(out: Path) -> Iterator[None]:
     """A run's folder, made if missing, for this process alone: the lock ends with the process."""
-    files = files_of_run(out)
-    if files and not any(any(out.glob(name)) for name in ("args.json", "last.pt", "epoch_*.pt")):
-        raise UserError(f"--out {out}: has {files[0].name} but no run in it; give another folder")
+    names = sorted(os.listdir(out)) if out.is_dir() else []
+    others = [name for name in names if not re.fullmatch(IGNORED, name)]
+    if others and not any(re.fullmatch(r"args\.json|last\.pt|epoch_.*\.pt", n) for n in others):
+        raise UserError(f"--out {out}: has {others[0]} but no run in it; give another folder")
     out.mkdir(parents=True, exist_ok=True)
-    pid = out / ".pid"
-    with open(out / ".lock", "ab") as file:
+    with open(out / ".lock", "a+") as file:
         try:
             import fcntl
 
@@ -1206,32 +1189,22 @@ def locked(out: Path) -> Iterator[None]:
             if os.fstat(file.fileno()).st_nlink == 0:  # a run that has just ended removed it
                 raise BlockingIOError
         except BlockingIOError:
-            holder = pid.read_text() if pid.exists() else "of another program"
+            file.seek(0)
+            holder = file.read() or "of another program"
             raise UserError(f"--out {out}: process {holder} is training there") from None
         except (ImportError, OSError) as error:  # Windows and some network drives have no locks
             print(f"{out}: cannot be locked ({error}); start no second run there")
         with suppress(OSError):
-            pid.write_text(str(os.getpid()))
+            file.truncate(0)
+            print(os.getpid(), end="", file=file, flush=True)
         for part in [*out.glob(".*.part"), *out.glob("samples/.*.part")]:
             part.unlink()  # from a process that was killed while it wrote
         try:
             yield
         finally:
             with suppress(OSError):
-                pid.unlink(missing_ok=True)
                 Path(file.name).unlink()
                 out.rmdir()  # only if it is empty: a start that failed
-
-
-def move_aside(out: Path) -> None:
-    """The old run becomes OUT.old-1; out itself, perhaps a link or a mounted volume, stays."""
-    aside = first_free(f"{out}/old-{{}}")
-    aside.mkdir()
-    for path in files_of_run(out):
-        path.rename(aside / path.name)
-    with suppress(OSError):  # another file system, or a folder of somebody else: OUT/old-1
-        aside = aside.rename(first_free(f"{out.resolve()}.old-{{}}"))
-    print(f"the old run is now {aside}")
 
 
 def differences(args: Namespace, before: dict, names: Collection[str]) -> list[str]:
@@ -1334,70 +1307,46 @@ def save_animation(out: Path) -> None:
 
 
 class Log:
-    """log.csv, curves.png and TensorBoard's events of a run; rows after `step` are removed."""
+    """log.csv, curves.png and TensorBoard's events of a run, from the rows in its checkpoints."""
 
-    def __init__(self, out: Path, spec: CodeSpec, step: int):
-        self.path, self.spec, self.failed = out / "log.csv", spec, set()
-        self.rows, self.unwritten = [], ""  # of self.rows; the text that is not in the file yet
-        self.attempt("log.csv", self.read, step)
+    def __init__(self, out: Path, state: State):
+        self.path, self.state, self.failed = out / "log.csv", state, set()
+        self.attempt("log.csv", self.keep_edited)
         tb = self.attempt("TensorBoard", import_module, "torch.utils.tensorboard")  # takes a second
-        self.board = tb and self.attempt("TensorBoard", tb.SummaryWriter, str(out), "", step + 1)
+        where = (str(out), "", state.step + 1)
+        self.board = tb and self.attempt("TensorBoard", tb.SummaryWriter, *where)
 
     def attempt(self, what: str, job: Callable, *args: object) -> object:
         """What job returns. A failure is told once, and training goes on, which is worth more."""
         try:
             return job(*args)
-        except Exception as error:  # viewers, full disks, edited files, old packages raise anything
+        except Exception as error:  # viewers, full disks, old packages raise anything
             where, why = (getattr(error, name, None) for name in ("filename", "strerror"))
             if what not in self.failed:
                 print(f"{where or what}: {why or error}; training goes on", file=sys.stderr)
             self.failed.add(what)
 
-    def read(self, step: int) -> None:
-        """The rows of earlier starts, up to step; a file that someone edited is kept aside."""
-        if not self.path.exists():
-            return
-        with open(self.path, newline="", errors="replace") as file, suppress(ValueError, TypeError):
-            lines = csv.DictReader(file)
-            if lines.fieldnames != ["step", "epoch", "minutes", *METRICS, *self.spec.names]:
-                raise ValueError
-            for line in lines:
-                row = {name: float(value) for name, value in line.items()}
-                if not row.get("step", math.inf) <= step:
-                    break
-                self.rows.append(row)
-        if step and self.rows[-1:] and self.rows[-1]["step"] == step - step % LOG_EVERY:
-            with replacing(self.path) as file:
-                lines = [",".join(self.rows[0]), *map(self.text, self.rows)]
-                file.write("".join(f"{line}\n" for line in lines).encode())
-        elif step >= LOG_EVERY:
-            aside, self.rows = first_free(f"{self.path}.old-{{}}"), []
-            self.path.rename(aside)
-            print(f"{self.path}: has other lines than this run's; as it was it is now {aside}")
-        else:
-            self.path.unlink()
+    def text(self) -> str:
+        rows = [[f"{round(value, 5):.12g}" for value in row] for row in self.state.rows]
+        return "".join(",".join(row) + "\n" for row in [self.state.columns, *rows])
 
-    @staticmethod
-    def text(row: dict[str, float]) -> str:
-        return ",".join(f"{v:.0f}" if name == "step" else f"{v:.5f}" for name, v in row.items())
+    def keep_edited(self) -> None:
+        """A log.csv that somebody has edited is renamed before this run writes its own."""
+        edited = self.path.read_text(errors="replace") if self.path.exists() else ""
+        if not edited.startswith(self.text()) and not self.text().startswith(edited):
+            number = next(i for i in count(1) if not Path(f"{self.path}.old-{i}").exists())
+            aside = self.path.rename(f"{self.path}.old-{number}")
+            print(f"{self.path}: has other lines than this run's; as it was it is now {aside}")
+
+    def save(self) -> None:
+        with replacing(self.path) as file:
+            file.write(self.text().encode())
 
     def add(self, row: dict[str, float]) -> None:
-        """A row of log.csv: step, epoch, minutes, and what train_step returns."""
-        if not self.rows:
-            self.unwritten += ",".join(row) + "\n"
-        self.rows.append(row)
-        self.unwritten += self.text(row) + "\n"
-        self.attempt("log.csv", self.write)
-        if self.board:
-            for name in list(row)[3:]:
-                place = f"L_I/{name}" if name in self.spec.names else f"GAN/{name}"
-                step = int(row["step"])
-                self.attempt("TensorBoard", self.board.add_scalar, place, row[name], step)
-
-    def write(self) -> None:
-        with open(self.path, "a") as file:
-            file.write(self.unwritten)
-        self.unwritten = ""
+        for name in [*METRICS, *self.state.spec.names] if self.board else []:
+            place = f"L_I/{name}" if name in self.state.spec.names else f"GAN/{name}"
+            number = (place, row[name], self.state.step)
+            self.attempt("TensorBoard", self.board.add_scalar, *number)
 
     def add_grid(self, name: str, x: Tensor, epoch: int) -> None:
         if self.board:
@@ -1406,29 +1355,32 @@ class Log:
 
     def draw(self) -> None:
         """curves.png: losses, D's mean probabilities, and each code's L_I below its ceiling."""
-        if len(self.rows) < 2:
+        spec, rows = self.state.spec, self.state.rows
+        if len(rows) < 2:
             return
         panels = [("losses of D (blue) and G (red)", ["loss_D", "loss_G"], 0.0)]
         panels += [("D(x) (blue) and D(G(z, c)) (red)", ["D_real", "D_fake"], 1.0)]
-        for kind, place in self.spec.kinds.items():
-            top = self.spec.ceilings[place][0]
-            panels.append((f"L_I of {kind}, nats, at most {top:.2f}", self.spec.names[place], top))
+        for kind, place in spec.kinds.items():
+            top = spec.ceilings[place][0]
+            panels.append((f"L_I of {kind}, nats, at most {top:.2f}", spec.names[place], top))
         page = Image.new("RGB", (640, 200 * len(panels)), "white")
-        shown = self.rows[:: -(-len(self.rows) // 1000)]  # more than the page has pixels for
-        epochs = [row["epoch"] for row in shown]
+        shown = rows[:: -(-len(rows) // 1000)]  # more than the page has pixels for
+        values = dict(zip(self.state.columns, zip(*shown, strict=True), strict=True))
         for i, (title, names, top) in enumerate(panels):
-            lines = [[row[name] for row in shown] for name in names]
-            page.paste(draw_panel(title, epochs, lines, top), (0, 200 * i))
-        self.attempt("curves.png", save_picture, self.path.with_name("curves.png"), page)
+            lines = [values[name] for name in names]
+            page.paste(draw_panel(title, values["epoch"], lines, top), (0, 200 * i))
+        save_picture(self.path.with_name("curves.png"), page)
 
     def close(self) -> None:
-        self.draw()
-        self.attempt("log.csv", self.write)
+        self.attempt("curves.png", self.draw)
+        self.attempt("log.csv", self.save)
         if self.board:
             self.attempt("TensorBoard", self.board.close)
 
 
-def draw_panel(title: str, x: list[float], lines: list[list[float]], top: float) -> Image.Image:
+def draw_panel(
+    title: str, x: Sequence[float], lines: list[Sequence[float]], top: float
+) -> Image.Image:
     """A chart of 640x200 that shows zero, `top` and all but the most extreme 2% of the values."""
     colours = ("#1f77b4", "#d62728", "#2ca02c", "#ff7f0e", "#9467bd", "#8c564b", "#e377c2")
     values = sorted(v for line in lines for v in line)
@@ -1520,7 +1472,7 @@ def rank_0_first() -> Iterator[None]:
 
 LOG_EVERY = R1_EVERY  # steps between two rows of log.csv, each with one R1; no wait between them
 SAVE_SECONDS = 60.0  # between two saves of last.pt
-RETRY_SECONDS, RETRY_EVERY = 300.0, 5.0  # a save that fails is tried again
+RETRY_SECONDS = 300.0  # in which a save that failed is tried again
 SAVE_STEPS = 100  # shorter epochs count together for grids and for checkpoints that are kept
 
 
@@ -1553,7 +1505,7 @@ def train(args: Namespace) -> int:
         with rank_0_first():
             if is_main():
                 held.enter_context(locked(out))
-            ckpt = None if args.restart else find_checkpoint(args)
+            ckpt = find_checkpoint(args)
             init = load_checkpoint(args.init) if args.init and not ckpt else None
             channels = args.channels or (ckpt and ckpt["args"]["channels"])
             pictures = load_pictures(args.data, args.image_size, channels, args.crop)
@@ -1584,10 +1536,7 @@ def train(args: Namespace) -> int:
         if args.batch_size > B:
             print(f"--batch-size {args.batch_size}: there are only {n} pictures, so a batch is {B}")
         print(f"{describe(state, args)}, {state.per_epoch:,} steps an epoch")
-        all_max(0)  # all have read --init, which may lie in the run that is moved
         if is_main():
-            if args.restart and files_of_run(out):
-                move_aside(out)
             with replacing(out / "args.json") as file:  # first: it makes the folder a run's
                 file.write(json.dumps(vars(args), indent=2).encode() + b"\n")
             (out / "samples").mkdir(exist_ok=True)
@@ -1598,7 +1547,7 @@ def train(args: Namespace) -> int:
     steps = f"{state.step:,} steps, {state.epochs:.1f} epochs, {state.minutes:.1f} minutes in all"
     if finished and bad:
         name = max(bad, key=lambda k: abs(bad[k]))
-        cure = "it has learned nothing; --restart with a smaller --lr-g and --lr-d"
+        cure = "it has learned nothing; give another --out, and smaller --lr-g and --lr-d"
         raise Diverged(f"{steps}, but {name} is {bad[name]:.0f}: {cure}")
     why, do = "time is up", "the same command resumes"
     if finished:
@@ -1620,9 +1569,9 @@ def loop(
     rng = torch.Generator().manual_seed(args.seed)  # the same pictures and z at each start
     shown = pictures.x[pictures.order[torch.randperm(len(pictures.x), generator=rng)[:64]]]
     latents = Codes(*(c.to(state.device) for c in spec.sample(64, rng)))
-    log = Log(out, spec, state.step) if is_main() else None
+    log = Log(out, state) if is_main() else None
     step_once = GraphedStep() if args.cuda_graph else train_step
-    first, began, row, failing = state.step, time.monotonic(), {}, None
+    first, began, row = state.step, time.monotonic(), {}
     start, next_save = began - 60 * state.minutes, began + (SAVE_SECONDS if log else math.inf)
     tty, next_shown = sys.stderr.isatty(), began  # a file gets lines, a terminal one that changes
     together = -(-SAVE_STEPS // per_epoch)  # epochs
@@ -1656,11 +1605,10 @@ def loop(
             epoch, rest = divmod(state.step, per_epoch)
 
             if state.step % LOG_EVERY == 0:
-                row = state.means(LOG_EVERY)
+                row = state.add_row()
                 check_finite(state.step, row)
-                place = {"step": state.step, "epoch": state.epochs, "minutes": state.minutes}
                 if log:
-                    log.add(place | row)
+                    log.add(row)
             if log and row and (now >= next_shown or ends):
                 next_shown = now + (0.5 if tty else 30.0)
                 speed = (state.step - first) / (now - began)  # steps a second
@@ -1673,16 +1621,16 @@ def loop(
                 )
             if log and rest == 0 and epoch % draw_every == 0:
                 log.add_grid("samples", save_samples(f"epoch_{epoch:04d}"), epoch)
-                log.draw()
+                log.attempt("curves.png", log.draw)
             if log and done:  # before last.pt, so that a finished run is complete
                 finish()
             keep = rest == 0 and epoch % keep_every == 0
             if due or keep or ends:
                 ckpt = gather_checkpoint(state, args, pictures.fingerprint)
                 if log:
-                    patience = 0.0 if stopped_by else RETRY_SECONDS
-                    failing = save_last(out / "last.pt", ckpt, failing, patience, bool(ends))
-                    next_save = now + (RETRY_EVERY if failing else SAVE_SECONDS)
+                    log.attempt("log.csv", log.save)
+                    save_last(out / "last.pt", ckpt, caught)
+                    next_save = now + SAVE_SECONDS
                 if log and keep:
                     log.attempt("checkpoint", save_file, out / f"epoch_{epoch:04d}.pt", ckpt)
             if ends:
@@ -1692,28 +1640,19 @@ def loop(
     return stopped_by, row
 
 
-def save_last(
-    path: Path, ckpt: dict, failing: float | None, patience: float, wait: bool
-) -> float | None:
-    """Saves last.pt. Returns None, or since when (time.monotonic()) that has failed.
-
-    Raises the error when it has failed for `patience` seconds; with `wait` it tries until then.
-    """
-    while True:
+def save_last(path: Path, ckpt: dict, caught: list[int]) -> None:
+    """Saves last.pt. A drive that is away is waited for, unless a signal asks to stop."""
+    patience = time.monotonic() + RETRY_SECONDS
+    for attempt in count():
         try:
-            save_file(path, ckpt)
-            return None
+            return save_file(path, ckpt)
         except OSError as error:
-            now = time.monotonic()
-            if failing is None and patience:
-                why = error.strerror or error
-                print(f"{path}: {why}; it is tried again for {patience / 60:.0f} minutes")
-            failing = failing or now
-            if now >= failing + patience:
+            if caught or time.monotonic() >= patience:
                 raise
-        if not wait:
-            return failing
-        time.sleep(min(1.0, RETRY_EVERY))
+            if attempt == 0:
+                minutes = f"{RETRY_SECONDS / 60:.0f} minutes"
+                print(f"{path}: {error.strerror or error}; tried again for {minutes}")
+        time.sleep(min(5.0, RETRY_SECONDS))
 
 
 # flags --------------------------------------------------------------------------------------------
@@ -1779,7 +1718,6 @@ FLAGS = {  # by group: flag, default (None: see derived), limits or choices or k
      "epochs between checkpoints that are kept (default 25; more if they are short)"),
     ("--sample-every", None, (1, 10**9), "epochs between grids (default 5; more if short)"),
     ("--allow-changes", False, bool, "go on though pictures or flags are not those of the run"),
-    ("--restart", False, bool, "start from step 0; the old run is moved to OUT.old-1"),
 ]}
 # fmt: on
 
@@ -1887,7 +1825,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
 
 
 class Output:
-    """A stream that survives its reader, as a closed terminal must not end a run; rank 0's only."""
+    """A stream that survives its reader: a closed terminal must not end a run."""
 
     def __init__(self, stream: TextIO):
         self.stream = stream
@@ -1896,10 +1834,8 @@ class Output:
         return getattr(self.stream, name)
 
     def write(self, text: str) -> None:
-        code = self.stream.encoding or "utf-8"
         with suppress(OSError):
-            if is_main():
-                self.stream.write(text.encode(code, "backslashreplace").decode(code))
+            self.stream.write(text)
 
     def flush(self) -> None:
         with suppress(OSError):
@@ -1921,13 +1857,18 @@ def run(program: str, job: Callable[[], int]) -> int:
             raise
     except KeyboardInterrupt:
         text, code = "stopped", 130
-    print(f"{program}: {text}".replace("\n", " "), file=sys.stderr)
+    if is_main():
+        print(f"{program}: {text}".replace("\n", " "), file=sys.stderr)
     return code
 
 
 def as_program(main: Callable[[], int]) -> None:
-    """Runs main and ends the process, with streams that survive a closed terminal."""
+    """Runs main and ends the process, with streams that take any letter and survive."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")
     sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
+    if int(os.environ.get("RANK", 0)):  # of torchrun's processes the first alone prints
+        sys.stdout = None
     sys.exit(main())
 
 
