@@ -46,13 +46,14 @@ from argparse import ArgumentParser, BooleanOptionalAction, Namespace, RawDescri
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from functools import partial
 from importlib import import_module
 from itertools import chain, count, cycle
 from pathlib import Path
+from threading import Lock
 from typing import BinaryIO, NamedTuple, TextIO
 
 if __name__ == "__main__":  # Ctrl-C while torch is loading, which takes a second: no traceback
@@ -748,7 +749,8 @@ class GraphedStep:
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "JPEG2000", "PPM", "ICO", "PCX", "SGI")
 FORMATS += ("QOI", "TGA", "AVIF")  # not all that Pillow knows: for EPS it starts a program
 MAX_PIXELS = 2**30 // 12  # of one file, Pillow's own limit: decoding takes up to 16 bytes for each
-DECODERS = 8  # threads; what is larger than their share of MAX_PIXELS is decoded alone
+DECODERS = 8  # threads
+LARGE = Lock()  # pictures of more than MAX_PIXELS / DECODERS are decoded one at a time
 DECODED_AT_ONCE = 512  # so memory stays flat however large a set is
 DECODER = 3  # counts up whenever decode changes its result
 CROPS = {"centre": 0.5, "top": 0.0}  # how much of what a tall picture loses lies above the square
@@ -757,11 +759,10 @@ SYSTEM += r"|found\.000|system volume information|desktop\.ini|thumbs(\.db)?"  #
 MADE = [{"args.json", "log.csv"}, {"last.pt"}, {"codes.csv"}, {"table.csv", "overview.png"}]
 GET_PICTURES = "give a folder of pictures; `make data` downloads faces, `make demo` draws some"
 DATA, IDX = Path("data"), "raw/train-images-idx3-ubyte"  # where torchvision keeps named sets
-NAMED_SETS = {  # torchvision's class, its file or folder, files in it, --image-size, --flip
-    "mnist": ("MNIST", f"MNIST/{IDX}", 1, 32, False),
-    "fashion-mnist": ("FashionMNIST", f"FashionMNIST/{IDX}", 1, 32, False),
-    "svhn": ("SVHN", "train_32x32.mat", 1, 32, False),
-    "celeba": ("CelebA", "celeba/img_align_celeba", 202_599, 32, True),
+NAMED_SETS = {  # torchvision's class, its file; digits and clothes: 32x32, never mirrored
+    "mnist": ("MNIST", f"MNIST/{IDX}"),
+    "fashion-mnist": ("FashionMNIST", f"FashionMNIST/{IDX}"),
+    "svhn": ("SVHN", "train_32x32.mat"),
 }
 
 
@@ -784,50 +785,44 @@ def find_pictures(folder: Path) -> tuple[list[Path], str]:
 
     Linked folders are followed, each once; what cannot be opened counts as a file.
     """
-    files, passed_over, formats = [], Counter(), Image.registered_extensions()
-    folders, links, visited = [folder], [], {*map(str, folder.parents)}
-    while folders or links:  # links last, so that pictures keep the names that they have without
-        here = folders.pop() if folders else links.pop(0)
-        if (real := os.path.realpath(here)) in visited:
+    files, others, formats = [], Counter(), Image.registered_extensions()
+    visited, fail = {*map(str, folder.parents)}, lambda error: files.append(Path(error.filename))
+    for here, folders, names in os.walk(folder, followlinks=True, onerror=fail):
+        path, real, below = Path(here), os.path.realpath(here), folders.copy()
+        folders.clear()
+        if real in visited:
             continue
         visited.add(real)
-        try:
-            names = {*os.listdir(here)}
-        except OSError:
-            files.append(here)
+        if path != folder and any(marks <= {*names} for marks in MADE):
+            others[f"folder {path.name} (a run, or by generate.py)"] += 1
             continue
-        if here != folder and any(marks <= names for marks in MADE):
-            passed_over[f"folder {here.name} (a run, or by generate.py)"] += 1
-            continue
-        for path in map(here.joinpath, sorted(names)):
-            suffix = re.split("[?:_]", path.suffix.lower())[0]  # .jpg?w=400 and .jpg_large too
-            is_folder, is_picture = os.path.isdir(path), formats.get(suffix) in FORMATS
-            if is_folder and re.fullmatch(SYSTEM, path.name):
-                passed_over[f"folder {path.name}"] += 1
-            elif is_folder:
-                (links if path.is_symlink() else folders).append(path)
-            elif path.name[0] == ".":
-                passed_over["hidden"] += is_picture
-            elif is_picture or not os.path.exists(path):
-                files.append(path)
+        for name in below:
+            if re.fullmatch(SYSTEM, name):
+                others[f"folder {name}"] += 1
             else:
-                passed_over[f"of {suffix or 'no suffix'}"] += 1
-    return sorted(files), first_ten([f"{n:,} {kind}" for kind, n in passed_over.most_common() if n])
+                folders.append(name)
+        folders.sort(key=lambda name: (path.joinpath(name).is_symlink(), name))
+        for file in map(path.joinpath, names):
+            suffix = re.split("[?:_]", file.suffix.lower())[0]  # .jpg?w=400 and .jpg_large too
+            is_picture = formats.get(suffix) in FORMATS
+            if file.name[0] == ".":
+                others["hidden"] += is_picture
+            elif is_picture or not os.path.exists(file):
+                files.append(file)
+            else:
+                others[f"of {suffix or 'no suffix'}"] += 1
+    return sorted(files), first_ten([f"{n:,} {kind}" for kind, n in others.most_common() if n])
 
 
 def open_named_set(name: str, flag: str) -> Collection[tuple]:
     """torchvision's (picture, label) pairs, downloaded where they are missing."""
-    kind, path, *_ = NAMED_SETS[name]
-    path, own = DATA / path, Path(name)
-    is_other = own.is_dir() and not (own / "log.csv").exists()  # which a run has
-    if not path.exists() and is_other and find_pictures(own)[0]:
-        why = f"a known set, and a folder of pictures here: give {flag} ./{name} for the folder"
-        raise UserError(f"{flag} {name}: {why}, or rename it to get the known set")
+    kind, file = NAMED_SETS[name]
+    path = DATA / file
     try:
         from torchvision import datasets  # takes a second, so only here
 
         return getattr(datasets, kind)(DATA, download=not path.exists())
-    except Exception as error:  # of any kind: torchvision, gdown and scipy raise them
+    except Exception as error:  # of any kind: torchvision and scipy raise them
         why = f"torchvision cannot get it into {DATA}/"
         if path.exists() and not isinstance(error, ImportError):
             why = f"{path} is damaged or not all: delete it, and the same command gets it again"
@@ -849,27 +844,29 @@ def to_square(image: Image.Image, size: int, channels: int, crop: str = "centre"
 
 
 def read_picture(
-    item: Path | Image.Image, size: int, channels: int, crop: str = "centre", most: int = MAX_PIXELS
+    item: Path | Image.Image, size: int, channels: int, crop: str = "centre"
 ) -> tuple[str, bytes | None, bool]:
     """A picture's hash, its (size, size, channels) bytes, whether the crop takes a third or more.
 
-    What cannot be read, or has more than `most` pixels: what is wrong with it, None, False.
+    What cannot be read, or has more than MAX_PIXELS: what is wrong with it, None, False.
     """
     try:
         if isinstance(item, Image.Image):
             raw, image = item.tobytes(), item
         elif not item.is_file():  # a pipe would never end
             raise FileNotFoundError
-        elif item.stat().st_size > 4 * most:
+        elif item.stat().st_size > 4 * MAX_PIXELS:
             raise Image.DecompressionBombError
         else:
             raw = item.read_bytes()
             image = Image.open(io.BytesIO(raw), formats=FORMATS)  # decodes nothing yet
         whole = image.size
         image.draft(None, (2 * size, 2 * size))  # a JPEG is decoded at 1/2, 1/4 or 1/8
-        if math.prod(whole if "progressive" in image.info else image.size) > most:
+        n_pixels = math.prod(whole if "progressive" in image.info else image.size)
+        if n_pixels > MAX_PIXELS:
             raise Image.DecompressionBombError
-        x = to_square(image, size, channels, crop).tobytes()
+        with LARGE if n_pixels > MAX_PIXELS // DECODERS else nullcontext():
+            x = to_square(image, size, channels, crop).tobytes()
         return hashlib.sha256(raw).hexdigest(), x, 3 * min(whole) <= 2 * max(whole)
     except Exception as error:  # decoders raise anything; decode tells it
         return f"{item} ({type(error).__name__})", None, False
@@ -878,16 +875,14 @@ def read_picture(
 def decode(data: str, flag: str, items: list, how: tuple[int, int, str], file: BinaryIO) -> dict:
     """Decodes paths or pictures (how: size, channels, crop) into file; facts about the set."""
     places, unreadable, n_cut, is_grey, checksum = {}, [], 0, True, 0  # places in items, by hash
-    (size, channels, crop), share = how, MAX_PIXELS // DECODERS
+    size, channels, crop = how
     Image.init()  # loads Pillow's formats, which threads must not do at the same time
     with warnings.catch_warnings(), ThreadPoolExecutor(DECODERS) as pool:
         warnings.simplefilter("ignore")  # Pillow's, about files that it can read all the same
         parts = (items[i : i + DECODED_AT_ONCE] for i in range(0, len(items), DECODED_AT_ONCE))
-        read = (pool.map(lambda item: read_picture(item, *how, share), part) for part in parts)
+        read = (pool.map(lambda item: read_picture(item, *how), part) for part in parts)
         read = tqdm(chain.from_iterable(read), "pictures", len(items), leave=False, disable=None)
         for i, (hash_or_why, x, is_cut) in enumerate(read):  # decoders release the GIL
-            if x is None and "(DecompressionBomb" in hash_or_why:  # too large for several at once
-                hash_or_why, x, is_cut = read_picture(items[i], *how)
             if x is None:
                 unreadable.append(hash_or_why)
             elif hash_or_why not in places:
@@ -933,14 +928,11 @@ def read_cache(path: Path, key: str) -> tuple[Tensor, dict] | None:
 def write_cache(path: Path, key: str, decode_to: Callable[[BinaryIO], dict]) -> None:
     """Pixels in one file, then facts in another: pixels without their facts do not count."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    for part in path.parent.glob(".*.part"):  # of a killed process: others hold a lock
-        with suppress(OSError, AttributeError), open(part, "r+b") as file:
-            os.lockf(file.fileno(), os.F_TLOCK, 0)
-            part.unlink()
+    for part in path.parent.glob(".*.part"):  # of a process that was killed: a day old
+        with suppress(OSError):
+            if time.time() - part.stat().st_mtime > 86_400:
+                part.unlink()
     with replacing(path.with_suffix(".json")) as facts, replacing(path) as pixels:
-        with suppress(OSError, AttributeError):  # Windows has no lockf
-            os.lockf(facts.fileno(), os.F_TLOCK, 0)
-            os.lockf(pixels.fileno(), os.F_TLOCK, 0)
         facts.write(json.dumps(decode_to(pixels) | {"key": key}).encode())
 
 
@@ -960,12 +952,9 @@ def load_pictures(
     elif not named and not root.is_dir():
         raise UserError(f"{flag} {data}: no such folder; {GET_PICTURES}")
     root = root.resolve()  # one set, however its path is written
-    files, passed_over = find_pictures(root) if root.is_dir() else ([root], "")
-    if passed_over:
-        print(f"passed over in {data}: {passed_over}")
-    if named and len(files) < (n := NAMED_SETS[data][2]):
-        cure = f"delete it to get it anew, or give {flag} {root} to use these"
-        raise UserError(f"{flag} {data}: {root} has {len(files):,} of {n:,}; {cure}")
+    files, others = ([root], "") if named else find_pictures(root)
+    if others:
+        print(f"passed over in {data}: {others}")
     state = hashlib.sha256(str(DECODER).encode())  # changes with every name, size and time
     for path in files:
         state.update(os.fsencode(path))
@@ -978,7 +967,7 @@ def load_pictures(
         if channels != 1 or (cached and cached[1]["grey"]):
             break
     if not cached:
-        pictures = [x for x, _ in open_named_set(data, flag)] if root.is_file() else files
+        pictures = [x for x, _ in open_named_set(data, flag)] if named else files
         job = (data, flag, pictures, (size, depth, crop))
         try:
             write_cache(path, key, lambda file: decode(*job, file))
@@ -1743,7 +1732,7 @@ def resolve(given: dict, shape: dict) -> Namespace:
     flags = {dest(flag): default for rows in FLAGS.values() for flag, default, *_ in rows}
     data = given.get("data")
     recipe = given.get("recipe") or ("mnist" if data == "mnist" else "default")
-    named = dict(zip(("image_size", "flip"), NAMED_SETS.get(data, ())[3:], strict=False))
+    named = {"image_size": 32, "flip": False} if data in NAMED_SETS else {}
     flags |= {**named, **RECIPES[recipe], **shape, **given, "recipe": recipe}
     rest = {k: v for k, v in derived(flags).items() if flags[k] is None}
     return Namespace(**flags | rest)
