@@ -23,8 +23,8 @@ What the default adds to the paper; `--recipe notebook` is without it:
     --upsample      nearest neighbours and 3x3 convolutions in G, not transposed ones
 
 Sections, the paper first (search for "# step ---"): limits, codes, networks, objective, step; then
-device, pictures, checkpoint, run folder, display, processes, train, flags, program.
-Left out on purpose: labels, learning-rate schedules, growing networks, loader processes, configs.
+device, pictures, checkpoint, run folder, display, train, flags, program.
+Left out on purpose: labels, learning-rate schedules, growing networks, several GPUs, configs.
 """
 
 from __future__ import annotations
@@ -60,7 +60,6 @@ if __name__ == "__main__":  # Ctrl-C while torch is loading, which takes a secon
     sys.excepthook = lambda kind, *e: kind is KeyboardInterrupt or sys.__excepthook__(kind, *e)
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor, nn
@@ -161,15 +160,10 @@ class CodeSpec:
         return {kind: place for kind, place in places.items() if self.names[place]}
 
     @property
-    def entropies(self) -> list[float]:
-        """H(c) of each code in nats; that of a continuous one is differential."""
-        return [math.log(self.cat_dim)] * self.n_cat + [math.log(2)] * self.n_cont
-
-    @property
     def ceilings(self) -> list[float]:
         """The most that L_I can reach, in nats: H(c), or what Q's narrowest Gaussian can tell."""
-        best = [0.0] * self.n_cat + [-math.log(SIGMA_MIN * math.sqrt(2 * math.pi))] * self.n_cont
-        return [h + log_q for h, log_q in zip(self.entropies, best, strict=True)]
+        narrowest = math.log(2) - math.log(SIGMA_MIN * math.sqrt(2 * math.pi))
+        return [math.log(self.cat_dim)] * self.n_cat + [narrowest] * self.n_cont
 
     def sample(self, n: int, rng: torch.Generator) -> Codes:
         """n draws of z and c, on the generator's device."""
@@ -358,7 +352,7 @@ def log_q(q: QOutput, codes: Codes) -> Tensor:
 def mutual_information(spec: CodeSpec, q: QOutput, codes: Codes) -> Tensor:
     """L_I = E[log Q(c|x)] + H(c) of each code in nats (paper, Eq. 5), (n_cat + n_cont,)."""
     cat, cont = log_q(q, codes).mean(0).split([spec.n_cat, spec.n_cont])
-    return torch.cat([cat + math.log(spec.cat_dim), cont + math.log(2)])  # H(c), see entropies
+    return torch.cat([cat + math.log(spec.cat_dim), cont + math.log(2)])  # H(c) of a uniform code
 
 
 def lambda_L_I(spec: CodeSpec, L_I: Tensor, args: Namespace, cap_cont: float = math.inf) -> Tensor:
@@ -477,7 +471,7 @@ class State:
     D: Discriminator
     opt_G: torch.optim.Optimizer
     opt_D: torch.optim.Optimizer
-    rng: torch.Generator  # this process's only randomness; on the CPU, as a run can change devices
+    rng: torch.Generator  # the only randomness; on the CPU, as a run can change devices
     per_epoch: int = 1  # steps
     step: int = 0
     minutes: float = 0.0  # of training, over all starts
@@ -502,8 +496,7 @@ class State:
         return ["step", "epoch", "minutes", *METRICS, *self.spec.names]
 
     def add_row(self) -> dict[str, float]:
-        """The next row of log.csv: the metrics' means over LOG_EVERY steps and all processes."""
-        all_mean_([*self.sums.values()])
+        """The next row of log.csv: the metrics' means over LOG_EVERY steps."""
         means = torch.stack([*self.sums.values()]) / LOG_EVERY
         self.rows.append([self.step, self.epochs, self.minutes, *means.tolist()])
         self.sums = {}
@@ -593,36 +586,29 @@ def beta_at(state: State, args: Namespace) -> float:
 
 
 def descend(opt: torch.optim.Optimizer, loss: Tensor) -> None:
-    """One step of opt against loss; the gradient is the mean over all processes."""
+    """One step of opt against loss."""
     opt.zero_grad()
     loss.backward()
-    gradients = [p.grad for group in opt.param_groups for p in group["params"]]
-    all_mean_([g for g in gradients if g is not None])
     opt.step()
 
 
 @torch.no_grad()
 def update_ema(G_ema: nn.Module, G: nn.Module, beta: Tensor) -> None:
     """G_ema = beta G_ema + (1 - beta) G, batch norm's statistics included."""
-    pairs = list(zip(G_ema.state_dict().values(), G.state_dict().values(), strict=True))
-    averages, news = zip(*[(e, g) for e, g in pairs if e.is_floating_point()], strict=True)
-    change = torch._foreach_sub(news, averages)
-    torch._foreach_mul_(change, 1 - beta)
-    torch._foreach_add_(averages, change)
-    for e, g in pairs:
-        if not e.is_floating_point():
-            e.copy_(g)
+    for average, new in zip(G_ema.state_dict().values(), G.state_dict().values(), strict=True):
+        if average.is_floating_point():
+            average.lerp_(new, 1 - beta)
+        else:
+            average.copy_(new)
 
 
 def new_state(args: Namespace, device: torch.device) -> State:
     """Networks and optimisers at step 0; every random number comes from args.seed."""
-    rng, rank = torch.Generator().manual_seed(args.seed), rank_and_world()[0]
+    rng = torch.Generator().manual_seed(args.seed)
     G, D = networks(args)
     for net in (G, D):
         init_weights(net, rng)
         net.to(device, memory_format=torch.channels_last)
-    if rank:  # the weights are the same in all processes, what they draw is not
-        rng.manual_seed((args.seed + rank) % 2**63)
     heads = {"trunk": [D.trunk, D.d_head, D.q_head], "head": [D.trunk, D.d_head]}[args.info_to]
     with_D = [p for part in heads for p in part.parameters()]
     with_G = [*G.parameters()]
@@ -642,16 +628,11 @@ def new_state(args: Namespace, device: torch.device) -> State:
 def pick_device(name: str) -> torch.device:
     """The fastest device for "auto", a GPU always with its number. Raises UserError if missing."""
     n_cuda = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    has_mps, (_, world), own = torch.backends.mps.is_available(), rank_and_world(), 0
+    has_mps = torch.backends.mps.is_available()
     if name == "auto":
         name = "cuda" if n_cuda else "mps" if has_mps else "cpu"
-    if name == "cuda" and n_cuda:  # set_device takes none without a number
-        if world > 1:  # a GPU for each process, of those that torchrun started on this machine
-            own, world = (int(os.environ[f"LOCAL_{key}"]) for key in ("RANK", "WORLD_SIZE"))
-        if world > n_cuda:
-            why = f"{world} processes, but {n_cuda} GPU{'s' if n_cuda > 1 else ''}"
-            raise UserError(f"--device cuda: {why} here; start fewer, or give --device cpu")
-        name = f"cuda:{own}"
+    if name == "cuda":
+        name = "cuda:0"  # set_device takes none without a number
     there = ["cpu", "cpu:0", *(f"cuda:{i}" for i in range(n_cuda))]
     there += ["mps", "mps:0"] if has_mps else []
     if name not in there:
@@ -704,11 +685,8 @@ class GraphedStep:
         self.batch: Batch | None = None  # the tensors that all graphs read
         self.runs: Counter = Counter()  # of each variant
         self.graphs: dict = {}  # variant: the graph, and the metrics that it fills
-        self.failed = False
 
     def __call__(self, state: State, args: Namespace, batch: Batch) -> dict[str, Tensor]:
-        if self.failed:
-            return train_step(state, args, batch)
         self.batch = self.batch or tree_map(torch.clone, batch)
         for fixed, new in zip(tree_leaves(self.batch), tree_leaves(batch), strict=True):
             fixed.copy_(new)
@@ -720,9 +698,10 @@ class GraphedStep:
             try:
                 self.graphs[key] = self.capture(state, args)
             except RuntimeError as error:
-                self.failed = True
-                print(f"--cuda-graph: {str(error).splitlines()[0]}; going on without it")
-                return train_step(state, args, batch)
+                why = str(error).splitlines()[0]
+                raise UserError(
+                    f"--cuda-graph: {why}; the same command without it goes on"
+                ) from error
         graph, metrics = self.graphs[key]
         graph.replay()
         return metrics
@@ -1110,8 +1089,7 @@ def check_finite(step: int, metrics: dict[str, float]) -> None:
 
 
 def gather_checkpoint(state: State, args: Namespace, fingerprint: str) -> dict:
-    """All that a run needs to resume bit for bit; all processes call it."""
-    all_mean_([*state.sums.values()])
+    """All that a run needs to resume bit for bit."""
     check_finite(state.step, state.sums)
     ckpt = {name: getattr(state, name).state_dict() for name in NETS + OPTIMISERS}
     for name in NETS:
@@ -1120,7 +1098,7 @@ def gather_checkpoint(state: State, args: Namespace, fingerprint: str) -> dict:
     ckpt |= {name: getattr(state, name) for name in ("sums", "step", "minutes")}
     ckpt["rows"] = torch.tensor(state.rows, dtype=torch.float64)
     ckpt |= {"format": FORMAT, "spec": asdict(state.spec), "args": vars(args)}
-    return ckpt | {"rng": all_stacked(state.rng.get_state()), "fingerprint": fingerprint}
+    return ckpt | {"rng": state.rng.get_state(), "fingerprint": fingerprint}
 
 
 def restore(state: State, ckpt: dict, path: Path, weights_only: bool = False) -> None:
@@ -1136,17 +1114,10 @@ def restore(state: State, ckpt: dict, path: Path, weights_only: bool = False) ->
         for name in OPTIMISERS:
             opt = getattr(state, name)  # with the learning rates of today's flags
             opt.load_state_dict({**ckpt[name], "param_groups": opt.state_dict()["param_groups"]})
-            moments = [(v, p) for p, kept in opt.state.items() for v in kept.values() if v.dim()]
-            if any(v.shape != p.shape for v, p in moments):
-                raise ValueError
         state.step, state.minutes = int(ckpt["step"]), float(ckpt["minutes"])
         state.sums = {name: v.to(state.device) for name, v in ckpt["sums"].items()}
         state.rows = ckpt["rows"].tolist()
-        rank, world = rank_and_world()
-        if len(ckpt["rng"]) == world:
-            state.rng.set_state(ckpt["rng"][rank].clone())  # of a part torch reads beside it
-        else:
-            print(f"{len(ckpt['rng'])} processes before, {world} now: other random numbers")
+        state.rng.set_state(ckpt["rng"].clone())  # of a part torch reads beside it
     except BROKEN as error:
         cure = "give another --init" if weights_only else NEW_RUN
         raise UserError(f"{path}: training cannot go on from its checkpoint; {cure}") from error
@@ -1238,8 +1209,7 @@ def caught_signals() -> Iterator[list[int]]:
 
     def note(number: int, _frame: object) -> None:
         caught.append(number)
-        # XCPU comes every second, and torchrun repeats what its processes may have got themselves
-        if number in SIGNALS[:3] and rank_and_world()[1] == 1:
+        if number in SIGNALS[:3]:  # XCPU comes every second
             signal.signal(number, before[number])
 
     for number in SIGNALS:
@@ -1400,63 +1370,6 @@ def describe_row(spec: CodeSpec, row: dict[str, float]) -> str:
     return text
 
 
-# processes ----------------------------------------------------------------------------------------
-# Each has its own rows of every batch and its own random numbers; gradients are averaged.
-
-
-def rank_and_world() -> tuple[int, int]:
-    """This process's rank, and how many there are."""
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
-
-
-def is_main() -> bool:
-    """Whether this is rank 0, which alone writes files and prints."""
-    return rank_and_world()[0] == 0
-
-
-def all_max(*values: int) -> list[int]:
-    """The largest of each value over all processes, so that all act alike at the same step."""
-    if rank_and_world()[1] == 1:
-        return [*values]
-    whole = torch.tensor(values)  # between the CPUs: it waits for no GPU
-    dist.all_reduce(whole, dist.ReduceOp.MAX)
-    return whole.tolist()
-
-
-def all_mean_(tensors: list[Tensor]) -> None:
-    """Replaces each tensor by its mean over all processes, in one message."""
-    world = rank_and_world()[1]
-    if world > 1 and tensors:
-        whole = torch.cat([t.flatten() for t in tensors])
-        dist.all_reduce(whole)
-        parts = whole.div_(world).split([t.numel() for t in tensors])
-        torch._foreach_copy_(tensors, [p.view_as(t) for p, t in zip(parts, tensors, strict=True)])
-
-
-def all_stacked(x: Tensor) -> Tensor:
-    """Every process's x, (processes, *x.shape)."""
-    parts = [torch.empty_like(x) for _ in range(rank_and_world()[1])]
-    if len(parts) > 1:
-        dist.all_gather(parts, x)
-    return torch.stack(parts) if len(parts) > 1 else x[None]
-
-
-@contextmanager
-def rank_0_first() -> Iterator[None]:
-    """The others wait until rank 0 is done; where it fails they stop, and it alone says why."""
-    if not is_main() and all_max(0)[0]:
-        raise UserError("process 0 has failed")
-    failed = 1
-    try:
-        yield
-        failed = 0
-    finally:
-        if is_main():
-            all_max(failed)
-
-
 # train --------------------------------------------------------------------------------------------
 
 LOG_EVERY = R1_EVERY  # steps between two rows of log.csv, each with one R1; no wait between them
@@ -1466,19 +1379,19 @@ SAVE_STEPS = 100  # shorter epochs count together for grids and for checkpoints 
 
 
 def batches(state: State, args: Namespace, pictures: Pictures, B: int) -> Iterator[Batch]:
-    """Endless batches of B pictures in all, each epoch in a new order; this process's rows."""
-    (rank, world), spec, device, x = rank_and_world(), state.spec, state.device, pictures.x
+    """Endless batches of B pictures, each epoch in a new order."""
+    spec, device, x = state.spec, state.device, pictures.x
     while True:
         epoch, done = divmod(state.step, state.per_epoch)
-        rng = torch.Generator().manual_seed((args.seed + epoch) % 2**63)  # the same in each process
+        rng = torch.Generator().manual_seed((args.seed + epoch) % 2**63)  # no epoch needs another
         order = pictures.order[torch.randperm(len(x), generator=rng)]
         for i in range(done, state.per_epoch):
-            mine = to_device(order[i * B : (i + 1) * B][rank::world], x.device)
-            real = make_batch(x.index_select(0, mine), args.flip, state.rng, device)
-            codes = spec.sample(len(mine), state.rng)
+            rows = to_device(order[i * B : (i + 1) * B], x.device)
+            real = make_batch(x.index_select(0, rows), args.flip, state.rng, device)
+            codes = spec.sample(B, state.rng)
             codes = pair(codes) if args.lam_identity else codes
             codes = Codes(*(to_device(c, device) for c in codes))
-            u = to_device(torch.rand(len(mine), N_U, generator=state.rng), device)
+            u = to_device(torch.rand(B, N_U, generator=state.rng), device)
             numbers = float(reach_at(state, args)), beta_at(state, args)
             yield Batch(real, codes, u, *(torch.full((), v, device=device) for v in numbers))
 
@@ -1486,20 +1399,17 @@ def batches(state: State, args: Namespace, pictures: Pictures, B: int) -> Iterat
 def train(args: Namespace) -> int:
     """Trains until --epochs, --max-steps, --max-minutes or a signal; returns the exit code."""
     end = time.monotonic() + 60 * (args.max_minutes or math.inf)
-    device, out, world = pick_device(args.device), Path(args.out), rank_and_world()[1]
+    device, out = pick_device(args.device), Path(args.out)
     fast = speed_up(device)
-    if args.cuda_graph and (device.type != "cuda" or world > 1):
-        raise UserError("--cuda-graph: needs one process on a CUDA device; leave it out")
-    with ExitStack() as held:
-        with rank_0_first():
-            if is_main():
-                held.enter_context(locked(out))
-            ckpt = find_checkpoint(args)
-            init = load_checkpoint(args.init) if args.init and not ckpt else None
-            channels = args.channels or (ckpt and ckpt["args"]["channels"])
-            pictures = load_pictures(args.data, args.image_size, channels, args.crop)
-            if ckpt and ckpt.get("fingerprint", pictures.fingerprint) != pictures.fingerprint:
-                check_same(args, ["other pictures"])
+    if args.cuda_graph and device.type != "cuda":
+        raise UserError("--cuda-graph: needs a CUDA device; leave it out")
+    with locked(out):
+        ckpt = find_checkpoint(args)
+        init = load_checkpoint(args.init) if args.init and not ckpt else None
+        channels = args.channels or (ckpt and ckpt["args"]["channels"])
+        pictures = load_pictures(args.data, args.image_size, channels, args.crop)
+        if ckpt and ckpt.get("fingerprint", pictures.fingerprint) != pictures.fingerprint:
+            check_same(args, ["other pictures"])
         # on a GPU bfloat16 is faster only inside a graph: its casts are kernels too
         fast = fast and (device.type != "cuda" or args.cuda_graph)
         resolved = {"channels": pictures.x.shape[3], "amp": fast if args.amp is None else args.amp}
@@ -1509,10 +1419,6 @@ def train(args: Namespace) -> int:
             restore(state, source, Path(args.init) if init else out, weights_only=bool(init))
 
         B = min(args.batch_size, n)
-        if B % world or B // world < 2:
-            raise UserError(
-                f"--batch-size {B}: must be a multiple of {world} processes, 2 for each"
-            )
         state.per_epoch = n // B
         total = min(args.epochs * state.per_epoch, args.max_steps or sys.maxsize)
         if state.step >= total:
@@ -1525,10 +1431,9 @@ def train(args: Namespace) -> int:
         if args.batch_size > B:
             print(f"--batch-size {args.batch_size}: there are only {n} pictures, so a batch is {B}")
         print(f"{describe(state, args)}, {state.per_epoch:,} steps an epoch")
-        if is_main():
-            with replacing(out / "args.json") as file:  # first: it makes the folder a run's
-                file.write(json.dumps(vars(args), indent=2).encode() + b"\n")
-            (out / "samples").mkdir(exist_ok=True)
+        with replacing(out / "args.json") as file:  # first: it makes the folder a run's
+            file.write(json.dumps(vars(args), indent=2).encode() + b"\n")
+        (out / "samples").mkdir(exist_ok=True)
         stopped_by, row = loop(state, args, pictures, B, total, end)
 
     finished = state.step >= total
@@ -1558,10 +1463,9 @@ def loop(
     rng = torch.Generator().manual_seed(args.seed)  # the same pictures and z at each start
     shown = pictures.x[pictures.order[torch.randperm(len(pictures.x), generator=rng)[:64]]]
     latents = Codes(*(c.to(state.device) for c in spec.sample(64, rng)))
-    log = Log(out, state) if is_main() else None
-    step_once = GraphedStep() if args.cuda_graph else train_step
-    first, began, row = state.step, time.monotonic(), {}
-    start, next_save = began - 60 * state.minutes, began + (SAVE_SECONDS if log else math.inf)
+    log, step_once = Log(out, state), GraphedStep() if args.cuda_graph else train_step
+    began, first = time.monotonic(), state.step
+    start, next_save, row = began - 60 * state.minutes, began + SAVE_SECONDS, {}
     tty, next_shown = sys.stderr.isatty(), began  # a file gets lines, a terminal one that changes
     together = -(-SAVE_STEPS // per_epoch)  # epochs
     draw_every, keep_every = args.sample_every or 5 * together, args.save_every or 25 * together
@@ -1576,57 +1480,49 @@ def loop(
         log.attempt("training.gif", save_animation, out)
         log.close()
 
-    if log:
-        save_samples("real", make_batch(shown, False, rng, state.device))
-        if state.step == 0:
-            save_samples("epoch_0000")
+    save_samples("real", make_batch(shown, False, rng, state.device))
+    if state.step == 0:
+        save_samples("epoch_0000")
     pictures = pictures._replace(x=to_device_if_it_fits(pictures.x, state.device))
     with caught_signals() as caught:
         for batch in batches(state, args, pictures, B):
-            metrics = step_once(state, args, batch)
+            state.add(step_once(state, args, batch))
             state.step += 1
-            state.add(metrics)
-            now = time.monotonic()
+            now, done = time.monotonic(), state.step == total
             state.minutes = (now - start) / 60
-            stopped_by, late, due = all_max(sum(caught[:1]), now > end, now > next_save)
-            done = state.step == total
-            ends = stopped_by or late or done
+            ends = done or now > end or bool(caught)
             epoch, rest = divmod(state.step, per_epoch)
 
             if state.step % LOG_EVERY == 0:
                 row = state.add_row()
                 check_finite(state.step, row)
-                if log:
-                    log.add(row)
-            if log and row and (now >= next_shown or ends):
+                log.add(row)
+            if row and (now >= next_shown or ends):
                 next_shown = now + (0.5 if tty else 30.0)
                 speed = (state.step - first) / (now - began)  # steps a second
                 left = max(0, round(min((total - state.step) / speed, end - now)))
                 text = f"epoch {state.epochs:.1f}/{args.epochs}  {describe_row(spec, row)}"
                 text += f"  {speed * B:,.0f} img/s  eta {timedelta(seconds=left)}"
-                end_of_line = "\n" if ends or not tty else ""
-                print(
-                    f"\r{text:<110}" if tty else text, end=end_of_line, file=sys.stderr, flush=True
-                )
-            if log and rest == 0 and epoch % draw_every == 0:
+                text = f"\r{text:<110}" if tty else text
+                print(text, end="" if tty and not ends else "\n", file=sys.stderr, flush=True)
+            if rest == 0 and epoch % draw_every == 0:
                 log.add_grid("samples", save_samples(f"epoch_{epoch:04d}"), epoch)
                 log.attempt("curves.png", log.draw)
-            if log and done:  # before last.pt, so that a finished run is complete
+            if done:  # before last.pt, so that a finished run is complete
                 finish()
             keep = rest == 0 and epoch % keep_every == 0
-            if due or keep or ends:
+            if keep or ends or now > next_save:
                 ckpt = gather_checkpoint(state, args, pictures.fingerprint)
-                if log:
-                    log.attempt("log.csv", log.save)
-                    save_last(out / "last.pt", ckpt, caught)
-                    next_save = now + SAVE_SECONDS
-                if log and keep:
+                log.attempt("log.csv", log.save)
+                save_last(out / "last.pt", ckpt, caught)
+                next_save = now + SAVE_SECONDS
+                if keep:
                     log.attempt("checkpoint", save_file, out / f"epoch_{epoch:04d}.pt", ckpt)
             if ends:
                 break
-        if log and not done:  # after last.pt: who asked to stop may not wait
+        if not done:  # after last.pt: who asked to stop may not wait
             finish()
-    return stopped_by, row
+    return next(iter(caught), 0), row
 
 
 def save_last(path: Path, ckpt: dict, caught: list[int]) -> None:
@@ -1759,30 +1655,27 @@ class Parser(ArgumentParser):
             for flag, default, kind, meaning in rows:
                 if kind is bool:
                     how = {"action": "store_true" if default is False else BooleanOptionalAction}
-                elif isinstance(kind, tuple):
-                    metavar = "N" if type(kind[0]) is int else "X"
-                    how = {"type": partial(self.number, flag, kind), "metavar": metavar}
-                elif isinstance(kind, str):
-                    how = {"type": partial(self.text, flag), "metavar": kind}
-                else:
+                elif isinstance(kind, list):
                     how = {"choices": kind}
+                else:
+                    metavar = kind if isinstance(kind, str) else "NX"[isinstance(kind[0], float)]
+                    how = {"type": partial(self.value, flag, kind), "metavar": metavar}
                 meaning += "" if default is None or default is False else f" (default {default})"
                 group.add_argument(flag, default=default, help=meaning, **how)
 
     @staticmethod
-    def number(flag: str, limits: tuple, text: str) -> float:
+    def value(flag: str, kind: str | tuple, text: str) -> str | float:
+        """A flag's text as a path, or as a number within its limits."""
+        if isinstance(kind, str):
+            if not text:
+                raise UserError(f"{flag}: is empty")
+            return os.path.expanduser(text)  # shells leave --out=~/run as it is
         try:
-            value = type(limits[0])(text)
+            value = type(kind[0])(text)
         except ValueError:
             value = text
-        check_limits({dest(flag): value}, {dest(flag): limits})
+        check_limits({dest(flag): value}, {dest(flag): kind})
         return value
-
-    @staticmethod
-    def text(flag: str, text: str) -> str:
-        if not text:
-            raise UserError(f"{flag}: is empty")
-        return os.path.expanduser(text)  # shells leave --out=~/run as it is
 
     def given(self, argv: list[str] | None = None) -> dict:
         """Only the flags that argv has, by their names in args."""
@@ -1846,8 +1739,7 @@ def run(program: str, job: Callable[[], int]) -> int:
             raise
     except KeyboardInterrupt:
         text, code = "stopped", 130
-    if is_main():
-        print(f"{program}: {text}".replace("\n", " "), file=sys.stderr)
+    print(f"{program}: {text}".replace("\n", " "), file=sys.stderr)
     return code
 
 
@@ -1856,21 +1748,12 @@ def as_program(main: Callable[[], int]) -> None:
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")
     sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
-    if int(os.environ.get("RANK", 0)):  # of torchrun's processes the first alone prints
-        sys.stdout = None
     sys.exit(main())
 
 
 def main(argv: list[str] | None = None) -> int:
     """Exit codes: 0 done, 1 diverged, 2 an error that the user can fix, 128 + signal if stopped."""
-    if launched := dist.is_available() and dist.is_torchelastic_launched():  # by torchrun
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(hours=6))  # rank 0 may decode for long
-    try:
-        return run("infogan.py", lambda: train(parse_args(argv)))
-    finally:
-        if launched:
-            dist.destroy_process_group()
+    return run("infogan.py", lambda: train(parse_args(argv)))
 
 
 if __name__ == "__main__":
