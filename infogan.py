@@ -46,7 +46,7 @@ from argparse import ArgumentParser, BooleanOptionalAction, Namespace, RawDescri
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from functools import partial
@@ -313,12 +313,6 @@ class Discriminator(nn.Module):
         return self.spec.split(self.q_head(h)[:, : self.spec.q_dim, 0, 0].float())
 
 
-def networks(args: Namespace) -> tuple[Generator, Discriminator]:
-    """G and D of a run's flags."""
-    shape = (spec_of(args), args.image_size, args.width, args.channels)
-    return Generator(*shape, args.upsample), Discriminator(*shape)
-
-
 @torch.no_grad()
 def init_weights(net: nn.Module, rng: torch.Generator) -> None:
     """DCGAN's start: convolutions N(0, 0.02), batch norm N(1, 0.02), biases 0."""
@@ -519,11 +513,6 @@ class Batch(NamedTuple):
 METRICS = ("loss_D", "loss_G", "D_real", "D_fake", "R1", "identity")  # and each code's L_I
 
 
-def variant(state: State, args: Namespace) -> tuple[bool, bool]:
-    """Whether this step has R1, and whether D sees shifted pictures."""
-    return args.r1 > 0 and state.step % R1_EVERY == 0, reach_at(state, args) > 0
-
-
 def train_step(state: State, args: Namespace, batch: Batch) -> dict[str, Tensor]:
     """One step of D, then of G, on n real pictures and n drawn codes; returns the metrics.
 
@@ -571,6 +560,11 @@ def train_step(state: State, args: Namespace, batch: Batch) -> dict[str, Tensor]
     return {k: v.detach() for k, v in zip([*METRICS, *spec.names], values, strict=True)}
 
 
+def variant(state: State, args: Namespace) -> tuple[bool, bool]:
+    """Whether this step has R1, and whether D sees shifted pictures."""
+    return args.r1 > 0 and state.step % R1_EVERY == 0, reach_at(state, args) > 0
+
+
 SHIFT_EPOCHS = 40  # D remembers only what it has seen often: shifts grow until then
 
 
@@ -600,6 +594,12 @@ def update_ema(G_ema: nn.Module, G: nn.Module, beta: Tensor) -> None:
             average.lerp_(new, 1 - beta)
         else:
             average.copy_(new)
+
+
+def networks(args: Namespace) -> tuple[Generator, Discriminator]:
+    """G and D of a run's flags."""
+    shape = (spec_of(args), args.image_size, args.width, args.channels)
+    return Generator(*shape, args.upsample), Discriminator(*shape)
 
 
 def new_state(args: Namespace, device: torch.device) -> State:
@@ -998,10 +998,6 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     finally:
         with suppress(OSError):
             part.unlink()
-    with suppress(OSError, NotImplementedError), ExitStack() as opened:  # not every drive can
-        folder = os.open(path.parent, os.O_RDONLY)
-        opened.callback(os.close, folder)
-        os.fsync(folder)  # the new name must reach the disk too
 
 
 def save_file(path: Path, values: dict) -> None:
