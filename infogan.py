@@ -1298,10 +1298,12 @@ class Log:
             file.write(self.text().encode())
 
     def add(self, row: dict[str, float]) -> None:
-        for name in [*METRICS, *self.state.spec.names] if self.board else []:
-            place = f"L_I/{name}" if name in self.state.spec.names else f"GAN/{name}"
-            number = (place, row[name], self.state.step)
-            self.attempt("TensorBoard", self.board.add_scalar, *number)
+        if self.board:
+            places = {name: f"GAN/{name}" for name in METRICS}
+            places |= {name: f"L_I/{name}" for name in self.state.spec.names}
+            for name, place in places.items():
+                scalar = (place, row[name], self.state.step)
+                self.attempt("TensorBoard", self.board.add_scalar, *scalar)
 
     def add_grid(self, name: str, x: Tensor, epoch: int) -> None:
         if self.board:
@@ -1654,8 +1656,9 @@ class Parser(ArgumentParser):
                 elif isinstance(kind, list):
                     how = {"choices": kind}
                 else:
-                    metavar = kind if isinstance(kind, str) else "NX"[isinstance(kind[0], float)]
-                    how = {"type": partial(self.value, flag, kind), "metavar": metavar}
+                    kinds = {int: "N", float: "X", str: kind}
+                    how = {"type": partial(self.value, flag, kind)}
+                    how["metavar"] = kinds[type(kind[0])]
                 meaning += "" if default is None or default is False else f" (default {default})"
                 group.add_argument(flag, default=default, help=meaning, **how)
 
