@@ -2,7 +2,7 @@
 
 Chen et al. 2016, arXiv:1606.03657. The generator G draws a picture x = G(z, c) from noise z and a
 code c, the discriminator D tells it from real pictures, and a head Q on D's trunk must read c back
-from x. With L_I, a lower bound of the mutual information I(c; x) (Eqs. 5 and 6):
+from x. L_I is a lower bound of the mutual information I(c; x) (Eqs. 5 and 6):
 
     min over G and Q, max over D:  V(D, G) - lambda L_I(G, Q),   L_I(G, Q) = E[log Q(c|x)] + H(c)
 
@@ -14,7 +14,7 @@ from x. With L_I, a lower bound of the mutual information I(c; x) (Eqs. 5 and 6)
     python generate.py --ckpt checkpoint/cat1-cont2/last.pt   look at what each code does
 The same command given again resumes the run.
 
-What the default adds to the paper; `--recipe notebook` is without it:
+What the default adds to the paper; `--recipe notebook` leaves it out:
     --shift         D sees shifted pictures, so it does not remember the set (2006.10738)
     --lam-identity  pictures of the same categories have the same colours in the same places
     --cap-cont      G is not rewarded for codes that Q already reads well
@@ -42,7 +42,8 @@ import time
 import warnings
 import zipfile
 import zlib
-from argparse import ArgumentParser, BooleanOptionalAction, Namespace, RawDescriptionHelpFormatter
+from argparse import SUPPRESS, ArgumentParser, BooleanOptionalAction, Namespace
+from argparse import RawDescriptionHelpFormatter as RawHelp
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -68,12 +69,12 @@ from tqdm import tqdm
 
 # limits -------------------------------------------------------------------------------------------
 
-LIMITS = {  # of what a flag, or a checkpoint from a stranger, may ask for
+LIMITS = {  # of what a flag, or a checkpoint from a stranger, may ask for: a range, or choices
     **{"n_cat": (0, 64), "cat_dim": (2, 1000), "n_cont": (0, 256), "z_dim": (0, 10_000)},
-    **{"image_size": (16, 256), "width": (1, 1024), "channels": (1, 3)},
+    **{"image_size": [16, 32, 64, 128, 256], "width": (1, 1024), "channels": [1, 3]},
+    "upsample": ["nearest", "transposed"],
 }
-UPSAMPLE = ["nearest", "transposed"]
-SHAPE = (*LIMITS, "upsample")  # the flags that decide the networks
+SHAPE = tuple(LIMITS)  # the flags that decide the networks
 
 
 class UserError(Exception):
@@ -83,21 +84,21 @@ class UserError(Exception):
 
 
 class Diverged(UserError):
-    """The training itself went wrong: NaN, infinity, or far from all that is healthy."""
+    """The training itself went wrong: NaN, infinity, or a loss far too large."""
 
     code = 1
 
 
 def check_limits(values: dict, limits: dict = LIMITS) -> None:
-    """Raises UserError when a value named in limits has another type or lies outside."""
-    for name, (low, high) in limits.items():
+    """Raises UserError when a value that is named in limits has another type or lies outside."""
+    for name, allowed in limits.items():
+        low, high = allowed[0], allowed[-1]
         value, kind = values.get(name, low), "a whole number" if type(low) is int else "a number"
-        must = f"{kind} from {low} to {high}"
-        fits = type(value) is type(low) and low <= value <= high
-        if name == "image_size":
-            fits, must = fits and value & (value - 1) == 0, "16, 32, 64, 128 or 256"
-        elif name == "channels":
-            fits, must = fits and value != 2, "1 (grey) or 3 (colour)"
+        fits, must = type(value) is type(low), f"{kind} from {low} to {high}"
+        if isinstance(allowed, list):
+            fits, must = fits and value in allowed, " or ".join(map(str, allowed))
+        elif fits:
+            fits = low <= value <= high
         if not fits:
             raise UserError(f"--{name.replace('_', '-')} {value}: must be {must}")
 
@@ -121,7 +122,7 @@ class QOutput(NamedTuple):
     q_logvar: Tensor  # (n, n_cont)
 
 
-SIGMA_MIN = 0.1  # of Q's Gaussian: without a floor it rewards precision that nobody can see
+SIGMA_MIN = 0.1  # of Q's Gaussian: without it Q is paid for differences that nobody sees
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,7 @@ class CodeSpec:
 
     @property
     def ceilings(self) -> list[float]:
-        """The most that L_I can reach, in nats: H(c), or what Q's narrowest Gaussian can tell."""
+        """The most that L_I can reach, in nats: H(c), or log 2 plus log of Q's peak."""
         narrowest = math.log(2) - math.log(SIGMA_MIN * math.sqrt(2 * math.pi))
         return [math.log(self.cat_dim)] * self.n_cat + [narrowest] * self.n_cont
 
@@ -190,11 +191,11 @@ class CodeSpec:
     def replace(self, codes: Codes, name: str, other: Codes) -> Codes:
         """codes with one code ("cat0") or group ("z", "cat", "cont") taken from other."""
         kind = name.rstrip("0123456789")
-        field, number = {"z": "z", "cat": "c_cat", "cont": "c_cont"}[kind], name[len(kind) :]
+        part, number = {"z": "z", "cat": "c_cat", "cont": "c_cont"}[kind], name[len(kind) :]
         columns = [int(number)] if number else slice(None)
-        changed = getattr(codes, field).clone()
-        changed[:, columns] = getattr(other, field)[:, columns]
-        return codes._replace(**{field: changed})
+        changed = getattr(codes, part).clone()
+        changed[:, columns] = getattr(other, part)[:, columns]
+        return codes._replace(**{part: changed})
 
     def traverse(self, codes: Codes, name: str, values: Sequence[float]) -> Codes:
         """Each of n codes len(values) times, one code or group set to every value in turn."""
@@ -219,14 +220,14 @@ def flatten_hwc(x: Tensor) -> Tensor:
 
 
 class Conv2dToPixel(nn.Conv2d):
-    """A convolution as large as its input: a matrix product, ten times as fast on a CPU."""
+    """A convolution as large as its input: a matrix product, five times as fast on a CPU."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(flatten_hwc(x), flatten_hwc(self.weight), self.bias)[:, :, None, None]
 
 
 class ConvTranspose2dFromPixel(nn.ConvTranspose2d):
-    """The same from a single pixel (n, channels, 1, 1) to the kernel's size."""
+    """A transposed convolution whose input is one pixel (n, channels, 1, 1): the same."""
 
     def forward(self, x: Tensor) -> Tensor:
         y = x.flatten(1) @ flatten_hwc(self.weight)
@@ -355,7 +356,7 @@ def lambda_L_I(spec: CodeSpec, L_I: Tensor, args: Namespace, cap_cont: float = m
     return args.lam_cat * cat.sum() + args.lam_cont * cont.clamp(max=cap_cont).sum()
 
 
-IDENTITY_FREE = 0.25, 0.05  # shares of brightness and colour that others may change from afar
+IDENTITY_FREE = 0.25, 0.05  # of brightness, of colour: what z and c_cont may change for free
 
 
 def identity_loss(x: Tensor) -> Tensor:
@@ -379,7 +380,7 @@ def pair(codes: Codes) -> Codes:
     return codes._replace(c_cat=codes.c_cat[::2].repeat_interleave(2, 0)[: len(codes.z)])
 
 
-R1_EVERY = 16  # steps; a lazy R1 costs a sixteenth and does the same (1912.04958, appendix B)
+R1_EVERY = 16  # steps, with R1 times 16: the same for less time (1912.04958, appendix B)
 
 
 def r1_penalty(d_real: Tensor, x: Tensor) -> Tensor:
@@ -388,13 +389,13 @@ def r1_penalty(d_real: Tensor, x: Tensor) -> Tensor:
     return gradient.square().sum((1, 2, 3)).mean() / 2
 
 
-def shift(x: Tensor, u: Tensor, reach: Tensor) -> Tensor:
-    """Pictures moved by up to `reach` whole pixels in x and y, on grey (DiffAugment, 2006.10738).
+def shift(x: Tensor, u: Tensor, max_shift: Tensor) -> Tensor:
+    """Pictures moved by up to max_shift whole pixels in x and y, on grey (DiffAugment).
 
     u (n, 2) says how far each goes, uniform in [0, 1).
     """
-    by = ((2 * reach + 1) * u).floor() - reach
-    i = torch.arange(x.shape[3], device=x.device)
+    by = ((2 * max_shift + 1) * u).floor() - max_shift
+    i = torch.arange(x.shape[3], device=x.device)  # Y[n, row, source] is 1 where row takes source
     Y, X = (i[:, None] + by[:, :, None, None] == i).to(x.dtype).unbind(1)  # (n, size, size): 0, 1
     return (Y[:, None] @ x @ X[:, None].mT).to(x.dtype)
 
@@ -418,34 +419,32 @@ def augment(x: Tensor, u: Tensor, strength: float) -> Tensor:
 
 
 @contextmanager
-def not_recorded(D: Discriminator) -> Iterator[None]:
-    """Batch norm's running averages stay: they are of pictures as they are, which Q is used on."""
+def averages_stay(D: Discriminator) -> Iterator[None]:
+    """Batch norm's running averages stay: they are of G's pictures as Q sees them."""
     norms = [m for m in D.modules() if isinstance(m, nn.BatchNorm2d)]
     for norm in norms:
         norm.momentum = 0.0
-    try:
-        yield
-    finally:
-        for norm in norms:
-            norm.momentum = 0.1
+    yield
+    for norm in norms:
+        norm.momentum = 0.1  # torch's default
 
 
 def d_and_q(
-    D: Discriminator, x: Tensor, u: Tensor, reach: Tensor | None, strength: float
+    D: Discriminator, x: Tensor, u: Tensor, max_shift: Tensor | None, strength: float
 ) -> tuple[Tensor, QOutput]:
-    """D's logits of shifted x, and Q(c|x) of x as it is; one pass for both where reach is None.
+    """D's logits of shifted x, Q(c|x) of x as it is; in one pass where max_shift is None.
 
-    With a strength Q reads the categoricals from augmented x: what a category means must survive
+    If strength > 0, Q reads the categoricals from augmented x: what a category means must survive
     that, so it is not pose, stroke or light. u (n, 10) says how x is shifted and augmented.
     """
-    if reach is None:
+    if max_shift is None:
         d, q = D(x)
     else:
-        with not_recorded(D):
-            d = D.d_logits(D.trunk(shift(x, u[:, :2], reach)))
+        with averages_stay(D):
+            d = D.d_logits(D.trunk(shift(x, u[:, :2], max_shift)))
         q = D.q_output(D.trunk(x))
     if strength and D.spec.n_cat:
-        with not_recorded(D):
+        with averages_stay(D):
             augmented = D.q_output(D.trunk(augment(x, u[:, 2:], strength)))
         q = q._replace(q_logits=augmented.q_logits)
     return d, q
@@ -506,10 +505,11 @@ class Batch(NamedTuple):
     x: Tensor  # (n, channels, size, size), real pictures in [-1, 1]
     codes: Codes  # of n pictures to draw
     u: Tensor  # (n, N_U), uniform in [0, 1): how pictures are shifted and augmented
-    reach: Tensor  # (): how far D's pictures are shifted, in pixels
+    max_shift: Tensor  # (): how far D's pictures are shifted, in pixels
     beta: Tensor  # (): the share of G_ema that stays
 
 
+# a new loss: its function under "objective", its line in train_step, its name here
 METRICS = ("loss_D", "loss_G", "D_real", "D_fake", "R1", "identity")  # and each code's L_I
 
 
@@ -520,19 +520,19 @@ def train_step(state: State, args: Namespace, batch: Batch) -> dict[str, Tensor]
     the paper's own code does), or Q's head alone in G's step ("head", the notebook).
     """
     spec, G, D, to_trunk = state.spec, state.G, state.D, args.info_to == "trunk"
-    x, codes, u, reach, beta = batch
+    x, codes, u, max_shift, beta = batch
     mixed = torch.autocast(x.device.type, torch.bfloat16, enabled=args.amp)
     with_r1, shifted = variant(state, args)
     u_real, u_fake, u_fake_G = u.split([2, 10, 10], 1)
-    reach = reach if shifted else None
+    max_shift = max_shift if shifted else None
 
     D.requires_grad_(True)
     with mixed:
         x_fake = G(spec.join(codes))  # drawn once, for both steps
-        x = (shift(x, u_real, reach) if shifted else x).detach().requires_grad_(with_r1)
-        with not_recorded(D):
+        x = (shift(x, u_real, max_shift) if shifted else x).detach().requires_grad_(with_r1)
+        with averages_stay(D):
             d_real = D.d_logits(D.trunk(x))
-        d_fake, q = d_and_q(D, x_fake.detach(), u_fake, reach, args.q_augment)
+        d_fake, q = d_and_q(D, x_fake.detach(), u_fake, max_shift, args.q_augment)
     loss_D = loss = d_loss(d_real, d_fake)
     if to_trunk:  # -V - lambda L_I, which trains Q and the trunk
         loss = loss - lambda_L_I(spec, mutual_information(spec, q, codes), args)
@@ -542,13 +542,13 @@ def train_step(state: State, args: Namespace, batch: Batch) -> dict[str, Tensor]
     D.requires_grad_(False)  # G's step needs no gradient of D's weights
     D.q_head.requires_grad_(not to_trunk)
     with mixed:
-        d_fake_G, q = d_and_q(D, x_fake, u_fake_G, reach, args.q_augment)
+        d_fake_G, q = d_and_q(D, x_fake, u_fake_G, max_shift, args.q_augment)
     loss_G = g_loss(d_fake_G)
     L_I = mutual_information(spec, q, codes)
     # here L_I reaches G (Eq. 6); a continuous code that Q reads well need not grow further
     loss = loss_G - lambda_L_I(spec, L_I, args, args.cap_cont)
     identity = torch.zeros((), device=x.device)
-    if args.lam_identity and spec.n_cat:  # as far as Q knows c: before, G has only z to vary x with
+    if args.lam_identity and spec.n_cat:  # once Q reads c: at first G has only z to vary x with
         q_knows = L_I[: spec.n_cat].detach().mean() / math.log(spec.cat_dim)
         identity = identity_loss(x_fake)
         loss = loss + args.lam_identity * q_knows.clamp(0, 1) ** 4 * identity
@@ -556,26 +556,26 @@ def train_step(state: State, args: Namespace, batch: Batch) -> dict[str, Tensor]
     update_ema(state.G_ema, G, beta)
 
     values = [loss_D, loss_G, d_real.sigmoid().mean(), d_fake.sigmoid().mean()]
-    values += [R1_EVERY * R1, identity, *L_I]  # a mean over R1_EVERY steps is R1's
+    values += [R1_EVERY * R1, identity, *L_I]  # R1 comes once in R1_EVERY steps
     return {k: v.detach() for k, v in zip([*METRICS, *spec.names], values, strict=True)}
 
 
 def variant(state: State, args: Namespace) -> tuple[bool, bool]:
     """Whether this step has R1, and whether D sees shifted pictures."""
-    return args.r1 > 0 and state.step % R1_EVERY == 0, reach_at(state, args) > 0
+    return args.r1 > 0 and state.step % R1_EVERY == 0, max_shift_at(state, args) > 0
 
 
 SHIFT_EPOCHS = 40  # D remembers only what it has seen often: shifts grow until then
 
 
-def reach_at(state: State, args: Namespace) -> int:
+def max_shift_at(state: State, args: Namespace) -> int:
     """How far D's pictures are shifted at this step, in pixels."""
     return int(args.shift * args.image_size * min(1, state.epochs / SHIFT_EPOCHS))
 
 
 def beta_at(state: State, args: Namespace) -> float:
     """Of G_ema: a half-life that grows with training fits runs of any length (2312.02696, 3.1)."""
-    steps = state.step + 1 + (1000 if args.init else 0)  # else --init's were gone after one
+    steps = state.step + 1 + (1000 if args.init else 0)  # or one step erases --init's
     return 0.5 ** (1 / (args.ema * steps)) if args.ema else 0.0
 
 
@@ -664,9 +664,8 @@ def to_device(x: Tensor, device: torch.device) -> Tensor:
 
 def describe(state: State, args: Namespace) -> str:
     """What a run works with: "CPU, 2 threads, float32; G 1.2 M, D and Q 1.5 M parameters"."""
-    kind = "CPU" if state.device.type == "cpu" else state.device.type
-    where = f"{kind}, {torch.get_num_threads()} threads" if kind == "CPU" else kind
-    if kind == "cuda":
+    where = f"{state.device.type.upper()}, {torch.get_num_threads()} threads"
+    if state.device.type == "cuda":
         where = torch.cuda.get_device_name(state.device)
     how = "bfloat16" if args.amp else "float32"
     how += ", CUDA graph" if args.cuda_graph else ""
@@ -724,18 +723,20 @@ class GraphedStep:
 
 
 # pictures -----------------------------------------------------------------------------------------
+# load_pictures: find_pictures, then for each file read_picture and to_square, then the cache.
+# make_batch: bytes to floats.
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "JPEG2000", "PPM", "ICO", "PCX", "SGI")
 FORMATS += ("QOI", "TGA", "AVIF")  # not all that Pillow knows: for EPS it starts a program
 MAX_PIXELS = 2**30 // 12  # of one file, Pillow's own limit: decoding takes up to 16 bytes for each
-DECODERS = 8  # threads
-LARGE = Lock()  # pictures of more than MAX_PIXELS / DECODERS are decoded one at a time
+DECODE_THREADS = 8  # at once
+LARGE = Lock()  # pictures of more than MAX_PIXELS / DECODE_THREADS are decoded one at a time
 DECODED_AT_ONCE = 512  # so memory stays flat however large a set is
-DECODER = 3  # counts up whenever decode changes its result
+DECODER_VERSION = 3  # counts up whenever decode changes its result
 CROPS = {"centre": 0.5, "top": 0.0}  # how much of what a tall picture loses lies above the square
-SYSTEM = r"(?is)\..*|@eadir|[@#$]recycle(\.bin)?|recycler|#snapshot|__macosx|lost\+found|lost\.dir"
-SYSTEM += r"|found\.000|system volume information|desktop\.ini|thumbs(\.db)?"  # hidden ones too
-MADE = [{"args.json", "log.csv"}, {"last.pt"}, {"codes.csv"}, {"table.csv", "overview.png"}]
+HIDDEN = r"(?is)\..*|@eadir|[@#$]recycle(\.bin)?|recycler|#snapshot|__macosx|lost\+found|lost\.dir"
+HIDDEN += r"|found\.000|system volume information|desktop\.ini|thumbs(\.db)?"  # of systems too
+OUR_FOLDERS = [{"args.json", "log.csv"}, {"last.pt"}, {"codes.csv"}, {"table.csv", "overview.png"}]
 GET_PICTURES = "give a folder of pictures; `make data` downloads faces, `make demo` draws some"
 DATA, IDX = Path("data"), "raw/train-images-idx3-ubyte"  # where torchvision keeps named sets
 NAMED_SETS = {  # torchvision's class, its file; digits and clothes: 32x32, never mirrored
@@ -772,11 +773,11 @@ def find_pictures(folder: Path) -> tuple[list[Path], str]:
         if real in visited:
             continue
         visited.add(real)
-        if path != folder and any(marks <= {*names} for marks in MADE):
+        if path != folder and any(marks <= {*names} for marks in OUR_FOLDERS):
             others[f"folder {path.name} (a run, or by generate.py)"] += 1
             continue
         for name in below:
-            if re.fullmatch(SYSTEM, name):
+            if re.fullmatch(HIDDEN, name):
                 others[f"folder {name}"] += 1
             else:
                 folders.append(name)
@@ -844,7 +845,7 @@ def read_picture(
         n_pixels = math.prod(whole if "progressive" in image.info else image.size)
         if n_pixels > MAX_PIXELS:
             raise Image.DecompressionBombError
-        with LARGE if n_pixels > MAX_PIXELS // DECODERS else nullcontext():
+        with LARGE if n_pixels > MAX_PIXELS // DECODE_THREADS else nullcontext():
             x = to_square(image, size, channels, crop).tobytes()
         return hashlib.sha256(raw).hexdigest(), x, 3 * min(whole) <= 2 * max(whole)
     except Exception as error:  # decoders raise anything; decode tells it
@@ -856,7 +857,7 @@ def decode(data: str, flag: str, items: list, how: tuple[int, int, str], file: B
     places, unreadable, n_cut, is_grey, checksum = {}, [], 0, True, 0  # places in items, by hash
     size, channels, crop = how
     Image.init()  # loads Pillow's formats, which threads must not do at the same time
-    with warnings.catch_warnings(), ThreadPoolExecutor(DECODERS) as pool:
+    with warnings.catch_warnings(), ThreadPoolExecutor(DECODE_THREADS) as pool:
         warnings.simplefilter("ignore")  # Pillow's, about files that it can read all the same
         parts = (items[i : i + DECODED_AT_ONCE] for i in range(0, len(items), DECODED_AT_ONCE))
         read = (pool.map(lambda item: read_picture(item, *how), part) for part in parts)
@@ -934,7 +935,7 @@ def load_pictures(
     files, others = ([root], "") if named else find_pictures(root)
     if others:
         print(f"passed over in {data}: {others}")
-    state = hashlib.sha256(str(DECODER).encode())  # changes with every name, size and time
+    state = hashlib.sha256(str(DECODER_VERSION).encode())  # changes with every name, size and time
     for path in files:
         state.update(os.fsencode(path))
         with suppress(OSError):  # an unreadable one counts by its name
@@ -1024,8 +1025,6 @@ def load_checkpoint(path: str | Path) -> dict:
         if ckpt["format"] != FORMAT:
             raise UserError("is from another version of infogan.py")
         check_limits({name: ckpt["args"].get(name) for name in LIMITS})
-        if ckpt["args"]["upsample"] not in UPSAMPLE:
-            raise ValueError
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except Exception as error:  # of any kind: the file is at fault
@@ -1113,7 +1112,7 @@ def restore(state: State, ckpt: dict, path: Path, weights_only: bool = False) ->
         state.step, state.minutes = int(ckpt["step"]), float(ckpt["minutes"])
         state.sums = {name: v.to(state.device) for name, v in ckpt["sums"].items()}
         state.rows = ckpt["rows"].tolist()
-        state.rng.set_state(ckpt["rng"].clone())  # of a part torch reads beside it
+        state.rng.set_state(ckpt["rng"].clone())  # torch reads beside a part of a tensor
     except BROKEN as error:
         cure = "give another --init" if weights_only else NEW_RUN
         raise UserError(f"{path}: training cannot go on from its checkpoint; {cure}") from error
@@ -1121,10 +1120,10 @@ def restore(state: State, ckpt: dict, path: Path, weights_only: bool = False) ->
 
 # run folder ---------------------------------------------------------------------------------------
 
-SAME = (*SHAPE, "info_to", "batch_size", "crop")  # what a run keeps; the pictures too
-TOLD = {"flip", "recipe", "lam_cat", "lam_cont", "cap_cont", "lam_identity", "q_augment", "r1"}
-TOLD |= {"shift", "ema", "lr_g", "lr_d", "seed", "init"}  # what may change, and is told
-IGNORED = SYSTEM + r"|.*\.(txt|log|out|err|sh|[oe]\d+)|logs|old-\d+"  # in no run's way, and stays
+MUST_MATCH = {*SHAPE, "info_to", "batch_size", "crop"}  # to resume; and the pictures, see train
+MAY_CHANGE = {"flip", "recipe", "lam_cat", "lam_cont", "cap_cont", "lam_identity", "q_augment"}
+MAY_CHANGE |= {"r1", "shift", "ema", "lr_g", "lr_d", "seed", "init"}  # it is told
+IGNORED = HIDDEN + r"|.*\.(txt|log|out|err|sh|[oe]\d+)|logs|old-\d+"  # in a run's folder
 SIGNALS = ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"]
 SIGNALS = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
 
@@ -1136,8 +1135,9 @@ def locked(out: Path) -> Iterator[None]:
     others = [name for name in names if not re.fullmatch(IGNORED, name)]
     if others and not any(re.fullmatch(r"args\.json|last\.pt|epoch_.*\.pt", n) for n in others):
         raise UserError(f"--out {out}: has {others[0]} but no run in it; give another folder")
+    is_new = not out.exists()
     out.mkdir(parents=True, exist_ok=True)
-    with open(out / ".lock", "a+") as file:
+    with open(out / ".lock", "w") as file:
         try:
             import fcntl
 
@@ -1145,14 +1145,9 @@ def locked(out: Path) -> Iterator[None]:
             if os.fstat(file.fileno()).st_nlink == 0:  # a run that has just ended removed it
                 raise BlockingIOError
         except BlockingIOError:
-            file.seek(0)
-            holder = file.read() or "of another program"
-            raise UserError(f"--out {out}: process {holder} is training there") from None
+            raise UserError(f"--out {out}: another process is training there") from None
         except (ImportError, OSError) as error:  # Windows and some network drives have no locks
             print(f"{out}: cannot be locked ({error}); start no second run there")
-        with suppress(OSError):
-            file.truncate(0)
-            print(os.getpid(), end="", file=file, flush=True)
         for part in [*out.glob(".*.part"), *out.glob("samples/.*.part")]:
             part.unlink()  # from a process that was killed while it wrote
         try:
@@ -1160,7 +1155,8 @@ def locked(out: Path) -> Iterator[None]:
         finally:
             with suppress(OSError):
                 Path(file.name).unlink()
-                out.rmdir()  # only if it is empty: a start that failed
+                if is_new:
+                    out.rmdir()  # only if it is empty: a start that failed
 
 
 def differences(args: Namespace, before: dict, names: Collection[str]) -> list[str]:
@@ -1188,9 +1184,9 @@ def find_checkpoint(args: Namespace) -> dict | None:
         except UserError as error:
             print(error, file=sys.stderr)
             continue
-        check_same(args, differences(args, ckpt["args"], SAME))
+        check_same(args, differences(args, ckpt["args"], MUST_MATCH))
         print(f"resuming from {path}, step {ckpt['step']:,}")
-        if changes := differences(args, ckpt["args"], TOLD):
+        if changes := differences(args, ckpt["args"], MAY_CHANGE):
             print(f"until now it had {', '.join(changes)}")
         return ckpt
     if paths:
@@ -1212,12 +1208,14 @@ def caught_signals() -> Iterator[list[int]]:
         # ignored: by nohup, or a shell for a job with &; None: a handler that is not Python's
         if signal.getsignal(number) not in (signal.SIG_IGN, None):
             with suppress(ValueError):  # in a thread of another program, which has its own
-                before[number] = signal.signal(number, note)
+                before[number] = signal.getsignal(number)
+                signal.signal(number, note)
     try:
         yield caught
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        with suppress(ValueError):
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 # display ------------------------------------------------------------------------------------------
@@ -1249,9 +1247,7 @@ def save_animation(out: Path) -> None:
     grids, frames = sorted((int(path.stem[6:]), path) for path in paths), []
     for i in torch.linspace(0, len(grids) - 1, min(len(grids), 60)).round().int():
         epoch, path = grids[i]
-        grid = Image.open(path).convert("RGB")
-        grid = grid.reduce(-(-grid.width // 800))  # from 128x128 on
-        grid = ImageOps.scale(grid, max(1, round(500 / grid.width)), Image.Resampling.NEAREST)
+        grid = ImageOps.contain(Image.open(path).convert("RGB"), (530, 530))
         frame, font = ImageOps.expand(grid, (0, 28, 0, 0), "white"), ImageFont.load_default(16)
         ImageDraw.Draw(frame).text((6, 4), f"epoch {epoch}", "black", font)
         palette = frame.reduce(4).quantize(128)  # ten times as fast as from all pixels, as good
@@ -1298,17 +1294,14 @@ class Log:
             file.write(self.text().encode())
 
     def add(self, row: dict[str, float]) -> None:
-        if self.board:
-            places = {name: f"GAN/{name}" for name in METRICS}
-            places |= {name: f"L_I/{name}" for name in self.state.spec.names}
-            for name, place in places.items():
-                scalar = (place, row[name], self.state.step)
-                self.attempt("TensorBoard", self.board.add_scalar, *scalar)
+        for group, names in {"GAN": METRICS, "L_I": self.state.spec.names}.items():
+            for name in names:
+                self.to_board("add_scalar", f"{group}/{name}", row[name], self.state.step)
 
-    def add_grid(self, name: str, x: Tensor, epoch: int) -> None:
+    def to_board(self, method: str, *what: object) -> None:
+        """A call of TensorBoard's writer, where there is one."""
         if self.board:
-            x = x.cpu().add(1).div(2).clamp(0, 1)
-            self.attempt("TensorBoard", self.board.add_image, name, x, epoch)
+            self.attempt("TensorBoard", getattr(self.board, method), *what)
 
     def draw(self) -> None:
         """curves.png: losses, D's mean probabilities, and each code's L_I below its ceiling."""
@@ -1331,8 +1324,7 @@ class Log:
     def close(self) -> None:
         self.attempt("curves.png", self.draw)
         self.attempt("log.csv", self.save)
-        if self.board:
-            self.attempt("TensorBoard", self.board.close)
+        self.to_board("close")
 
 
 def draw_panel(
@@ -1381,7 +1373,7 @@ def batches(state: State, args: Namespace, pictures: Pictures, B: int) -> Iterat
     spec, device, x = state.spec, state.device, pictures.x
     while True:
         epoch, done = divmod(state.step, state.per_epoch)
-        rng = torch.Generator().manual_seed((args.seed + epoch) % 2**63)  # no epoch needs another
+        rng = torch.Generator().manual_seed((args.seed + epoch) % 2**63)  # to resume in an epoch
         order = pictures.order[torch.randperm(len(x), generator=rng)]
         for i in range(done, state.per_epoch):
             rows = to_device(order[i * B : (i + 1) * B], x.device)
@@ -1390,7 +1382,7 @@ def batches(state: State, args: Namespace, pictures: Pictures, B: int) -> Iterat
             codes = pair(codes) if args.lam_identity else codes
             codes = Codes(*(to_device(c, device) for c in codes))
             u = to_device(torch.rand(B, N_U, generator=state.rng), device)
-            numbers = float(reach_at(state, args)), beta_at(state, args)
+            numbers = float(max_shift_at(state, args)), beta_at(state, args)
             yield Batch(real, codes, u, *(torch.full((), v, device=device) for v in numbers))
 
 
@@ -1411,6 +1403,7 @@ def train(args: Namespace) -> int:
         # on a GPU bfloat16 is faster only inside a graph: its casts are kernels too
         fast = fast and (device.type != "cuda" or args.cuda_graph)
         resolved = {"channels": pictures.x.shape[3], "amp": fast if args.amp is None else args.amp}
+        resolved["init"] = args.init or (ckpt and ckpt["args"]["init"])
         args, n = Namespace(**{**vars(args), **resolved}), len(pictures.x)
         state = new_state(args, device)
         if source := ckpt or init:
@@ -1447,7 +1440,7 @@ def train(args: Namespace) -> int:
     elif stopped_by:
         why = signal.Signals(stopped_by).name
     print(f"{why}: {steps}. {out / 'last.pt'} is saved; {do}")
-    return 128 + stopped_by if stopped_by else 0
+    return 128 + stopped_by if stopped_by and not finished else 0
 
 
 def loop(
@@ -1498,13 +1491,14 @@ def loop(
             if row and (now >= next_shown or ends):
                 next_shown = now + (0.5 if tty else 30.0)
                 speed = (state.step - first) / (now - began)  # steps a second
-                left = max(0, round(min((total - state.step) / speed, end - now)))
+                left = max(0, round(min((total - state.step) / speed, end - now, 1e10)))
                 text = f"epoch {state.epochs:.1f}/{args.epochs}  {describe_row(spec, row)}"
                 text += f"  {speed * B:,.0f} img/s  eta {timedelta(seconds=left)}"
                 text = f"\r{text:<110}" if tty else text
                 print(text, end="" if tty and not ends else "\n", file=sys.stderr, flush=True)
             if rest == 0 and epoch % draw_every == 0:
-                log.add_grid("samples", save_samples(f"epoch_{epoch:04d}"), epoch)
+                grid = save_samples(f"epoch_{epoch:04d}").cpu().add(1).div(2).clamp(0, 1)
+                log.to_board("add_image", "samples", grid, epoch)
                 log.attempt("curves.png", log.draw)
             if done:  # before last.pt, so that a finished run is complete
                 finish()
@@ -1513,12 +1507,12 @@ def loop(
                 ckpt = gather_checkpoint(state, args, pictures.fingerprint)
                 log.attempt("log.csv", log.save)
                 save_last(out / "last.pt", ckpt, caught)
-                next_save = now + SAVE_SECONDS
+                next_save = time.monotonic() + SAVE_SECONDS
                 if keep:
                     log.attempt("checkpoint", save_file, out / f"epoch_{epoch:04d}.pt", ckpt)
             if ends:
                 break
-        if not done:  # after last.pt: who asked to stop may not wait
+        if not done:  # after a signal save first: a second one may end us
             finish()
     return next(iter(caught), 0), row
 
@@ -1556,7 +1550,7 @@ RECIPES = {  # what differs from the defaults in FLAGS
 FLAGS = {  # by group: flag, default (None: see derived), limits or choices or kind, meaning
 "pictures": [
     ("--data", "data/anime", "FOLDER", f"a folder, or {', '.join(NAMED_SETS)}"),
-    ("--image-size", 64, LIMITS["image_size"], "16, 32, 64, 128 or 256; named sets 32"),
+    ("--image-size", 64, LIMITS["image_size"], "width and height; named sets 32"),
     ("--channels", None, LIMITS["channels"], "1 grey, 3 colour (default: what the set has)"),
     ("--flip", True, bool, "mirror half of them; digits and clothes: off"),
     ("--crop", "centre", ["centre", "top"], "what is kept of pictures that are not square"),
@@ -1568,8 +1562,8 @@ FLAGS = {  # by group: flag, default (None: see derived), limits or choices or k
 ], "networks and objective": [
     ("--recipe", None, [*RECIPES], "notebook: its settings and faults (default: by --data)"),
     ("--width", 64, LIMITS["width"], "channels of D's first and G's last layer"),
-    ("--upsample", "nearest", UPSAMPLE, "G's layers: nearest neighbours and 3x3 convolutions, or"
-     " transposed 4x4 convolutions"),
+    ("--upsample", "nearest", LIMITS["upsample"], "G's layers: nearest neighbours and 3x3"
+     " convolutions, or transposed 4x4 ones"),
     ("--lam-cat", 1.0, (0.0, 1000.0), "lambda of each categorical code's L_I"),
     ("--lam-cont", None, (0.0, 1000.0), "of each continuous code's (default 3 / n_cont, max 0.3)"),
     ("--cap-cont", None, (0.0, 3.0), "G is rewarded for a continuous code's L_I up to X nats"
@@ -1610,7 +1604,7 @@ def derived(args: dict) -> dict:
     n_cat, n_cont = args["n_cat"], args["n_cont"]
     few = n_cat + n_cont <= 5
     values = {"out": f"checkpoint/cat{n_cat}-cont{n_cont}"}
-    values["lam_cont"] = min(0.3, 3 / max(n_cont, 1))  # they share one weight
+    values["lam_cont"] = min(0.3, 3 / max(n_cont, 1))  # their sum stays the same
     values["cap_cont"] = 3.0 if few else 1.4  # else they go on growing, and categoricals fade
     values["q_augment"] = 1.0 if few else 0.0  # many codes would be learned too slowly
     large = args["image_size"] >= 64
@@ -1646,21 +1640,21 @@ class Parser(ArgumentParser):
     """Flags from a table like FLAGS; errors in one line, where argparse would print the usage."""
 
     def __init__(self, program: str, about: str | None, flags: dict):
-        raw = RawDescriptionHelpFormatter
-        super().__init__(program, description=about, formatter_class=raw, allow_abbrev=False)
+        super().__init__(program, None, about, allow_abbrev=False, argument_default=SUPPRESS)
+        self.formatter_class = RawHelp
         for title, rows in flags.items():
             group = self.add_argument_group(title)
             for flag, default, kind, meaning in rows:
                 if kind is bool:
                     how = {"action": "store_true" if default is False else BooleanOptionalAction}
                 elif isinstance(kind, list):
-                    how = {"choices": kind}
+                    how = {"choices": kind, "type": type(kind[0])}
                 else:
                     kinds = {int: "N", float: "X", str: kind}
                     how = {"type": partial(self.value, flag, kind)}
                     how["metavar"] = kinds[type(kind[0])]
                 meaning += "" if default is None or default is False else f" (default {default})"
-                group.add_argument(flag, default=default, help=meaning, **how)
+                group.add_argument(flag, help=meaning, **how)
 
     @staticmethod
     def value(flag: str, kind: str | tuple, text: str) -> str | float:
@@ -1678,9 +1672,7 @@ class Parser(ArgumentParser):
 
     def given(self, argv: list[str] | None = None) -> dict:
         """Only the flags that argv has, by their names in args."""
-        unset = object()
-        args = self.parse_args(argv, Namespace(**{a.dest: unset for a in self._actions}))
-        return {k: v for k, v in vars(args).items() if v is not unset}
+        return vars(self.parse_args(argv))
 
     def error(self, message: str) -> None:
         raise UserError(f"{message}; see --help")

@@ -92,7 +92,7 @@ def tiny_state(*flags: str) -> tuple[infogan.State, Namespace, torch.Tensor, Cod
 def batch_of(state: infogan.State, args: Namespace, x: torch.Tensor, codes: Codes) -> infogan.Batch:
     """What train_step takes at this step, with the same chance each time."""
     u = torch.rand(len(x), infogan.N_U, generator=seeded(3))
-    reach = torch.tensor(float(infogan.reach_at(state, args)))
+    reach = torch.tensor(float(infogan.max_shift_at(state, args)))
     return infogan.Batch(x, codes, u, reach, torch.tensor(infogan.beta_at(state, args)))
 
 
@@ -543,7 +543,7 @@ def test_shifts_grow_with_the_epochs_and_can_be_turned_off():
     steps, ends = [0, 99, 100, 200, 399, 400, 10_000], {}
     reach = []
     for state.step in steps:
-        reach.append(infogan.reach_at(state, args))
+        reach.append(infogan.max_shift_at(state, args))
     assert infogan.SHIFT_EPOCHS == 40 and reach == [0, 0, 1, 2, 3, 4, 4]
     for flags in ((), ("--shift", "0")):
         for step in (0, 4000):
@@ -555,7 +555,7 @@ def test_shifts_grow_with_the_epochs_and_can_be_turned_off():
     assert ends[(), 0].equal(ends[off]) and not ends[on].equal(ends[off])
     state, args, *_ = tiny_state("--shift", "0")
     state.step = 4000
-    assert infogan.reach_at(state, args) == 0 and infogan.variant(state, args)[1] is False
+    assert infogan.max_shift_at(state, args) == 0 and infogan.variant(state, args)[1] is False
 
 
 def test_beyond_their_edges_augmented_pictures_go_on(monkeypatch):
@@ -1032,7 +1032,7 @@ def test_memory_of_decoding_is_bounded(tmp_path, monkeypatch):
 
     monkeypatch.setattr(infogan, "to_square", slow)
     assert len(infogan.load_pictures(str(tmp_path), 16).x) == 40
-    assert most[3500] == 1 and 2 < most[99] <= infogan.DECODERS
+    assert most[3500] == 1 and 2 < most[99] <= infogan.DECODE_THREADS
 
 
 def test_grey_sets_have_one_channel_unless_three_are_asked_for(tmp_path):

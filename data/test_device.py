@@ -34,7 +34,7 @@ def draw_batch(state, args, rng: torch.Generator) -> infogan.Batch:
     """A batch of noise for the state's step, on its device."""
     x = torch.rand(8, 3, args.image_size, args.image_size, generator=rng) * 2 - 1
     codes, u = state.spec.sample(8, rng), torch.rand(8, infogan.N_U, generator=rng)
-    numbers = float(infogan.reach_at(state, args)), infogan.beta_at(state, args)
+    numbers = float(infogan.max_shift_at(state, args)), infogan.beta_at(state, args)
     batch = infogan.Batch(x, codes, u, *map(torch.tensor, numbers))
     return tree_map(lambda t: t.to(state.device), batch)
 
