@@ -456,21 +456,6 @@ def save_gif(path: Path, title: str, x: Tensor, values: list[str], back: bool, z
     save_picture(path, frames[0], append_images=frames[1:], **how)
 
 
-class Film:
-    """Frames that Pillow asks for one by one, where a list would hold them all in memory."""
-
-    def __init__(self, n_frames: int, frames: Iterator[Image.Image]):
-        self.n_frames, self.frames, self.frame = n_frames, frames, None
-
-    def seek(self, _number: int) -> None:
-        self.frame = next(self.frames, None)
-        if not self.frame:
-            raise EOFError
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self.frame, name)
-
-
 def walk(model: Model, out: Path, seeds: Seeds, set_: Held, steps: int, zoom: int) -> str:
     """From the face of each seed to the next, and from the last to the first, as GIF or WebP."""
     spec = model.spec
@@ -482,8 +467,7 @@ def walk(model: Model, out: Path, seeds: Seeds, set_: Held, steps: int, zoom: in
     codes, k = codes.flatten(0, 1), max(1, 128 // model.shape[0]) * zoom
     x = chain.from_iterable(draw(model.G, part) for part in codes.split(DRAWN_AT_ONCE))
     frames = (ImageOps.scale(to_image(p).convert("RGB"), k, Image.Resampling.BICUBIC) for p in x)
-    first, more = next(frames), [Film(len(codes) - 1, frames)]
-    save_picture(out, first, append_images=more, duration=80, loop=0, save_all=True)
+    save_picture(out, next(frames), append_images=frames, duration=80, loop=0, save_all=True)
     return f"{out} has {len(codes)} frames"
 
 
