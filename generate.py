@@ -54,8 +54,8 @@ DRAWN_AT_ONCE, N_READ = 32, 4  # pictures in each pass of G; drawings beside a p
 N_REAL = 1000  # pictures behind a distance to real ones
 PAGE = Path(__file__).parent / "data/explorer.html"
 PAGE_MB = 9  # at most: it must open, and follow a slider, at once
-FONTS = "/usr/share/fonts /usr/local/share/fonts ~/.local/share/fonts ~/.fonts C:/Windows/Fonts"
-FONTS += " /System/Library/Fonts /Library/Fonts ~/Library/Fonts"
+FONTS = ("DejaVuSans", "arial", "Arial Unicode", "NotoSansCJK-Regular", "wqy-microhei", "msgothic")
+FONTS += ("msyh", "malgun", "Nirmala", "unifont")  # for names in other scripts
 MARK, EXIF = "generate.py of InfoGAN", Image.Exif()  # what is ours may be written again
 EXIF[ExifTags.Base.Software] = MARK
 MARKED = {"exif": EXIF.tobytes(), "comment": MARK}  # of PNG and WebP, and of GIF
@@ -207,20 +207,15 @@ def label(code: str, names: Names) -> str:
 
 
 @cache
-def font_for(text: str, size: int) -> ImageFont.FreeTypeFont:
-    """Pillow's own, or one of this system that has the letters; None where there is none."""
+def font_for(text: str, size: int) -> ImageFont.FreeTypeFont | None:
+    """Pillow's own font for ASCII, else the first of FONTS that has all letters of the text."""
     if text.isascii():
         return ImageFont.load_default(size)
-    letters = {*text, *"Lact0"} - {" ", "\n"}  # those of codes too: not each font has Latin ones
-    files = (p for at in FONTS.split() for p in Path(os.path.expanduser(at)).rglob("*.[tTo][tT]*"))
-    odd = re.compile("(?i)bold|bd|demi|black|ita|obl|light|thin|cond|mono|serif")
-    signs = re.compile("(?i)dingbat|ding|symbol|emoji|icon|awesome|^[ds]0500")  # in letters' places
-    files = (path for path in files if not signs.search(path.stem))
-    for path in sorted(files, key=lambda p: (bool(odd.search(p.stem)), len(p.stem), p)):
-        with suppress(OSError, ValueError):  # pictures of signs, which have sizes of their own
-            font = ImageFont.truetype(str(path), size)
-            nothing = {b"", bytes(font.getmask(chr(0x10FFFD)))}  # the box of a letter that it lacks
-            if not any(bytes(font.getmask(letter)) in nothing for letter in letters):
+    for name in FONTS:
+        with suppress(OSError):  # not on this system; Pillow looks through its folders of fonts
+            font = ImageFont.truetype(name, size)
+            missing = bytes(font.getmask("\U0010fffd"))  # the box for a letter that a font lacks
+            if all(bytes(font.getmask(letter)) != missing for letter in {*text} - {"\n"}):
                 return font
     return None
 
