@@ -323,15 +323,17 @@ def table_of(rows: list[Row], names: Names) -> list[list[str]]:
 
 
 def sliced_wasserstein(x: Tensor, y: Tensor, rng: torch.Generator) -> list[float]:
-    """Distance of 7x7 patches of as many pictures, fine to coarse (after 1710.10196, section 5)."""
-    distances, to = [], F.normalize(torch.randn(49 * x.shape[1], 512, generator=rng), dim=0)
+    """Distance of 7x7 patches of as many pictures, fine to coarse (after 1710.10196, section 5).
+
+    Sets (n, channels, size, size); a figure for each size down to 16.
+    """
+    directions = F.normalize(torch.randn(512, 49 * x.shape[1], generator=rng), dim=1)
+    kernels, distances = directions.unflatten(1, (-1, 7, 7)), []
     while x.shape[2] >= 16:
-        sides = []
-        for v in (x, y):
-            patches = F.unfold(v, 7, stride=v.shape[2] // 8).mT.reshape(-1, x.shape[1], 49)
-            std, mean = torch.std_mean(patches, (0, 2), keepdim=True)
-            sides.append((((patches - mean) / std.clamp(min=1e-8)).flatten(1) @ to).sort(0)[0])
-        distances.append((sides[0] - sides[1]).abs().mean().item())
+        normed = [F.batch_norm(v, None, None, training=True) for v in (x, y)]  # as bright, as vivid
+        slices = [F.conv2d(v, kernels, stride=v.shape[2] // 8).transpose(0, 1) for v in normed]
+        x_sorted, y_sorted = (values.flatten(1).sort(1)[0] for values in slices)
+        distances.append((x_sorted - y_sorted).abs().mean().item())
         x, y = F.avg_pool2d(x, 2), F.avg_pool2d(y, 2)
     return distances
 
