@@ -44,10 +44,9 @@ Held, Names = dict[str, float], dict[str, str]  # of codes: the values of --set;
 N_MEASURED, N_MOVED = 400, 100  # samples behind a table's figures; behind its tints, heat maps
 MOST_SHOWN = 100  # categories on a sheet
 AT_ONCE, N_READ = 32, 4  # pictures in each pass of a network; drawings beside one of --read
-N_REAL, MOST_SAMPLES = 1000, 10**6  # pictures that --versus compares with real ones; of --samples
+N_REAL, MOST_SAMPLES = 1000, 10**6  # pictures that --versus compares, that --samples writes
 PAGE = Path(__file__).parent / "data/explorer.html"
-FONTS = ("DejaVuSans", "arial", "Arial Unicode", "NotoSansCJK-Regular", "wqy-microhei", "msgothic")
-FONTS += ("msyh", "malgun", "Nirmala", "unifont")  # for names in other scripts
+FONTS = ("DejaVuSans", "NotoSansCJK-Regular", "arial", "msyh", "malgun", "Arial Unicode")
 MARK, EXIF = "generate.py of InfoGAN", Image.Exif()  # what is ours may be written again
 EXIF[ExifTags.Base.Software] = MARK
 MARKED = {"exif": EXIF.tobytes(), "comment": MARK}  # of PNG and WebP, and of GIF
@@ -146,12 +145,11 @@ def save_picture(path: Path, image: Image.Image, **how: object) -> None:
     infogan.save_picture(checked(path), image, **MARKED, **how)
 
 
-def save_table(path: Path, head: list[str], lines: Iterable[Iterable[object]]) -> None:
+def save_table(path: Path, lines: Iterable[Iterable[object]]) -> None:
     """A CSV, complete or not at all, with numbers to four decimals."""
-    csv.writer(text := io.StringIO(), lineterminator="\n").writerow(head)
+    writer = csv.writer(text := io.StringIO(), lineterminator="\n")
     for line in lines:
-        cells = [f"{round(v, 4):g}" if isinstance(v, float) else v for v in line]
-        csv.writer(text, lineterminator="\n").writerow(cells)
+        writer.writerow(f"{round(v, 4):g}" if isinstance(v, float) else v for v in line)
     with replacing(checked(path)) as file:
         file.write(text.getvalue().encode(errors="surrogateescape"))
 
@@ -286,19 +284,20 @@ def measure(model: Model, seed: int) -> list[Row]:
     x = pictures(codes)
     x_edges, read = edge_map(x), [model.Q.D(part.to(device))[1] for part in x.split(AT_ONCE)]
     q = infogan.QOutput(*(torch.cat(parts).cpu() for parts in zip(*read, strict=True)))
-    L_I = dict(zip(spec.names, infogan.mutual_information(spec, q, codes).tolist(), strict=True))
-    most, few = dict(zip(spec.names, spec.ceilings, strict=True)), [c[:N_MOVED] for c in codes]
-    groups, each = [], []
-    names = [*(["z"] if spec.z_dim else []), *spec.kinds, *spec.names]
-    for name in tqdm(names, "measuring", leave=False, disable=None):
+    L_I = infogan.mutual_information(spec, q, codes).tolist()
+    figures = [*zip(spec.names, L_I, spec.ceilings, strict=True)]
+    few = Codes(*(c[:N_MOVED] for c in codes))
+
+    def effects(name: str) -> tuple[float, float]:
         y = pictures(spec.replace(codes, name, other))
-        figures = L_I.get(name), most.get(name), effect(x, y), effect(x_edges, edge_map(y))
-        if name in L_I:
-            ends = [*map(pictures, low_high(spec, Codes(*few), name, rng))]
-            each.append(Row(name, *figures, tint(*ends), heat_map(*ends)))
-        else:
-            groups.append(Row(name, *figures))
-    return groups + sorted(each, key=lambda r: -r.effect)
+        return effect(x, y), effect(x_edges, edge_map(y))
+
+    parts = ["z", *spec.kinds] if spec.z_dim else [*spec.kinds]
+    groups, each = [Row(part, None, None, *effects(part)) for part in parts], []
+    for name, nats, ceiling in tqdm(figures, "measuring", leave=False, disable=None):
+        ends = [*map(pictures, low_high(spec, few, name, rng))]
+        each.append(Row(name, nats, ceiling, *effects(name), tint(*ends), heat_map(*ends)))
+    return groups + sorted(each, key=lambda row: -row.effect)
 
 
 def print_rows(rows: list[Row], names: Names) -> list[list[str]]:
@@ -322,7 +321,7 @@ def tell_apart(x: Tensor, y: Tensor) -> float:
     return (of_x == of_x[nearest]).float().mean().item()
 
 
-# sheets -------------------------------------------------------------------------------------------
+# pictures of codes --------------------------------------------------------------------------------
 
 
 def sheet(
@@ -362,8 +361,7 @@ def sheets(model: Model, args: Namespace) -> str:
     """The table, a sheet per code, sheets of several codes; nothing selected: the seed's first."""
     spec, out, zoom, held, last = model.spec, args.out, args.zoom, args.set, args.steps - 1
     rows, base = measure(model, args.seed), sample_seeds(spec, args.seeds, held)
-    head, *lines = print_rows(rows, args.names)
-    save_table(out / "table.csv", head, lines)
+    save_table(out / "table.csv", print_rows(rows, args.names))
     categories, (low, high) = range(spec.cat_dim)[:MOST_SHOWN], args.range
     values = [round(v, 6) + 0.0 for v in torch.linspace(low, high, args.steps).tolist()]
     numbers, signed = [str(k) for k in categories], [f"{v:+.2f}" if v else "0" for v in values]
@@ -441,10 +439,10 @@ def samples(model: Model, args: Namespace) -> str:
     codes = sample_seeds(spec, args.seeds, args.set)
     parts = spec.join(codes).split(AT_ONCE)
     save_pngs(out, names, (picture for part in parts for picture in draw(model.G, part)))
-    figures = torch.cat([codes.c_cat, codes.c_cont], 1).tolist()
-    lines = zip(names, args.seeds, figures, strict=True)
-    lines = ([name, seed, *values] for name, seed, values in lines)
-    save_table(out / "codes.csv", ["file", "seed", *spec.names], lines)
+    table, values = [["file", "seed", *spec.names]], torch.cat([codes.c_cat, codes.c_cont], 1)
+    for name, seed, row in zip(names, args.seeds, values.tolist(), strict=True):
+        table.append([name, seed, *row])
+    save_table(out / "codes.csv", table)
     written = f"{out} has {len(names):,} pictures and codes.csv"
     if args.data:
         real, x = out.with_name(f"{out.name}-real"), load_pictures(args.data, *model.shape).x
@@ -454,16 +452,13 @@ def samples(model: Model, args: Namespace) -> str:
     return written
 
 
-# two runs -----------------------------------------------------------------------------------------
-
-
 def versus(model: Model, args: Namespace) -> str:
     """The tables of two runs, how far from --data they are, and both in comparison.png."""
     spec, other, halves = model.spec, load_model(args.versus, model.device), []
     shape, flags = infogan.LIMITS.keys() - {"width"}, Namespace(**model.ckpt["args"])
     if differ := infogan.differences(flags, other.ckpt["args"], shape):
-        why = f"has other codes or pictures: {', '.join(differ)}"
-        raise UserError(f"--versus {other.path}: {why}")
+        differ = ", ".join(differ)
+        raise UserError(f"--versus {other.path}: has other codes or pictures: {differ}")
     rng, columns = torch.Generator().manual_seed(args.seed), min(spec.cat_dim, MOST_SHOWN)
     if args.data:
         real = load_pictures(args.data, *model.shape).x
@@ -476,8 +471,8 @@ def versus(model: Model, args: Namespace) -> str:
         print_rows(rows, {})
         if args.data:
             drawn = draw(run.G, spec.join(spec.sample(len(real), rng.manual_seed(args.seed))))
-            told = f"{tell_apart(real, drawn):.1%} (50% would be perfect)"
-            print(f"samples that nearest neighbours tell from real pictures: {told}")
+            share = tell_apart(real, drawn)
+            print(f"real or not, by the nearest neighbour: {share:.1%} right, 50% is best")
         moves = {"cat": range(columns)} if spec.n_cat else {}
         for row in [row for row in rows if row.code in spec.names[spec.n_cat :]][:1]:
             moves[row.code] = torch.linspace(*args.range, columns).tolist()
@@ -539,12 +534,14 @@ def sort(model: Model, args: Namespace) -> str:
         files = [os.path.relpath(name, root) for name in files]
         labels = [Path(name).parent.name for name in files]
     values, doubts = read_codes(model, x)
-    surety = [f"{code}_{'p' if code.startswith('cat') else 'sigma'}" for code in spec.names]
-    figures = zip(files, torch.cat([values, doubts], 1).tolist(), strict=True)
-    lines = ([name, *each] for name, each in figures)
-    save_table(out / "codes.csv", ["file", *spec.names, *surety], lines)
+    doubted = [f"{code}_{'p' if code.startswith('cat') else 'sigma'}" for code in spec.names]
+    table = [["file", *spec.names, *doubted]]
+    for name, row in zip(files, torch.cat([values, doubts], 1).tolist(), strict=True):
+        table.append([name, *row])
+    save_table(out / "codes.csv", table)
     kinds = {*labels}
-    print(f"labels: {len(kinds)}; a label is a picture's folder, an error needs two")
+    if spec.n_cat:
+        print(f"labels: {len(kinds)}; a label is a picture's folder, an error needs two")
     for code in args.codes:
         j = spec.names.index(code)
         if j < spec.n_cat:
@@ -574,10 +571,9 @@ def read(model: Model, args: Namespace) -> str:
     """A table of what Q reads from each picture; read.png: each beside what G draws of it."""
     spec, pixels, (size, channels, _) = model.spec, bytearray(), model.shape
     paths = [Path(os.path.expanduser(path)) for path in args.read]
-    for hash_or_why, picture, _ in (infogan.read_picture(path, *model.shape) for path in paths):
+    for why, picture, _ in (infogan.read_picture(path, *model.shape) for path in paths):
         if picture is None:
-            why = "cannot be read as a picture; --sort takes a folder"
-            raise UserError(f"--read {hash_or_why}: {why}")
+            raise UserError(f"--read {why}: cannot be read as a picture; --sort takes a folder")
         pixels += picture
     x = torch.frombuffer(pixels, dtype=torch.uint8).view(-1, size, size, channels)
     values, doubts = read_codes(model, x)

@@ -424,15 +424,15 @@ def test_sorting_takes_as_floats_a_batch_at_a_time(ckpt, faces, tmp_path, monkey
 
 
 def test_a_named_set_has_labels_of_its_own(ckpt, faces, tmp_path, monkeypatch, capsys):
-    real, spoken = infogan.load_pictures, capsys
-    x = real(str(faces), 16, 3)
-    numbered = x._replace(names=[str(i) for i in range(len(x.x))])
+    pictures = infogan.load_pictures(str(faces), 16, 3)
+    numbers = range(len(pictures.x))
+    numbered = pictures._replace(names=[str(i) for i in numbers])
     monkeypatch.setattr(generate, "load_pictures", lambda *_, **__: numbered)
-    labels = [("picture", i % 3) for i in range(len(x.x))]
+    labels = [("picture", i % 3) for i in numbers]
     monkeypatch.setattr(infogan, "open_named_set", lambda name, flag: labels)
     sort = ["--ckpt", str(ckpt), "--out", str(tmp_path / "out"), *SORT, "mnist"]
     assert generate.main(sort) == 0
-    assert "labels: 3; " in (said := spoken.readouterr().out) and said.count("NMI") == 2
+    assert "labels: 3; " in (said := capsys.readouterr().out) and said.count("NMI") == 2
 
 
 @pytest.mark.skipif(HAS_ONNX, reason="onnxscript is here")
@@ -509,7 +509,7 @@ def test_two_runs_are_compared_in_a_table_and_a_picture(ckpt, faces, tmp_path, c
     capsys.readouterr()
     assert generate.main(["--ckpt", str(a), "--versus", str(b), "--data", str(faces)]) == 0
     told = capsys.readouterr().out
-    for words in (a, b, "z  ", "cat1", "cont1", "L_I", "nearest neighbours"):
+    for words in (a, b, "z  ", "cat1", "cont1", "L_I", "nearest neighbour"):
         assert str(words) in told
     assert Image.open(tmp_path / "a/traversals/comparison.png").width > 800
     assert not (tmp_path / "a/traversals/table.csv").exists()
