@@ -64,13 +64,8 @@ class Model(NamedTuple):
     Q: infogan.Encoder
     spec: CodeSpec
     ckpt: dict
+    shape: tuple[int, int, str]  # size and channels of its pictures, --crop of those not square
     device: torch.device
-
-    @property
-    def shape(self) -> tuple[int, int, str]:
-        """Size and channels of its pictures, and what is kept of those that are not square."""
-        args = self.ckpt["args"]
-        return args["image_size"], args["channels"], args.get("crop", "centre")
 
 
 def folded(G: Generator) -> nn.Sequential:
@@ -78,10 +73,9 @@ def folded(G: Generator) -> nn.Sequential:
     layers = [nn.Unflatten(1, (-1, 1, 1))]
     for m in G.layers:
         if isinstance(m, nn.BatchNorm2d):
-            transposed = isinstance(layers[-1], nn.ConvTranspose2d)
-            layers[-1] = fuse_conv_bn_eval(layers[-1], m, transpose=transposed)
-            continue
-        if isinstance(m, (infogan.UpsampleConv2d, infogan.ConvTranspose2dFromPixel)):
+            conv = layers.pop()
+            m = fuse_conv_bn_eval(conv, m, transpose=isinstance(conv, nn.ConvTranspose2d))
+        elif isinstance(m, (infogan.UpsampleConv2d, infogan.ConvTranspose2dFromPixel)):
             up, bias = isinstance(m, infogan.UpsampleConv2d), m.bias
             weight = nn.Parameter(m.folded() if up else m.weight)
             m = nn.ConvTranspose2d(*weight.shape[:2], 4, 1 + up, int(up), bias=bias is not None)
@@ -97,7 +91,9 @@ def load_model(path: str, device: torch.device) -> Model:
     ckpt = infogan.load_checkpoint(file)
     (G, spec), (Q, _) = infogan.load_generator(ckpt, device), infogan.load_encoder(ckpt, device)
     Q = Q.to(memory_format=torch.channels_last)  # faster
-    return Model(file, folded(G), Q, spec, ckpt, device)
+    args = {"crop": "centre", **ckpt["args"]}
+    shape = args["image_size"], args["channels"], args["crop"]
+    return Model(file, folded(G), Q, spec, ckpt, shape, device)
 
 
 @torch.no_grad()
@@ -159,59 +155,6 @@ def print_table(lines: list[list[str]]) -> None:
     left, *right = (max(map(len, column)) for column in zip(*lines, strict=True))
     for name, *cells in lines:
         print(f"{name:{left}}", *map(str.rjust, cells, right), sep="  ")
-
-
-# names --------------------------------------------------------------------------------------------
-
-
-def check_codes(spec: CodeSpec, where: str, codes: Iterable[str]) -> None:
-    """Raises UserError for a code that spec does not have."""
-    for code in (code for code in codes if code not in spec.names):
-        raise UserError(f"{where}: {code!a}: this checkpoint has {', '.join(spec.names) or 'none'}")
-
-
-def read_names(model: Model, given: str | None) -> Names:
-    """What people call the codes: by --names, names.json beside the checkpoint, or within it."""
-    path, names = Path(given or model.path.with_name("names.json")), model.ckpt.get("names", {})
-    try:
-        if given or path.exists():
-            names = {**names, **json.loads(path.read_text(encoding="utf-8-sig"))}
-        for code, name in names.items():
-            if not re.fullmatch("(cat|cont)[0-9]+", code):
-                raise ValueError(f"{code!a} is no code")
-            if not (isinstance(name, str) and name.isprintable() and 0 < len(name) <= 40):
-                raise ValueError(f"the name of {code} must be one line of 1 to 40 characters")
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f'{path}: must be a table like {{"cont3": "tilt"}}: {error}') from error
-    return {code: name for code, name in names.items() if code in model.spec.names}
-
-
-def read_set(text: str, spec: CodeSpec) -> Held:
-    """The codes of "cat0=3,cont5=-0.8", with their values. Raises UserError."""
-    held = {}
-    for part in map(str.strip, text.split(",")):
-        code, _, value = part.partition("=")
-        check_codes(spec, "--set", [code])
-        v = float(value) if re.fullmatch(r"[-+]?[0-9]*\.?[0-9]+", value) else math.nan
-        fits, must = abs(v) <= 1000, "a number from -1000 to 1000"
-        if code.startswith("cat"):
-            fits, must = v in range(spec.cat_dim), f"a whole number from 0 to {spec.cat_dim - 1}"
-        if code in held or not fits:
-            raise UserError(f"--set {part}: {code} must be given once, as {must}")
-        held[code] = v
-    return held
-
-
-@cache
-def font_for(text: str, size: int) -> ImageFont.FreeTypeFont:
-    """The first of FONTS here that has all letters of text; Pillow's own for ASCII, or if none."""
-    for name in [] if text.isascii() else FONTS:
-        with suppress(OSError):  # not here; Pillow looks through the system's folders by itself
-            font = ImageFont.truetype(name, size)
-            missing = bytes(font.getmask("\U0010fffd"))  # the box for a letter that a font lacks
-            if all(bytes(font.getmask(letter)) != missing for letter in {*text} - {"\n"}):
-                return font
-    return ImageFont.load_default(size)
 
 
 # figures ------------------------------------------------------------------------------------------
@@ -322,6 +265,18 @@ def tell_apart(x: Tensor, y: Tensor) -> float:
 
 
 # pictures of codes --------------------------------------------------------------------------------
+
+
+@cache
+def font_for(text: str, size: int) -> ImageFont.FreeTypeFont:
+    """The first of FONTS here that has all letters of text; Pillow's own for ASCII, or if none."""
+    for name in [] if text.isascii() else FONTS:
+        with suppress(OSError):  # not here; Pillow looks through the system's folders by itself
+            font = ImageFont.truetype(name, size)
+            missing = bytes(font.getmask("\U0010fffd"))  # the box for a letter that a font lacks
+            if all(bytes(font.getmask(letter)) != missing for letter in {*text} - {"\n"}):
+                return font
+    return ImageFont.load_default(size)
 
 
 def sheet(
@@ -711,6 +666,44 @@ MORE = {  # of flags that are not one word with a default
 "range": {"nargs": 2, "type": float, "metavar": ("LOW", "HIGH")},
 }
 # fmt: on
+
+
+def check_codes(spec: CodeSpec, where: str, codes: Iterable[str]) -> None:
+    """Raises UserError for a code that spec does not have."""
+    for code in (code for code in codes if code not in spec.names):
+        raise UserError(f"{where}: {code!a}: this checkpoint has {', '.join(spec.names) or 'none'}")
+
+
+def read_names(model: Model, given: str | None) -> Names:
+    """What people call the codes: by --names, names.json beside the checkpoint, or within it."""
+    path, names = Path(given or model.path.with_name("names.json")), model.ckpt.get("names", {})
+    try:
+        if given or path.exists():
+            names = {**names, **json.loads(path.read_text(encoding="utf-8-sig"))}
+        for code, name in names.items():
+            if not re.fullmatch("(cat|cont)[0-9]+", code):
+                raise ValueError(f"{code!a} is no code")
+            if not (isinstance(name, str) and name.isprintable() and 0 < len(name) <= 40):
+                raise ValueError(f"the name of {code} must be one line of 1 to 40 characters")
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f'{path}: must be a table like {{"cont3": "tilt"}}: {error}') from error
+    return {code: name for code, name in names.items() if code in model.spec.names}
+
+
+def read_set(text: str, spec: CodeSpec) -> Held:
+    """The codes of "cat0=3,cont5=-0.8", with their values. Raises UserError."""
+    held = {}
+    for part in map(str.strip, text.split(",")):
+        code, _, value = part.partition("=")
+        check_codes(spec, "--set", [code])
+        v = float(value) if re.fullmatch(r"[-+]?[0-9]*\.?[0-9]+", value) else math.nan
+        fits, must = abs(v) <= 1000, "a number from -1000 to 1000"
+        if code.startswith("cat"):
+            fits, must = v in range(spec.cat_dim), f"a whole number from 0 to {spec.cat_dim - 1}"
+        if code in held or not fits:
+            raise UserError(f"--set {part}: {code} must be given once, as {must}")
+        held[code] = v
+    return held
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
