@@ -23,20 +23,18 @@ What the default adds to the paper; `--recipe notebook` is without it:
     --upsample      nearest neighbours and 3x3 convolutions in G, not transposed ones
 
 Sections, the paper first (search for "# step ---"): limits, codes, networks, objective, step; then
-device, pictures, checkpoint, run folder, display, processes, train, flags, program.
-Left out on purpose: labels, learning-rate schedules, growing networks, loader processes, configs.
+device, pictures, checkpoint, run folder, display, train, flags, program.
+Left out on purpose: labels, learning-rate schedules, growing networks, several GPUs, configs.
 """
 
 from __future__ import annotations
 
 import copy
-import csv
 import hashlib
 import io
 import json
 import math
 import os
-import pickletools
 import re
 import signal
 import sys
@@ -48,20 +46,20 @@ from argparse import ArgumentParser, BooleanOptionalAction, Namespace, RawDescri
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from functools import partial
 from importlib import import_module
 from itertools import chain, count, cycle
 from pathlib import Path
+from threading import Lock
 from typing import BinaryIO, NamedTuple, TextIO
 
 if __name__ == "__main__":  # Ctrl-C while torch is loading, which takes a second: no traceback
     sys.excepthook = lambda kind, *e: kind is KeyboardInterrupt or sys.__excepthook__(kind, *e)
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor, nn
@@ -162,15 +160,10 @@ class CodeSpec:
         return {kind: place for kind, place in places.items() if self.names[place]}
 
     @property
-    def entropies(self) -> list[float]:
-        """H(c) of each code in nats; that of a continuous one is differential."""
-        return [math.log(self.cat_dim)] * self.n_cat + [math.log(2)] * self.n_cont
-
-    @property
     def ceilings(self) -> list[float]:
         """The most that L_I can reach, in nats: H(c), or what Q's narrowest Gaussian can tell."""
-        best = [0.0] * self.n_cat + [-math.log(SIGMA_MIN * math.sqrt(2 * math.pi))] * self.n_cont
-        return [h + log_q for h, log_q in zip(self.entropies, best, strict=True)]
+        narrowest = math.log(2) - math.log(SIGMA_MIN * math.sqrt(2 * math.pi))
+        return [math.log(self.cat_dim)] * self.n_cat + [narrowest] * self.n_cont
 
     def sample(self, n: int, rng: torch.Generator) -> Codes:
         """n draws of z and c, on the generator's device."""
@@ -320,12 +313,6 @@ class Discriminator(nn.Module):
         return self.spec.split(self.q_head(h)[:, : self.spec.q_dim, 0, 0].float())
 
 
-def networks(args: Namespace) -> tuple[Generator, Discriminator]:
-    """G and D of a run's flags."""
-    shape = (spec_of(args), args.image_size, args.width, args.channels)
-    return Generator(*shape, args.upsample), Discriminator(*shape)
-
-
 @torch.no_grad()
 def init_weights(net: nn.Module, rng: torch.Generator) -> None:
     """DCGAN's start: convolutions N(0, 0.02), batch norm N(1, 0.02), biases 0."""
@@ -359,7 +346,7 @@ def log_q(q: QOutput, codes: Codes) -> Tensor:
 def mutual_information(spec: CodeSpec, q: QOutput, codes: Codes) -> Tensor:
     """L_I = E[log Q(c|x)] + H(c) of each code in nats (paper, Eq. 5), (n_cat + n_cont,)."""
     cat, cont = log_q(q, codes).mean(0).split([spec.n_cat, spec.n_cont])
-    return torch.cat([cat + math.log(spec.cat_dim), cont + math.log(2)])  # H(c), see entropies
+    return torch.cat([cat + math.log(spec.cat_dim), cont + math.log(2)])  # H(c) of a uniform code
 
 
 def lambda_L_I(spec: CodeSpec, L_I: Tensor, args: Namespace, cap_cont: float = math.inf) -> Tensor:
@@ -478,11 +465,12 @@ class State:
     D: Discriminator
     opt_G: torch.optim.Optimizer
     opt_D: torch.optim.Optimizer
-    rng: torch.Generator  # this process's only randomness; on the CPU, as a run can change devices
+    rng: torch.Generator  # the only randomness; on the CPU, as a run can change devices
     per_epoch: int = 1  # steps
     step: int = 0
     minutes: float = 0.0  # of training, over all starts
-    sums: dict[str, Tensor] = field(default_factory=dict)  # of metrics, since the last logged step
+    sums: dict[str, Tensor] = field(default_factory=dict)  # of metrics, since the last row
+    rows: list[list[float]] = field(default_factory=list)  # of log.csv
 
     @property
     def epochs(self) -> float:
@@ -496,12 +484,17 @@ class State:
         else:
             self.sums = {name: value.clone() for name, value in metrics.items()}
 
-    def means(self, steps: int) -> dict[str, float]:
-        """The metrics' means over all processes and this many steps; the sums begin anew."""
-        all_mean_([*self.sums.values()])
-        values = (torch.stack([*self.sums.values()]) / steps).tolist()
-        means, self.sums = dict(zip(self.sums, values, strict=True)), {}
-        return means
+    @property
+    def columns(self) -> list[str]:
+        """The names of what stands in a row of log.csv."""
+        return ["step", "epoch", "minutes", *METRICS, *self.spec.names]
+
+    def add_row(self) -> dict[str, float]:
+        """The next row of log.csv: the metrics' means over LOG_EVERY steps."""
+        means = torch.stack([*self.sums.values()]) / LOG_EVERY
+        self.rows.append([self.step, self.epochs, self.minutes, *means.tolist()])
+        self.sums = {}
+        return dict(zip(self.columns, self.rows[-1], strict=True))
 
 
 N_U = 22  # uniform numbers that a step takes for each picture
@@ -518,11 +511,6 @@ class Batch(NamedTuple):
 
 
 METRICS = ("loss_D", "loss_G", "D_real", "D_fake", "R1", "identity")  # and each code's L_I
-
-
-def variant(state: State, args: Namespace) -> tuple[bool, bool]:
-    """Whether this step has R1, and whether D sees shifted pictures."""
-    return args.r1 > 0 and state.step % R1_EVERY == 0, reach_at(state, args) > 0
 
 
 def train_step(state: State, args: Namespace, batch: Batch) -> dict[str, Tensor]:
@@ -572,6 +560,11 @@ def train_step(state: State, args: Namespace, batch: Batch) -> dict[str, Tensor]
     return {k: v.detach() for k, v in zip([*METRICS, *spec.names], values, strict=True)}
 
 
+def variant(state: State, args: Namespace) -> tuple[bool, bool]:
+    """Whether this step has R1, and whether D sees shifted pictures."""
+    return args.r1 > 0 and state.step % R1_EVERY == 0, reach_at(state, args) > 0
+
+
 SHIFT_EPOCHS = 40  # D remembers only what it has seen often: shifts grow until then
 
 
@@ -587,36 +580,35 @@ def beta_at(state: State, args: Namespace) -> float:
 
 
 def descend(opt: torch.optim.Optimizer, loss: Tensor) -> None:
-    """One step of opt against loss; the gradient is the mean over all processes."""
+    """One step of opt against loss."""
     opt.zero_grad()
     loss.backward()
-    gradients = [p.grad for group in opt.param_groups for p in group["params"]]
-    all_mean_([g for g in gradients if g is not None])
     opt.step()
 
 
 @torch.no_grad()
 def update_ema(G_ema: nn.Module, G: nn.Module, beta: Tensor) -> None:
     """G_ema = beta G_ema + (1 - beta) G, batch norm's statistics included."""
-    pairs = list(zip(G_ema.state_dict().values(), G.state_dict().values(), strict=True))
-    averages, news = zip(*[(e, g) for e, g in pairs if e.is_floating_point()], strict=True)
-    change = torch._foreach_sub(news, averages)
-    torch._foreach_mul_(change, 1 - beta)
-    torch._foreach_add_(averages, change)
-    for e, g in pairs:
-        if not e.is_floating_point():
-            e.copy_(g)
+    for average, new in zip(G_ema.state_dict().values(), G.state_dict().values(), strict=True):
+        if average.is_floating_point():
+            average.lerp_(new, 1 - beta)
+        else:
+            average.copy_(new)
+
+
+def networks(args: Namespace) -> tuple[Generator, Discriminator]:
+    """G and D of a run's flags."""
+    shape = (spec_of(args), args.image_size, args.width, args.channels)
+    return Generator(*shape, args.upsample), Discriminator(*shape)
 
 
 def new_state(args: Namespace, device: torch.device) -> State:
     """Networks and optimisers at step 0; every random number comes from args.seed."""
-    rng, rank = torch.Generator().manual_seed(args.seed), rank_and_world()[0]
+    rng = torch.Generator().manual_seed(args.seed)
     G, D = networks(args)
     for net in (G, D):
         init_weights(net, rng)
         net.to(device, memory_format=torch.channels_last)
-    if rank:  # the weights are the same in all processes, what they draw is not
-        rng.manual_seed((args.seed + rank) % 2**63)
     heads = {"trunk": [D.trunk, D.d_head, D.q_head], "head": [D.trunk, D.d_head]}[args.info_to]
     with_D = [p for part in heads for p in part.parameters()]
     with_G = [*G.parameters()]
@@ -636,16 +628,11 @@ def new_state(args: Namespace, device: torch.device) -> State:
 def pick_device(name: str) -> torch.device:
     """The fastest device for "auto", a GPU always with its number. Raises UserError if missing."""
     n_cuda = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    has_mps, (_, world), own = torch.backends.mps.is_available(), rank_and_world(), 0
+    has_mps = torch.backends.mps.is_available()
     if name == "auto":
         name = "cuda" if n_cuda else "mps" if has_mps else "cpu"
-    if name == "cuda" and n_cuda:  # set_device takes none without a number
-        if world > 1:  # a GPU for each process, of those that torchrun started on this machine
-            own, world = (int(os.environ[f"LOCAL_{key}"]) for key in ("RANK", "WORLD_SIZE"))
-        if world > n_cuda:
-            why = f"{world} processes, but {n_cuda} GPU{'s' if n_cuda > 1 else ''}"
-            raise UserError(f"--device cuda: {why} here; start fewer, or give --device cpu")
-        name = f"cuda:{own}"
+    if name == "cuda":
+        name = "cuda:0"  # set_device takes none without a number
     there = ["cpu", "cpu:0", *(f"cuda:{i}" for i in range(n_cuda))]
     there += ["mps", "mps:0"] if has_mps else []
     if name not in there:
@@ -698,11 +685,8 @@ class GraphedStep:
         self.batch: Batch | None = None  # the tensors that all graphs read
         self.runs: Counter = Counter()  # of each variant
         self.graphs: dict = {}  # variant: the graph, and the metrics that it fills
-        self.failed = False
 
     def __call__(self, state: State, args: Namespace, batch: Batch) -> dict[str, Tensor]:
-        if self.failed:
-            return train_step(state, args, batch)
         self.batch = self.batch or tree_map(torch.clone, batch)
         for fixed, new in zip(tree_leaves(self.batch), tree_leaves(batch), strict=True):
             fixed.copy_(new)
@@ -714,9 +698,10 @@ class GraphedStep:
             try:
                 self.graphs[key] = self.capture(state, args)
             except RuntimeError as error:
-                self.failed = True
-                print(f"--cuda-graph: {str(error).splitlines()[0]}; going on without it")
-                return train_step(state, args, batch)
+                why = str(error).splitlines()[0]
+                raise UserError(
+                    f"--cuda-graph: {why}; the same command without it goes on"
+                ) from error
         graph, metrics = self.graphs[key]
         graph.replay()
         return metrics
@@ -743,7 +728,8 @@ class GraphedStep:
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "JPEG2000", "PPM", "ICO", "PCX", "SGI")
 FORMATS += ("QOI", "TGA", "AVIF")  # not all that Pillow knows: for EPS it starts a program
 MAX_PIXELS = 2**30 // 12  # of one file, Pillow's own limit: decoding takes up to 16 bytes for each
-DECODERS = 8  # threads; what is larger than their share of MAX_PIXELS is decoded alone
+DECODERS = 8  # threads
+LARGE = Lock()  # pictures of more than MAX_PIXELS / DECODERS are decoded one at a time
 DECODED_AT_ONCE = 512  # so memory stays flat however large a set is
 DECODER = 3  # counts up whenever decode changes its result
 CROPS = {"centre": 0.5, "top": 0.0}  # how much of what a tall picture loses lies above the square
@@ -752,11 +738,10 @@ SYSTEM += r"|found\.000|system volume information|desktop\.ini|thumbs(\.db)?"  #
 MADE = [{"args.json", "log.csv"}, {"last.pt"}, {"codes.csv"}, {"table.csv", "overview.png"}]
 GET_PICTURES = "give a folder of pictures; `make data` downloads faces, `make demo` draws some"
 DATA, IDX = Path("data"), "raw/train-images-idx3-ubyte"  # where torchvision keeps named sets
-NAMED_SETS = {  # torchvision's class, its file or folder, files in it, --image-size, --flip
-    "mnist": ("MNIST", f"MNIST/{IDX}", 1, 32, False),
-    "fashion-mnist": ("FashionMNIST", f"FashionMNIST/{IDX}", 1, 32, False),
-    "svhn": ("SVHN", "train_32x32.mat", 1, 32, False),
-    "celeba": ("CelebA", "celeba/img_align_celeba", 202_599, 32, True),
+NAMED_SETS = {  # torchvision's class, its file; digits and clothes: 32x32, never mirrored
+    "mnist": ("MNIST", f"MNIST/{IDX}"),
+    "fashion-mnist": ("FashionMNIST", f"FashionMNIST/{IDX}"),
+    "svhn": ("SVHN", "train_32x32.mat"),
 }
 
 
@@ -779,50 +764,44 @@ def find_pictures(folder: Path) -> tuple[list[Path], str]:
 
     Linked folders are followed, each once; what cannot be opened counts as a file.
     """
-    files, passed_over, formats = [], Counter(), Image.registered_extensions()
-    folders, links, visited = [folder], [], {*map(str, folder.parents)}
-    while folders or links:  # links last, so that pictures keep the names that they have without
-        here = folders.pop() if folders else links.pop(0)
-        if (real := os.path.realpath(here)) in visited:
+    files, others, formats = [], Counter(), Image.registered_extensions()
+    visited, fail = {*map(str, folder.parents)}, lambda error: files.append(Path(error.filename))
+    for here, folders, names in os.walk(folder, followlinks=True, onerror=fail):
+        path, real, below = Path(here), os.path.realpath(here), folders.copy()
+        folders.clear()
+        if real in visited:
             continue
         visited.add(real)
-        try:
-            names = {*os.listdir(here)}
-        except OSError:
-            files.append(here)
+        if path != folder and any(marks <= {*names} for marks in MADE):
+            others[f"folder {path.name} (a run, or by generate.py)"] += 1
             continue
-        if here != folder and any(marks <= names for marks in MADE):
-            passed_over[f"folder {here.name} (a run, or by generate.py)"] += 1
-            continue
-        for path in map(here.joinpath, sorted(names)):
-            suffix = re.split("[?:_]", path.suffix.lower())[0]  # .jpg?w=400 and .jpg_large too
-            is_folder, is_picture = os.path.isdir(path), formats.get(suffix) in FORMATS
-            if is_folder and re.fullmatch(SYSTEM, path.name):
-                passed_over[f"folder {path.name}"] += 1
-            elif is_folder:
-                (links if path.is_symlink() else folders).append(path)
-            elif path.name[0] == ".":
-                passed_over["hidden"] += is_picture
-            elif is_picture or not os.path.exists(path):
-                files.append(path)
+        for name in below:
+            if re.fullmatch(SYSTEM, name):
+                others[f"folder {name}"] += 1
             else:
-                passed_over[f"of {suffix or 'no suffix'}"] += 1
-    return sorted(files), first_ten([f"{n:,} {kind}" for kind, n in passed_over.most_common() if n])
+                folders.append(name)
+        folders.sort(key=lambda name: (path.joinpath(name).is_symlink(), name))
+        for file in map(path.joinpath, names):
+            suffix = re.split("[?:_]", file.suffix.lower())[0]  # .jpg?w=400 and .jpg_large too
+            is_picture = formats.get(suffix) in FORMATS
+            if file.name[0] == ".":
+                others["hidden"] += is_picture
+            elif is_picture or not os.path.exists(file):
+                files.append(file)
+            else:
+                others[f"of {suffix or 'no suffix'}"] += 1
+    return sorted(files), first_ten([f"{n:,} {kind}" for kind, n in others.most_common() if n])
 
 
 def open_named_set(name: str, flag: str) -> Collection[tuple]:
     """torchvision's (picture, label) pairs, downloaded where they are missing."""
-    kind, path, *_ = NAMED_SETS[name]
-    path, own = DATA / path, Path(name)
-    is_other = own.is_dir() and not (own / "log.csv").exists()  # which a run has
-    if not path.exists() and is_other and find_pictures(own)[0]:
-        why = f"a known set, and a folder of pictures here: give {flag} ./{name} for the folder"
-        raise UserError(f"{flag} {name}: {why}, or rename it to get the known set")
+    kind, file = NAMED_SETS[name]
+    path = DATA / file
     try:
         from torchvision import datasets  # takes a second, so only here
 
         return getattr(datasets, kind)(DATA, download=not path.exists())
-    except Exception as error:  # of any kind: torchvision, gdown and scipy raise them
+    except Exception as error:  # of any kind: torchvision and scipy raise them
         why = f"torchvision cannot get it into {DATA}/"
         if path.exists() and not isinstance(error, ImportError):
             why = f"{path} is damaged or not all: delete it, and the same command gets it again"
@@ -844,27 +823,29 @@ def to_square(image: Image.Image, size: int, channels: int, crop: str = "centre"
 
 
 def read_picture(
-    item: Path | Image.Image, size: int, channels: int, crop: str = "centre", most: int = MAX_PIXELS
+    item: Path | Image.Image, size: int, channels: int, crop: str = "centre"
 ) -> tuple[str, bytes | None, bool]:
     """A picture's hash, its (size, size, channels) bytes, whether the crop takes a third or more.
 
-    What cannot be read, or has more than `most` pixels: what is wrong with it, None, False.
+    What cannot be read, or has more than MAX_PIXELS: what is wrong with it, None, False.
     """
     try:
         if isinstance(item, Image.Image):
             raw, image = item.tobytes(), item
         elif not item.is_file():  # a pipe would never end
             raise FileNotFoundError
-        elif item.stat().st_size > 4 * most:
+        elif item.stat().st_size > 4 * MAX_PIXELS:
             raise Image.DecompressionBombError
         else:
             raw = item.read_bytes()
             image = Image.open(io.BytesIO(raw), formats=FORMATS)  # decodes nothing yet
         whole = image.size
         image.draft(None, (2 * size, 2 * size))  # a JPEG is decoded at 1/2, 1/4 or 1/8
-        if math.prod(whole if "progressive" in image.info else image.size) > most:
+        n_pixels = math.prod(whole if "progressive" in image.info else image.size)
+        if n_pixels > MAX_PIXELS:
             raise Image.DecompressionBombError
-        x = to_square(image, size, channels, crop).tobytes()
+        with LARGE if n_pixels > MAX_PIXELS // DECODERS else nullcontext():
+            x = to_square(image, size, channels, crop).tobytes()
         return hashlib.sha256(raw).hexdigest(), x, 3 * min(whole) <= 2 * max(whole)
     except Exception as error:  # decoders raise anything; decode tells it
         return f"{item} ({type(error).__name__})", None, False
@@ -873,16 +854,14 @@ def read_picture(
 def decode(data: str, flag: str, items: list, how: tuple[int, int, str], file: BinaryIO) -> dict:
     """Decodes paths or pictures (how: size, channels, crop) into file; facts about the set."""
     places, unreadable, n_cut, is_grey, checksum = {}, [], 0, True, 0  # places in items, by hash
-    (size, channels, crop), share = how, MAX_PIXELS // DECODERS
+    size, channels, crop = how
     Image.init()  # loads Pillow's formats, which threads must not do at the same time
     with warnings.catch_warnings(), ThreadPoolExecutor(DECODERS) as pool:
         warnings.simplefilter("ignore")  # Pillow's, about files that it can read all the same
         parts = (items[i : i + DECODED_AT_ONCE] for i in range(0, len(items), DECODED_AT_ONCE))
-        read = (pool.map(lambda item: read_picture(item, *how, share), part) for part in parts)
+        read = (pool.map(lambda item: read_picture(item, *how), part) for part in parts)
         read = tqdm(chain.from_iterable(read), "pictures", len(items), leave=False, disable=None)
         for i, (hash_or_why, x, is_cut) in enumerate(read):  # decoders release the GIL
-            if x is None and "(DecompressionBomb" in hash_or_why:  # too large for several at once
-                hash_or_why, x, is_cut = read_picture(items[i], *how)
             if x is None:
                 unreadable.append(hash_or_why)
             elif hash_or_why not in places:
@@ -928,14 +907,11 @@ def read_cache(path: Path, key: str) -> tuple[Tensor, dict] | None:
 def write_cache(path: Path, key: str, decode_to: Callable[[BinaryIO], dict]) -> None:
     """Pixels in one file, then facts in another: pixels without their facts do not count."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    for part in path.parent.glob(".*.part"):  # of a killed process: others hold a lock
-        with suppress(OSError, AttributeError), open(part, "r+b") as file:
-            os.lockf(file.fileno(), os.F_TLOCK, 0)
-            part.unlink()
+    for part in path.parent.glob(".*.part"):  # of a process that was killed: a day old
+        with suppress(OSError):
+            if time.time() - part.stat().st_mtime > 86_400:
+                part.unlink()
     with replacing(path.with_suffix(".json")) as facts, replacing(path) as pixels:
-        with suppress(OSError, AttributeError):  # Windows has no lockf
-            os.lockf(facts.fileno(), os.F_TLOCK, 0)
-            os.lockf(pixels.fileno(), os.F_TLOCK, 0)
         facts.write(json.dumps(decode_to(pixels) | {"key": key}).encode())
 
 
@@ -955,12 +931,9 @@ def load_pictures(
     elif not named and not root.is_dir():
         raise UserError(f"{flag} {data}: no such folder; {GET_PICTURES}")
     root = root.resolve()  # one set, however its path is written
-    files, passed_over = find_pictures(root) if root.is_dir() else ([root], "")
-    if passed_over:
-        print(f"passed over in {data}: {passed_over}")
-    if named and len(files) < (n := NAMED_SETS[data][2]):
-        cure = f"delete it to get it anew, or give {flag} {root} to use these"
-        raise UserError(f"{flag} {data}: {root} has {len(files):,} of {n:,}; {cure}")
+    files, others = ([root], "") if named else find_pictures(root)
+    if others:
+        print(f"passed over in {data}: {others}")
     state = hashlib.sha256(str(DECODER).encode())  # changes with every name, size and time
     for path in files:
         state.update(os.fsencode(path))
@@ -973,7 +946,7 @@ def load_pictures(
         if channels != 1 or (cached and cached[1]["grey"]):
             break
     if not cached:
-        pictures = [x for x, _ in open_named_set(data, flag)] if root.is_file() else files
+        pictures = [x for x, _ in open_named_set(data, flag)] if named else files
         job = (data, flag, pictures, (size, depth, crop))
         try:
             write_cache(path, key, lambda file: decode(*job, file))
@@ -1005,10 +978,8 @@ def make_batch(x: Tensor, flip: bool, rng: torch.Generator, device: torch.device
 
 FORMAT = 2
 NETS, OPTIMISERS = ("G", "G_ema", "D"), ("opt_G", "opt_D")  # names in State and in the file
-PICKLED = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2"}
-PICKLED |= {f"torch {kind}Storage" for kind in ("Float", "Half", "Long", "Byte")}
 LOWER_LR = "last.pt is the last good one, if saved. Lower --lr-g and --lr-d"
-NEW_RUN = "--restart moves the old run aside, another --out starts beside it"
+NEW_RUN = "another --out starts a new run"
 BROKEN = (AttributeError, EOFError, KeyError, OSError, RuntimeError, TypeError, ValueError)
 
 
@@ -1027,10 +998,6 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     finally:
         with suppress(OSError):
             part.unlink()
-    with suppress(OSError, NotImplementedError), ExitStack() as opened:  # not every drive can
-        folder = os.open(path.parent, os.O_RDONLY)
-        opened.callback(os.close, folder)
-        os.fsync(folder)  # the new name must reach the disk too
 
 
 def save_file(path: Path, values: dict) -> None:
@@ -1044,26 +1011,16 @@ def save_file(path: Path, values: dict) -> None:
 def load_checkpoint(path: str | Path) -> dict:
     """A checkpoint on the CPU: "args" (a dict of the flags), "spec", "step", "G_ema", …
 
-    Runs no code from the file, takes no more memory than it has bytes, verifies its checksums.
-    Raises UserError for a file that is not a checkpoint of ours.
+    Runs no code from the file. Raises UserError for a file that is not a checkpoint of ours.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint; infogan.py saves last.pt in a run's folder")
     try:
-        size = path.stat().st_size
         with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
-            if sum(entry.file_size for entry in entries) > size or archive.testzip():
+            if archive.testzip():  # torch does not verify checksums
                 raise zipfile.BadZipFile
-            pickles = [archive.read(entry) for entry in entries if entry.filename.endswith(".pkl")]
-        ops = (op for raw in pickles for op in pickletools.genops(raw))
-        if not {name for op, name, _ in ops if op.name.endswith("GLOBAL")} <= PICKLED:
-            raise ValueError
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
-        tensors = [leaf for leaf in tree_leaves(ckpt) if isinstance(leaf, Tensor)]
-        if sum(t.nbytes for t in tensors) > size:  # one number stretched over a huge shape
-            raise ValueError
         if ckpt["format"] != FORMAT:
             raise UserError("is from another version of infogan.py")
         check_limits({name: ckpt["args"].get(name) for name in LIMITS})
@@ -1128,16 +1085,16 @@ def check_finite(step: int, metrics: dict[str, float]) -> None:
 
 
 def gather_checkpoint(state: State, args: Namespace, fingerprint: str) -> dict:
-    """All that a run needs to resume bit for bit; all processes call it."""
-    all_mean_([*state.sums.values()])
+    """All that a run needs to resume bit for bit."""
     check_finite(state.step, state.sums)
     ckpt = {name: getattr(state, name).state_dict() for name in NETS + OPTIMISERS}
     for name in NETS:
         if not all(w.isfinite().all() for w in ckpt[name].values()):
             raise Diverged(f"step {state.step}: {name} has weights that are not finite; {LOWER_LR}")
     ckpt |= {name: getattr(state, name) for name in ("sums", "step", "minutes")}
+    ckpt["rows"] = torch.tensor(state.rows, dtype=torch.float64)
     ckpt |= {"format": FORMAT, "spec": asdict(state.spec), "args": vars(args)}
-    return ckpt | {"rng": all_stacked(state.rng.get_state()), "fingerprint": fingerprint}
+    return ckpt | {"rng": state.rng.get_state(), "fingerprint": fingerprint}
 
 
 def restore(state: State, ckpt: dict, path: Path, weights_only: bool = False) -> None:
@@ -1153,16 +1110,10 @@ def restore(state: State, ckpt: dict, path: Path, weights_only: bool = False) ->
         for name in OPTIMISERS:
             opt = getattr(state, name)  # with the learning rates of today's flags
             opt.load_state_dict({**ckpt[name], "param_groups": opt.state_dict()["param_groups"]})
-            moments = [(v, p) for p, kept in opt.state.items() for v in kept.values() if v.dim()]
-            if any(v.shape != p.shape for v, p in moments):
-                raise ValueError
         state.step, state.minutes = int(ckpt["step"]), float(ckpt["minutes"])
         state.sums = {name: v.to(state.device) for name, v in ckpt["sums"].items()}
-        rank, world = rank_and_world()
-        if len(ckpt["rng"]) == world:
-            state.rng.set_state(ckpt["rng"][rank].clone())  # of a part torch reads beside it
-        else:
-            print(f"{len(ckpt['rng'])} processes before, {world} now: other random numbers")
+        state.rows = ckpt["rows"].tolist()
+        state.rng.set_state(ckpt["rng"].clone())  # of a part torch reads beside it
     except BROKEN as error:
         cure = "give another --init" if weights_only else NEW_RUN
         raise UserError(f"{path}: training cannot go on from its checkpoint; {cure}") from error
@@ -1178,27 +1129,15 @@ SIGNALS = ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"]
 SIGNALS = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
 
 
-def files_of_run(out: Path) -> list[Path]:
-    """What lies in a run's folder, but IGNORED; what makes it a run comes last."""
-    paths = out.iterdir() if out.is_dir() else [path for path in [out] if path.exists()]
-    paths = [path for path in paths if not re.fullmatch(IGNORED, path.name)]
-    return sorted(paths, key=lambda path: path.name in ("last.pt", "args.json"))
-
-
-def first_free(pattern: str) -> Path:
-    """The first path that does not exist yet of a pattern such as "old-{}"."""
-    return next(path for i in count(1) if not (path := Path(pattern.format(i))).exists())
-
-
 @contextmanager
 def locked(out: Path) -> Iterator[None]:
     """A run's folder, made if missing, for this process alone: the lock ends with the process."""
-    files = files_of_run(out)
-    if files and not any(any(out.glob(name)) for name in ("args.json", "last.pt", "epoch_*.pt")):
-        raise UserError(f"--out {out}: has {files[0].name} but no run in it; give another folder")
+    names = sorted(os.listdir(out)) if out.is_dir() else []
+    others = [name for name in names if not re.fullmatch(IGNORED, name)]
+    if others and not any(re.fullmatch(r"args\.json|last\.pt|epoch_.*\.pt", n) for n in others):
+        raise UserError(f"--out {out}: has {others[0]} but no run in it; give another folder")
     out.mkdir(parents=True, exist_ok=True)
-    pid = out / ".pid"
-    with open(out / ".lock", "ab") as file:
+    with open(out / ".lock", "a+") as file:
         try:
             import fcntl
 
@@ -1206,32 +1145,22 @@ def locked(out: Path) -> Iterator[None]:
             if os.fstat(file.fileno()).st_nlink == 0:  # a run that has just ended removed it
                 raise BlockingIOError
         except BlockingIOError:
-            holder = pid.read_text() if pid.exists() else "of another program"
+            file.seek(0)
+            holder = file.read() or "of another program"
             raise UserError(f"--out {out}: process {holder} is training there") from None
         except (ImportError, OSError) as error:  # Windows and some network drives have no locks
             print(f"{out}: cannot be locked ({error}); start no second run there")
         with suppress(OSError):
-            pid.write_text(str(os.getpid()))
+            file.truncate(0)
+            print(os.getpid(), end="", file=file, flush=True)
         for part in [*out.glob(".*.part"), *out.glob("samples/.*.part")]:
             part.unlink()  # from a process that was killed while it wrote
         try:
             yield
         finally:
             with suppress(OSError):
-                pid.unlink(missing_ok=True)
                 Path(file.name).unlink()
                 out.rmdir()  # only if it is empty: a start that failed
-
-
-def move_aside(out: Path) -> None:
-    """The old run becomes OUT.old-1; out itself, perhaps a link or a mounted volume, stays."""
-    aside = first_free(f"{out}/old-{{}}")
-    aside.mkdir()
-    for path in files_of_run(out):
-        path.rename(aside / path.name)
-    with suppress(OSError):  # another file system, or a folder of somebody else: OUT/old-1
-        aside = aside.rename(first_free(f"{out.resolve()}.old-{{}}"))
-    print(f"the old run is now {aside}")
 
 
 def differences(args: Namespace, before: dict, names: Collection[str]) -> list[str]:
@@ -1276,8 +1205,7 @@ def caught_signals() -> Iterator[list[int]]:
 
     def note(number: int, _frame: object) -> None:
         caught.append(number)
-        # XCPU comes every second, and torchrun repeats what its processes may have got themselves
-        if number in SIGNALS[:3] and rank_and_world()[1] == 1:
+        if number in SIGNALS[:3]:  # XCPU comes every second
             signal.signal(number, before[number])
 
     for number in SIGNALS:
@@ -1334,70 +1262,48 @@ def save_animation(out: Path) -> None:
 
 
 class Log:
-    """log.csv, curves.png and TensorBoard's events of a run; rows after `step` are removed."""
+    """log.csv, curves.png and TensorBoard's events of a run, from the rows in its checkpoints."""
 
-    def __init__(self, out: Path, spec: CodeSpec, step: int):
-        self.path, self.spec, self.failed = out / "log.csv", spec, set()
-        self.rows, self.unwritten = [], ""  # of self.rows; the text that is not in the file yet
-        self.attempt("log.csv", self.read, step)
+    def __init__(self, out: Path, state: State):
+        self.path, self.state, self.failed = out / "log.csv", state, set()
+        self.attempt("log.csv", self.keep_edited)
         tb = self.attempt("TensorBoard", import_module, "torch.utils.tensorboard")  # takes a second
-        self.board = tb and self.attempt("TensorBoard", tb.SummaryWriter, str(out), "", step + 1)
+        where = (str(out), "", state.step + 1)
+        self.board = tb and self.attempt("TensorBoard", tb.SummaryWriter, *where)
 
     def attempt(self, what: str, job: Callable, *args: object) -> object:
         """What job returns. A failure is told once, and training goes on, which is worth more."""
         try:
             return job(*args)
-        except Exception as error:  # viewers, full disks, edited files, old packages raise anything
+        except Exception as error:  # viewers, full disks, old packages raise anything
             where, why = (getattr(error, name, None) for name in ("filename", "strerror"))
             if what not in self.failed:
                 print(f"{where or what}: {why or error}; training goes on", file=sys.stderr)
             self.failed.add(what)
 
-    def read(self, step: int) -> None:
-        """The rows of earlier starts, up to step; a file that someone edited is kept aside."""
-        if not self.path.exists():
-            return
-        with open(self.path, newline="", errors="replace") as file, suppress(ValueError, TypeError):
-            lines = csv.DictReader(file)
-            if lines.fieldnames != ["step", "epoch", "minutes", *METRICS, *self.spec.names]:
-                raise ValueError
-            for line in lines:
-                row = {name: float(value) for name, value in line.items()}
-                if not row.get("step", math.inf) <= step:
-                    break
-                self.rows.append(row)
-        if step and self.rows[-1:] and self.rows[-1]["step"] == step - step % LOG_EVERY:
-            with replacing(self.path) as file:
-                lines = [",".join(self.rows[0]), *map(self.text, self.rows)]
-                file.write("".join(f"{line}\n" for line in lines).encode())
-        elif step >= LOG_EVERY:
-            aside, self.rows = first_free(f"{self.path}.old-{{}}"), []
-            self.path.rename(aside)
-            print(f"{self.path}: has other lines than this run's; as it was it is now {aside}")
-        else:
-            self.path.unlink()
+    def text(self) -> str:
+        rows = [[f"{round(value, 5):.12g}" for value in row] for row in self.state.rows]
+        return "".join(",".join(row) + "\n" for row in [self.state.columns, *rows])
 
-    @staticmethod
-    def text(row: dict[str, float]) -> str:
-        return ",".join(f"{v:.0f}" if name == "step" else f"{v:.5f}" for name, v in row.items())
+    def keep_edited(self) -> None:
+        """A log.csv that somebody has edited is renamed before this run writes its own."""
+        edited = self.path.read_text(errors="replace") if self.path.exists() else ""
+        if not edited.startswith(self.text()) and not self.text().startswith(edited):
+            number = next(i for i in count(1) if not Path(f"{self.path}.old-{i}").exists())
+            aside = self.path.rename(f"{self.path}.old-{number}")
+            print(f"{self.path}: has other lines than this run's; as it was it is now {aside}")
+
+    def save(self) -> None:
+        with replacing(self.path) as file:
+            file.write(self.text().encode())
 
     def add(self, row: dict[str, float]) -> None:
-        """A row of log.csv: step, epoch, minutes, and what train_step returns."""
-        if not self.rows:
-            self.unwritten += ",".join(row) + "\n"
-        self.rows.append(row)
-        self.unwritten += self.text(row) + "\n"
-        self.attempt("log.csv", self.write)
         if self.board:
-            for name in list(row)[3:]:
-                place = f"L_I/{name}" if name in self.spec.names else f"GAN/{name}"
-                step = int(row["step"])
-                self.attempt("TensorBoard", self.board.add_scalar, place, row[name], step)
-
-    def write(self) -> None:
-        with open(self.path, "a") as file:
-            file.write(self.unwritten)
-        self.unwritten = ""
+            places = {name: f"GAN/{name}" for name in METRICS}
+            places |= {name: f"L_I/{name}" for name in self.state.spec.names}
+            for name, place in places.items():
+                scalar = (place, row[name], self.state.step)
+                self.attempt("TensorBoard", self.board.add_scalar, *scalar)
 
     def add_grid(self, name: str, x: Tensor, epoch: int) -> None:
         if self.board:
@@ -1406,29 +1312,32 @@ class Log:
 
     def draw(self) -> None:
         """curves.png: losses, D's mean probabilities, and each code's L_I below its ceiling."""
-        if len(self.rows) < 2:
+        spec, rows = self.state.spec, self.state.rows
+        if len(rows) < 2:
             return
         panels = [("losses of D (blue) and G (red)", ["loss_D", "loss_G"], 0.0)]
         panels += [("D(x) (blue) and D(G(z, c)) (red)", ["D_real", "D_fake"], 1.0)]
-        for kind, place in self.spec.kinds.items():
-            top = self.spec.ceilings[place][0]
-            panels.append((f"L_I of {kind}, nats, at most {top:.2f}", self.spec.names[place], top))
+        for kind, place in spec.kinds.items():
+            top = spec.ceilings[place][0]
+            panels.append((f"L_I of {kind}, nats, at most {top:.2f}", spec.names[place], top))
         page = Image.new("RGB", (640, 200 * len(panels)), "white")
-        shown = self.rows[:: -(-len(self.rows) // 1000)]  # more than the page has pixels for
-        epochs = [row["epoch"] for row in shown]
+        shown = rows[:: -(-len(rows) // 1000)]  # more than the page has pixels for
+        values = dict(zip(self.state.columns, zip(*shown, strict=True), strict=True))
         for i, (title, names, top) in enumerate(panels):
-            lines = [[row[name] for row in shown] for name in names]
-            page.paste(draw_panel(title, epochs, lines, top), (0, 200 * i))
-        self.attempt("curves.png", save_picture, self.path.with_name("curves.png"), page)
+            lines = [values[name] for name in names]
+            page.paste(draw_panel(title, values["epoch"], lines, top), (0, 200 * i))
+        save_picture(self.path.with_name("curves.png"), page)
 
     def close(self) -> None:
-        self.draw()
-        self.attempt("log.csv", self.write)
+        self.attempt("curves.png", self.draw)
+        self.attempt("log.csv", self.save)
         if self.board:
             self.attempt("TensorBoard", self.board.close)
 
 
-def draw_panel(title: str, x: list[float], lines: list[list[float]], top: float) -> Image.Image:
+def draw_panel(
+    title: str, x: Sequence[float], lines: list[Sequence[float]], top: float
+) -> Image.Image:
     """A chart of 640x200 that shows zero, `top` and all but the most extreme 2% of the values."""
     colours = ("#1f77b4", "#d62728", "#2ca02c", "#ff7f0e", "#9467bd", "#8c564b", "#e377c2")
     values = sorted(v for line in lines for v in line)
@@ -1459,85 +1368,28 @@ def describe_row(spec: CodeSpec, row: dict[str, float]) -> str:
     return text
 
 
-# processes ----------------------------------------------------------------------------------------
-# Each has its own rows of every batch and its own random numbers; gradients are averaged.
-
-
-def rank_and_world() -> tuple[int, int]:
-    """This process's rank, and how many there are."""
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
-
-
-def is_main() -> bool:
-    """Whether this is rank 0, which alone writes files and prints."""
-    return rank_and_world()[0] == 0
-
-
-def all_max(*values: int) -> list[int]:
-    """The largest of each value over all processes, so that all act alike at the same step."""
-    if rank_and_world()[1] == 1:
-        return [*values]
-    whole = torch.tensor(values)  # between the CPUs: it waits for no GPU
-    dist.all_reduce(whole, dist.ReduceOp.MAX)
-    return whole.tolist()
-
-
-def all_mean_(tensors: list[Tensor]) -> None:
-    """Replaces each tensor by its mean over all processes, in one message."""
-    world = rank_and_world()[1]
-    if world > 1 and tensors:
-        whole = torch.cat([t.flatten() for t in tensors])
-        dist.all_reduce(whole)
-        parts = whole.div_(world).split([t.numel() for t in tensors])
-        torch._foreach_copy_(tensors, [p.view_as(t) for p, t in zip(parts, tensors, strict=True)])
-
-
-def all_stacked(x: Tensor) -> Tensor:
-    """Every process's x, (processes, *x.shape)."""
-    parts = [torch.empty_like(x) for _ in range(rank_and_world()[1])]
-    if len(parts) > 1:
-        dist.all_gather(parts, x)
-    return torch.stack(parts) if len(parts) > 1 else x[None]
-
-
-@contextmanager
-def rank_0_first() -> Iterator[None]:
-    """The others wait until rank 0 is done; where it fails they stop, and it alone says why."""
-    if not is_main() and all_max(0)[0]:
-        raise UserError("process 0 has failed")
-    failed = 1
-    try:
-        yield
-        failed = 0
-    finally:
-        if is_main():
-            all_max(failed)
-
-
 # train --------------------------------------------------------------------------------------------
 
 LOG_EVERY = R1_EVERY  # steps between two rows of log.csv, each with one R1; no wait between them
 SAVE_SECONDS = 60.0  # between two saves of last.pt
-RETRY_SECONDS, RETRY_EVERY = 300.0, 5.0  # a save that fails is tried again
+RETRY_SECONDS = 300.0  # in which a save that failed is tried again
 SAVE_STEPS = 100  # shorter epochs count together for grids and for checkpoints that are kept
 
 
 def batches(state: State, args: Namespace, pictures: Pictures, B: int) -> Iterator[Batch]:
-    """Endless batches of B pictures in all, each epoch in a new order; this process's rows."""
-    (rank, world), spec, device, x = rank_and_world(), state.spec, state.device, pictures.x
+    """Endless batches of B pictures, each epoch in a new order."""
+    spec, device, x = state.spec, state.device, pictures.x
     while True:
         epoch, done = divmod(state.step, state.per_epoch)
-        rng = torch.Generator().manual_seed((args.seed + epoch) % 2**63)  # the same in each process
+        rng = torch.Generator().manual_seed((args.seed + epoch) % 2**63)  # no epoch needs another
         order = pictures.order[torch.randperm(len(x), generator=rng)]
         for i in range(done, state.per_epoch):
-            mine = to_device(order[i * B : (i + 1) * B][rank::world], x.device)
-            real = make_batch(x.index_select(0, mine), args.flip, state.rng, device)
-            codes = spec.sample(len(mine), state.rng)
+            rows = to_device(order[i * B : (i + 1) * B], x.device)
+            real = make_batch(x.index_select(0, rows), args.flip, state.rng, device)
+            codes = spec.sample(B, state.rng)
             codes = pair(codes) if args.lam_identity else codes
             codes = Codes(*(to_device(c, device) for c in codes))
-            u = to_device(torch.rand(len(mine), N_U, generator=state.rng), device)
+            u = to_device(torch.rand(B, N_U, generator=state.rng), device)
             numbers = float(reach_at(state, args)), beta_at(state, args)
             yield Batch(real, codes, u, *(torch.full((), v, device=device) for v in numbers))
 
@@ -1545,20 +1397,17 @@ def batches(state: State, args: Namespace, pictures: Pictures, B: int) -> Iterat
 def train(args: Namespace) -> int:
     """Trains until --epochs, --max-steps, --max-minutes or a signal; returns the exit code."""
     end = time.monotonic() + 60 * (args.max_minutes or math.inf)
-    device, out, world = pick_device(args.device), Path(args.out), rank_and_world()[1]
+    device, out = pick_device(args.device), Path(args.out)
     fast = speed_up(device)
-    if args.cuda_graph and (device.type != "cuda" or world > 1):
-        raise UserError("--cuda-graph: needs one process on a CUDA device; leave it out")
-    with ExitStack() as held:
-        with rank_0_first():
-            if is_main():
-                held.enter_context(locked(out))
-            ckpt = None if args.restart else find_checkpoint(args)
-            init = load_checkpoint(args.init) if args.init and not ckpt else None
-            channels = args.channels or (ckpt and ckpt["args"]["channels"])
-            pictures = load_pictures(args.data, args.image_size, channels, args.crop)
-            if ckpt and ckpt.get("fingerprint", pictures.fingerprint) != pictures.fingerprint:
-                check_same(args, ["other pictures"])
+    if args.cuda_graph and device.type != "cuda":
+        raise UserError("--cuda-graph: needs a CUDA device; leave it out")
+    with locked(out):
+        ckpt = find_checkpoint(args)
+        init = load_checkpoint(args.init) if args.init and not ckpt else None
+        channels = args.channels or (ckpt and ckpt["args"]["channels"])
+        pictures = load_pictures(args.data, args.image_size, channels, args.crop)
+        if ckpt and ckpt.get("fingerprint", pictures.fingerprint) != pictures.fingerprint:
+            check_same(args, ["other pictures"])
         # on a GPU bfloat16 is faster only inside a graph: its casts are kernels too
         fast = fast and (device.type != "cuda" or args.cuda_graph)
         resolved = {"channels": pictures.x.shape[3], "amp": fast if args.amp is None else args.amp}
@@ -1568,10 +1417,6 @@ def train(args: Namespace) -> int:
             restore(state, source, Path(args.init) if init else out, weights_only=bool(init))
 
         B = min(args.batch_size, n)
-        if B % world or B // world < 2:
-            raise UserError(
-                f"--batch-size {B}: must be a multiple of {world} processes, 2 for each"
-            )
         state.per_epoch = n // B
         total = min(args.epochs * state.per_epoch, args.max_steps or sys.maxsize)
         if state.step >= total:
@@ -1584,13 +1429,9 @@ def train(args: Namespace) -> int:
         if args.batch_size > B:
             print(f"--batch-size {args.batch_size}: there are only {n} pictures, so a batch is {B}")
         print(f"{describe(state, args)}, {state.per_epoch:,} steps an epoch")
-        all_max(0)  # all have read --init, which may lie in the run that is moved
-        if is_main():
-            if args.restart and files_of_run(out):
-                move_aside(out)
-            with replacing(out / "args.json") as file:  # first: it makes the folder a run's
-                file.write(json.dumps(vars(args), indent=2).encode() + b"\n")
-            (out / "samples").mkdir(exist_ok=True)
+        with replacing(out / "args.json") as file:  # first: it makes the folder a run's
+            file.write(json.dumps(vars(args), indent=2).encode() + b"\n")
+        (out / "samples").mkdir(exist_ok=True)
         stopped_by, row = loop(state, args, pictures, B, total, end)
 
     finished = state.step >= total
@@ -1598,7 +1439,7 @@ def train(args: Namespace) -> int:
     steps = f"{state.step:,} steps, {state.epochs:.1f} epochs, {state.minutes:.1f} minutes in all"
     if finished and bad:
         name = max(bad, key=lambda k: abs(bad[k]))
-        cure = "it has learned nothing; --restart with a smaller --lr-g and --lr-d"
+        cure = "it has learned nothing; give another --out, and smaller --lr-g and --lr-d"
         raise Diverged(f"{steps}, but {name} is {bad[name]:.0f}: {cure}")
     why, do = "time is up", "the same command resumes"
     if finished:
@@ -1620,10 +1461,9 @@ def loop(
     rng = torch.Generator().manual_seed(args.seed)  # the same pictures and z at each start
     shown = pictures.x[pictures.order[torch.randperm(len(pictures.x), generator=rng)[:64]]]
     latents = Codes(*(c.to(state.device) for c in spec.sample(64, rng)))
-    log = Log(out, spec, state.step) if is_main() else None
-    step_once = GraphedStep() if args.cuda_graph else train_step
-    first, began, row, failing = state.step, time.monotonic(), {}, None
-    start, next_save = began - 60 * state.minutes, began + (SAVE_SECONDS if log else math.inf)
+    log, step_once = Log(out, state), GraphedStep() if args.cuda_graph else train_step
+    began, first = time.monotonic(), state.step
+    start, next_save, row = began - 60 * state.minutes, began + SAVE_SECONDS, {}
     tty, next_shown = sys.stderr.isatty(), began  # a file gets lines, a terminal one that changes
     together = -(-SAVE_STEPS // per_epoch)  # epochs
     draw_every, keep_every = args.sample_every or 5 * together, args.save_every or 25 * together
@@ -1638,82 +1478,64 @@ def loop(
         log.attempt("training.gif", save_animation, out)
         log.close()
 
-    if log:
-        save_samples("real", make_batch(shown, False, rng, state.device))
-        if state.step == 0:
-            save_samples("epoch_0000")
+    save_samples("real", make_batch(shown, False, rng, state.device))
+    if state.step == 0:
+        save_samples("epoch_0000")
     pictures = pictures._replace(x=to_device_if_it_fits(pictures.x, state.device))
     with caught_signals() as caught:
         for batch in batches(state, args, pictures, B):
-            metrics = step_once(state, args, batch)
+            state.add(step_once(state, args, batch))
             state.step += 1
-            state.add(metrics)
-            now = time.monotonic()
+            now, done = time.monotonic(), state.step == total
             state.minutes = (now - start) / 60
-            stopped_by, late, due = all_max(sum(caught[:1]), now > end, now > next_save)
-            done = state.step == total
-            ends = stopped_by or late or done
+            ends = done or now > end or bool(caught)
             epoch, rest = divmod(state.step, per_epoch)
 
             if state.step % LOG_EVERY == 0:
-                row = state.means(LOG_EVERY)
+                row = state.add_row()
                 check_finite(state.step, row)
-                place = {"step": state.step, "epoch": state.epochs, "minutes": state.minutes}
-                if log:
-                    log.add(place | row)
-            if log and row and (now >= next_shown or ends):
+                log.add(row)
+            if row and (now >= next_shown or ends):
                 next_shown = now + (0.5 if tty else 30.0)
                 speed = (state.step - first) / (now - began)  # steps a second
                 left = max(0, round(min((total - state.step) / speed, end - now)))
                 text = f"epoch {state.epochs:.1f}/{args.epochs}  {describe_row(spec, row)}"
                 text += f"  {speed * B:,.0f} img/s  eta {timedelta(seconds=left)}"
-                end_of_line = "\n" if ends or not tty else ""
-                print(
-                    f"\r{text:<110}" if tty else text, end=end_of_line, file=sys.stderr, flush=True
-                )
-            if log and rest == 0 and epoch % draw_every == 0:
+                text = f"\r{text:<110}" if tty else text
+                print(text, end="" if tty and not ends else "\n", file=sys.stderr, flush=True)
+            if rest == 0 and epoch % draw_every == 0:
                 log.add_grid("samples", save_samples(f"epoch_{epoch:04d}"), epoch)
-                log.draw()
-            if log and done:  # before last.pt, so that a finished run is complete
+                log.attempt("curves.png", log.draw)
+            if done:  # before last.pt, so that a finished run is complete
                 finish()
             keep = rest == 0 and epoch % keep_every == 0
-            if due or keep or ends:
+            if keep or ends or now > next_save:
                 ckpt = gather_checkpoint(state, args, pictures.fingerprint)
-                if log:
-                    patience = 0.0 if stopped_by else RETRY_SECONDS
-                    failing = save_last(out / "last.pt", ckpt, failing, patience, bool(ends))
-                    next_save = now + (RETRY_EVERY if failing else SAVE_SECONDS)
-                if log and keep:
+                log.attempt("log.csv", log.save)
+                save_last(out / "last.pt", ckpt, caught)
+                next_save = now + SAVE_SECONDS
+                if keep:
                     log.attempt("checkpoint", save_file, out / f"epoch_{epoch:04d}.pt", ckpt)
             if ends:
                 break
-        if log and not done:  # after last.pt: who asked to stop may not wait
+        if not done:  # after last.pt: who asked to stop may not wait
             finish()
-    return stopped_by, row
+    return next(iter(caught), 0), row
 
 
-def save_last(
-    path: Path, ckpt: dict, failing: float | None, patience: float, wait: bool
-) -> float | None:
-    """Saves last.pt. Returns None, or since when (time.monotonic()) that has failed.
-
-    Raises the error when it has failed for `patience` seconds; with `wait` it tries until then.
-    """
-    while True:
+def save_last(path: Path, ckpt: dict, caught: list[int]) -> None:
+    """Saves last.pt. A drive that is away is waited for, unless a signal asks to stop."""
+    patience = time.monotonic() + RETRY_SECONDS
+    for attempt in count():
         try:
-            save_file(path, ckpt)
-            return None
+            return save_file(path, ckpt)
         except OSError as error:
-            now = time.monotonic()
-            if failing is None and patience:
-                why = error.strerror or error
-                print(f"{path}: {why}; it is tried again for {patience / 60:.0f} minutes")
-            failing = failing or now
-            if now >= failing + patience:
+            if caught or time.monotonic() >= patience:
                 raise
-        if not wait:
-            return failing
-        time.sleep(min(1.0, RETRY_EVERY))
+            if attempt == 0:
+                minutes = f"{RETRY_SECONDS / 60:.0f} minutes"
+                print(f"{path}: {error.strerror or error}; tried again for {minutes}")
+        time.sleep(min(5.0, RETRY_SECONDS))
 
 
 # flags --------------------------------------------------------------------------------------------
@@ -1779,7 +1601,6 @@ FLAGS = {  # by group: flag, default (None: see derived), limits or choices or k
      "epochs between checkpoints that are kept (default 25; more if they are short)"),
     ("--sample-every", None, (1, 10**9), "epochs between grids (default 5; more if short)"),
     ("--allow-changes", False, bool, "go on though pictures or flags are not those of the run"),
-    ("--restart", False, bool, "start from step 0; the old run is moved to OUT.old-1"),
 ]}
 # fmt: on
 
@@ -1805,7 +1626,7 @@ def resolve(given: dict, shape: dict) -> Namespace:
     flags = {dest(flag): default for rows in FLAGS.values() for flag, default, *_ in rows}
     data = given.get("data")
     recipe = given.get("recipe") or ("mnist" if data == "mnist" else "default")
-    named = dict(zip(("image_size", "flip"), NAMED_SETS.get(data, ())[3:], strict=False))
+    named = {"image_size": 32, "flip": False} if data in NAMED_SETS else {}
     flags |= {**named, **RECIPES[recipe], **shape, **given, "recipe": recipe}
     rest = {k: v for k, v in derived(flags).items() if flags[k] is None}
     return Namespace(**flags | rest)
@@ -1832,30 +1653,28 @@ class Parser(ArgumentParser):
             for flag, default, kind, meaning in rows:
                 if kind is bool:
                     how = {"action": "store_true" if default is False else BooleanOptionalAction}
-                elif isinstance(kind, tuple):
-                    metavar = "N" if type(kind[0]) is int else "X"
-                    how = {"type": partial(self.number, flag, kind), "metavar": metavar}
-                elif isinstance(kind, str):
-                    how = {"type": partial(self.text, flag), "metavar": kind}
-                else:
+                elif isinstance(kind, list):
                     how = {"choices": kind}
+                else:
+                    kinds = {int: "N", float: "X", str: kind}
+                    how = {"type": partial(self.value, flag, kind)}
+                    how["metavar"] = kinds[type(kind[0])]
                 meaning += "" if default is None or default is False else f" (default {default})"
                 group.add_argument(flag, default=default, help=meaning, **how)
 
     @staticmethod
-    def number(flag: str, limits: tuple, text: str) -> float:
+    def value(flag: str, kind: str | tuple, text: str) -> str | float:
+        """A flag's text as a path, or as a number within its limits."""
+        if isinstance(kind, str):
+            if not text:
+                raise UserError(f"{flag}: is empty")
+            return os.path.expanduser(text)  # shells leave --out=~/run as it is
         try:
-            value = type(limits[0])(text)
+            value = type(kind[0])(text)
         except ValueError:
             value = text
-        check_limits({dest(flag): value}, {dest(flag): limits})
+        check_limits({dest(flag): value}, {dest(flag): kind})
         return value
-
-    @staticmethod
-    def text(flag: str, text: str) -> str:
-        if not text:
-            raise UserError(f"{flag}: is empty")
-        return os.path.expanduser(text)  # shells leave --out=~/run as it is
 
     def given(self, argv: list[str] | None = None) -> dict:
         """Only the flags that argv has, by their names in args."""
@@ -1887,7 +1706,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
 
 
 class Output:
-    """A stream that survives its reader, as a closed terminal must not end a run; rank 0's only."""
+    """A stream that survives its reader: a closed terminal must not end a run."""
 
     def __init__(self, stream: TextIO):
         self.stream = stream
@@ -1896,10 +1715,8 @@ class Output:
         return getattr(self.stream, name)
 
     def write(self, text: str) -> None:
-        code = self.stream.encoding or "utf-8"
         with suppress(OSError):
-            if is_main():
-                self.stream.write(text.encode(code, "backslashreplace").decode(code))
+            self.stream.write(text)
 
     def flush(self) -> None:
         with suppress(OSError):
@@ -1926,21 +1743,16 @@ def run(program: str, job: Callable[[], int]) -> int:
 
 
 def as_program(main: Callable[[], int]) -> None:
-    """Runs main and ends the process, with streams that survive a closed terminal."""
+    """Runs main and ends the process, with streams that take any letter and survive."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")
     sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
     sys.exit(main())
 
 
 def main(argv: list[str] | None = None) -> int:
     """Exit codes: 0 done, 1 diverged, 2 an error that the user can fix, 128 + signal if stopped."""
-    if launched := dist.is_available() and dist.is_torchelastic_launched():  # by torchrun
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(hours=6))  # rank 0 may decode for long
-    try:
-        return run("infogan.py", lambda: train(parse_args(argv)))
-    finally:
-        if launched:
-            dist.destroy_process_group()
+    return run("infogan.py", lambda: train(parse_args(argv)))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 import zipfile
 import zlib
@@ -996,7 +995,7 @@ def test_all_that_pillow_reads_safely_are_pictures(tmp_path, capsys):
         assert (x - torch.tensor([20 * i, 9, 9])).abs().max() < 6, name
 
 
-def test_photos_are_decoded_small_and_look_the_same(tmp_path):
+def test_photos_are_decoded_small_and_look_the_same(tmp_path, monkeypatch):
     rng = random.Random(0)
     noise = Image.frombytes("RGB", (12, 8), rng.randbytes(288)).resize((1200, 800))
     seen = []
@@ -1008,31 +1007,32 @@ def test_photos_are_decoded_small_and_look_the_same(tmp_path):
     whole = infogan.to_square(Image.open(tmp_path / "x.jpg"), 64, 3)
     whole = torch.frombuffer(bytearray(whole.tobytes()), dtype=torch.uint8).int()
     assert all((x - whole).abs().max() < 8 for x in seen) and not seen[0].equal(whole)
-    few = 1200 * 800 // 3  # at a quarter of both sides it has a sixteenth
-    assert infogan.read_picture(tmp_path / "x.jpg", 64, 3, most=few)[1] is None  # is progressive
+    # at a quarter of both sides it has a sixteenth
+    monkeypatch.setattr(infogan, "MAX_PIXELS", 1200 * 800 // 3)
+    assert infogan.read_picture(tmp_path / "x.jpg", 64, 3)[1] is None  # is progressive
     noise.save(tmp_path / "x.jpg")
-    assert infogan.read_picture(tmp_path / "x.jpg", 64, 3, most=few)[1]
+    assert infogan.read_picture(tmp_path / "x.jpg", 64, 3)[1]
 
 
 def test_memory_of_decoding_is_bounded(tmp_path, monkeypatch):
+    """Eight pictures at once, but of large ones only one."""
     for i in range(40):
-        Image.new("L", (99, 99), i).save(tmp_path / f"{i}.png")
-    Image.new("L", (4000, 3000)).save(tmp_path / "photo.png")  # too large for eight at once
-    at_work, counts, alone, real = set(), [], [], infogan.to_square
+        side = 3500 if i % 8 == 0 else 99
+        Image.new("1", (side, side), i % 2).save(tmp_path / f"{i}.png")
+        with open(tmp_path / f"{i}.png", "ab") as file:
+            file.write(bytes([i]))  # else a copy
+    at_work, most, real = [], {99: 0, 3500: 0}, infogan.to_square
 
     def slow(image: Image.Image, *how: object) -> Image.Image:
-        me = threading.get_ident()
-        at_work.add(me)
-        counts.append(len(at_work))
-        time.sleep(0.01)
-        if image.width == 4000:
-            alone.append(threading.current_thread() is threading.main_thread())
-        at_work.discard(me)
+        at_work.append(image.width)
+        most[image.width] = max(most[image.width], at_work.count(image.width))
+        time.sleep(0.02)
+        at_work.remove(image.width)
         return real(image, *how)
 
     monkeypatch.setattr(infogan, "to_square", slow)
-    assert len(infogan.load_pictures(str(tmp_path), 16).x) == 41 and alone == [True]
-    assert 2 < max(counts) <= infogan.DECODERS + 1
+    assert len(infogan.load_pictures(str(tmp_path), 16).x) == 40
+    assert most[3500] == 1 and 2 < most[99] <= infogan.DECODERS
 
 
 def test_grey_sets_have_one_channel_unless_three_are_asked_for(tmp_path):
@@ -1085,39 +1085,14 @@ def test_a_damaged_file_of_a_named_set_is_one_line(tmp_path, monkeypatch, capsys
     said_one_line(capsys, f"{file} is damaged or not all: delete it")
 
 
-@pytest.mark.parametrize("n", [0, 4])
-def test_a_half_unpacked_celeba_is_one_line(tmp_path, monkeypatch, capsys, n):
-    folder = tmp_path / "data/celeba/img_align_celeba"
-    folder.mkdir(parents=True)
-    if n:
-        four_pictures(folder)
-    monkeypatch.chdir(tmp_path)
-    assert infogan.main(["--data", "celeba", "--out", "run"]) == 2
-    said_one_line(capsys, f"{n} of 202,599", "delete it", f"--data {folder}")
-
-
-def test_an_own_folder_called_like_a_named_set_is_told(tmp_path, monkeypatch, capsys):
-    four_pictures(tmp_path / "mnist")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("urllib.request.urlopen", lambda *a, **k: 1 / 0)
-    assert infogan.main(["--data", "mnist", "--out", "run"]) == 2
-    said_one_line(capsys, "give --data ./mnist")
-    assert len(infogan.load_pictures("./mnist", 16).x) == 4
-    (tmp_path / "mnist/log.csv").touch()  # a run
-    assert infogan.main(["--data", "mnist", "--out", "run"]) == 2
-    said_one_line(capsys, "torchvision cannot get it")
-
-
-@pytest.mark.parametrize("name", ["fashion-mnist", "svhn", "celeba"])
+@pytest.mark.parametrize("name", ["fashion-mnist", "svhn"])
 def test_named_sets_offline_get_a_clear_line(tmp_path, monkeypatch, capsys, name):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
         "urllib.request.urlopen", lambda *a, **k: (_ for _ in ()).throw(OSError("offline"))
     )
     assert infogan.main(["--data", name, "--out", "run"]) == 2
-    said = capsys.readouterr().err
-    assert f"--data {name}: torchvision cannot get it" in said
-    assert {"celeba": "gdown"}.get(name, "offline") in said
+    assert f"--data {name}: torchvision cannot get it" in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -1167,20 +1142,15 @@ def test_a_changed_folder_is_decoded_again_in_the_same_place(tmp_path, own_cache
     assert seen[1].x.equal(seen[4].x) and len([*own_cache.iterdir()]) == 2
 
 
-@unix
 def test_what_a_killed_decoder_left_in_the_cache_is_removed(tmp_path, own_cache):
+    """After a day: another start may decode just now."""
     own_cache.mkdir(parents=True)
     left, used = (own_cache / f".{name}-16x16x3-centre.pixels.123.part" for name in "ab")
-    left.touch()
-    code = "import os, sys; f = open(sys.argv[1], 'wb'); os.lockf(f.fileno(), os.F_TLOCK, 0);"
-    script = [sys.executable, "-c", code + "print(flush=True); sys.stdin.read()", str(used)]
-    with subprocess.Popen(script, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
-        other.stdout.readline()
-        infogan.load_pictures(str(four_pictures(tmp_path / "set")), 16)
-        assert used.exists() and not left.exists()
-        other.stdin.close()
-    infogan.load_pictures(str(four_pictures(tmp_path / "set", 4)), 16)
-    assert not used.exists()
+    for part, age in ((left, 90_000), (used, 3600)):
+        part.touch()
+        os.utime(part, (time.time() - age,) * 2)
+    infogan.load_pictures(str(four_pictures(tmp_path / "set")), 16)
+    assert used.exists() and not left.exists()
 
 
 DAMAGE = {
@@ -1271,26 +1241,14 @@ def test_a_full_disk_is_one_line_and_costs_nothing(faces, trained, tmp_path):
     assert infogan.main(tiny(faces, out, "--max-steps", 36)) == 0
 
 
-def test_a_folder_that_cannot_be_synced_is_written_and_a_refused_name_costs_nothing(
-    tmp_path, monkeypatch
-):
-    path, real_sync, real_replace = tmp_path / "last.pt", os.fsync, os.replace
-    refused = []
-
-    def sync(file):
-        if Path(f"/proc/self/fd/{file}").resolve() == tmp_path:
-            raise OSError(errno.EIO, "I/O error")
-        real_sync(file)
-
-    def replace(*names):
-        if refused:
-            raise refused.pop()
-        real_replace(*names)
-
-    monkeypatch.setattr(os, "fsync", sync)
-    monkeypatch.setattr(os, "replace", replace)
+def test_a_file_whose_name_is_refused_leaves_the_one_before(tmp_path, monkeypatch):
+    path = tmp_path / "last.pt"
     infogan.save_file(path, {"step": 1})
-    refused.append(PermissionError(13, "Access is denied"))
+
+    def refuse(*names):
+        raise PermissionError(13, "Access is denied")
+
+    monkeypatch.setattr(os, "replace", refuse)
     with pytest.raises(PermissionError, match=re.escape(str(path))):
         infogan.save_file(path, {"step": 2})
     assert torch.load(path) == {"step": 1}
@@ -1310,7 +1268,7 @@ def failing_saves(monkeypatch, name: str, fails) -> list[int]:
 
     monkeypatch.setattr(infogan, "save_file", save_file)
     monkeypatch.setattr(infogan, "SAVE_SECONDS", 0.0)  # after each step
-    monkeypatch.setattr(infogan, "RETRY_EVERY", 0.0)
+    monkeypatch.setattr(time, "sleep", lambda _: None)
     return steps
 
 
@@ -1319,8 +1277,9 @@ def test_a_save_that_fails_for_a_while_costs_nothing(faces, tmp_path, monkeypatc
     steps = failing_saves(monkeypatch, "last.pt", range(3, 6).__contains__)
     assert infogan.main(tiny(faces, out, "--max-steps", 8)) == 0
     said = capsys.readouterr().out
-    assert said.count(f"{out / 'last.pt'}: I/O error; it is tried again for 5 minutes") == 1
-    assert steps == [*range(1, 9)] and step_of(out) == 8 and said.count("tried again") == 1
+    assert said.count(f"{out / 'last.pt'}: I/O error; tried again for 5 minutes") == 1
+    assert steps == [1, 2, 3, 3, 3, 3, *range(4, 9)] and step_of(out) == 8
+    assert said.count("tried again") == 1
 
 
 def test_the_last_save_is_waited_for(faces, tmp_path, monkeypatch, capsys):
@@ -1359,27 +1318,39 @@ def test_a_kept_checkpoint_that_cannot_be_saved_is_told_and_training_goes_on(
 
 
 def test_a_folder_that_is_away_for_a_while_misses_nothing(faces, tmp_path, monkeypatch, capsys):
-    """Renamed during steps that have a row of log.csv, a save of last.pt and a grid."""
-    out, real_step = tmp_path / "run", infogan.train_step
+    """Renamed in a step before a save of log.csv and last.pt; training waits for it."""
+    out, real_step, waits = tmp_path / "run", infogan.train_step, []
 
     def step(state, *rest):
         if state.step == 12:
             out.rename(tmp_path / "away")
-        if state.step == 20:
-            (tmp_path / "away").rename(out)
         return real_step(state, *rest)
 
+    def sleep(_):
+        waits.append(1)
+        if len(waits) == 3:
+            (tmp_path / "away").rename(out)
+
     failing_saves(monkeypatch, "none", bool)
+    monkeypatch.setattr(time, "sleep", sleep)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # its thread would complain
     monkeypatch.setattr(infogan, "train_step", step)
     assert infogan.main(tiny(faces, out, "--max-steps", 40, "--sample-every", 1)) == 0
     said = capsys.readouterr()
-    assert said.out.count("last.pt: No such file or directory; it is tried again") == 1
-    for what in ("log.csv", "samples/epoch_0001.png"):
-        assert said.err.count(f"{out / what}: No such file or directory; training goes on") == 1
+    assert said.out.count("last.pt: No such file or directory; tried again") == 1
+    assert said.err.count(f"{out / 'log.csv'}: No such file or directory; training goes on") == 1
     rows = (out / "log.csv").read_text().splitlines()
     assert [row.split(",")[0] for row in rows] == ["step", "16", "32"] and step_of(out) == 40
     assert not list(out.rglob(".*")) and not (tmp_path / "away").exists()
+
+
+@unix
+def test_a_signal_ends_the_wait_for_a_drive(faces, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "run"
+    failing_saves(monkeypatch, "last.pt", lambda n: n > 1)
+    monkeypatch.setattr(time, "sleep", lambda _: signal.raise_signal(signal.SIGTERM))
+    assert infogan.main(tiny(faces, out, *ENDLESS)) == 2
+    assert "last.pt: I/O error; fix this" in capsys.readouterr().err and step_of(out) == 1
 
 
 @pytest.mark.parametrize("where, step", [("weights", 36), ("loss", 30), ("loss", 35), ("loss", 37)])
@@ -1440,7 +1411,6 @@ HOSTILE = {
     "flags": lambda c: c.pop("args"),
     "object": lambda c: c["G_ema"].update(x=3),
     "vast": lambda c: c["G_ema"].update({"layers.0.weight": torch.zeros(1).expand(10**12)}),
-    "other": lambda c: c["args"].update(x=torch.zeros(2, dtype=torch.complex64)),
 }
 
 
@@ -1527,53 +1497,6 @@ def test_a_finished_run_is_left_as_it_is(faces, trained, capsys):
     assert "is finished" in capsys.readouterr().out and files_in(trained) == before
 
 
-def test_restart_moves_the_old_run_aside(faces, trained, tmp_path):
-    out = copied(trained, tmp_path / "run")
-    for seed in (5, 6):
-        flags = ("--max-steps", 1, "--restart", "--seed", seed)
-        assert infogan.main(tiny(faces, out, *flags)) == 0
-    names = ("run.old-1", "run.old-2", "run")
-    args = [json.loads((tmp_path / name / "args.json").read_text()) for name in names]
-    assert [a["seed"] for a in args] == [0, 5, 6]
-
-
-def test_a_restart_that_fails_leaves_the_old_run_in_place(trained, tmp_path):
-    before, gone = files_in(trained), str(tmp_path / "gone")
-    assert infogan.main(["--data", gone, "--out", str(trained), "--restart"]) == 2
-    assert files_in(trained.parent) == before
-
-
-@pytest.mark.parametrize("kind", ["link", "volume", "killed"])
-def test_restart_moves_what_lies_in_a_folder(faces, trained, tmp_path, monkeypatch, kind):
-    """The folder itself stays: a link, or a volume that nothing can be moved out of."""
-    out, disk, rename, n = tmp_path / "run", tmp_path / "disk", Path.rename, itertools.count()
-    disk.mkdir()
-    out.symlink_to(disk, target_is_directory=True) if kind == "link" else disk.replace(out)
-    copied(trained, out)
-    old = {p.name: raw for p, raw in files_in(out).items()}
-    (out / "slurm-1.out").touch()
-
-    def refuse(path: Path, to: Path) -> Path:
-        if kind == "volume" and out not in Path(to).parents:
-            raise OSError(18, "Invalid cross-device link")
-        if kind == "killed" and next(n) == 7:  # last.pt is the ninth
-            raise KeyboardInterrupt
-        return rename(path, to)
-
-    monkeypatch.setattr(Path, "rename", refuse)
-    restart = tiny(faces, out, "--max-steps", 2, "--restart")
-    assert infogan.main(restart) == (130 if kind == "killed" else 0)
-    if kind == "killed":
-        assert infogan.main(tiny(faces, out, "--epochs", 3)) == 0, "the old run, finished"
-        assert step_of(out) == 54
-        assert infogan.main(restart) == 0
-    asides = {"link": ["disk.old-1"], "volume": ["run/old-1"], "killed": ["run/old-1", "run.old-1"]}
-    moved = [p for name in asides[kind] for p in files_in(tmp_path / name).items()]
-    assert {path.name: raw for path, raw in moved} == old and len(moved) == len(old)
-    assert out.is_symlink() == (kind == "link") and (out / "slurm-1.out").exists()
-    assert step_of(out) == 2
-
-
 def test_a_folder_with_logs_or_a_lone_checkpoint_becomes_a_run(faces, trained, tmp_path, capsys):
     out = tmp_path / "run"
     (out / "lost+found").mkdir(parents=True)
@@ -1594,9 +1517,8 @@ def test_a_folder_with_anything_else_is_refused(faces, tmp_path, capsys, name):
     mine = tmp_path / "full" / name
     mine.parent.mkdir(parents=True)
     mine.write_text("precious")
-    for more in ([], ["--restart"]):
-        assert infogan.main([*tiny(faces, tmp_path / "full"), *more]) == 2
-        assert name.split("/")[0] in capsys.readouterr().err
+    assert infogan.main(tiny(faces, tmp_path / "full")) == 2
+    assert name.split("/")[0] in capsys.readouterr().err
     assert files_in(tmp_path) == {mine: b"precious"}
 
 
@@ -1615,7 +1537,7 @@ def test_going_on_with_another_run_is_refused(
     few_pictures(tmp_path / "few")
     before = files_in(trained)
     assert infogan.main(tiny(faces, trained, "--epochs", 4, *flags)) == 2
-    said_one_line(capsys, *words, "--restart")
+    said_one_line(capsys, *words, "another --out starts a new run")
     assert files_in(trained) == before and len(decoded) == (6 if flags[1:] == ("few",) else 0)
 
 
@@ -1680,7 +1602,7 @@ def test_an_init_whose_weights_do_not_fit_is_one_line(ckpt, faces, tmp_path, cap
     bad, out = tmp_path / "bad.pt", tmp_path / "run"
     rewritten(ckpt, bad, lambda c: c.pop("D"))
     assert infogan.main(["--data", str(faces), "--out", str(out), "--init", str(bad)]) == 2
-    assert "--restart" not in said_one_line(capsys, f"{bad}: ", "give another --init")
+    assert "--out" not in said_one_line(capsys, f"{bad}: ", "give another --init")
     assert not out.exists()
 
 
@@ -1691,9 +1613,10 @@ def test_a_shrunken_checkpoint_and_a_run_s_own_begin_a_run(ckpt, faces, tmp_path
     assert infogan.main([*begin, "--init", str(small)]) == 0
     half, new = infogan.load_checkpoint(small)["G_ema"], weights(out / "last.pt")
     assert all(new[f"G.{k}"].equal(w.float()) for k, w in half.items() if w.dim() > 1)
-    assert infogan.main([*begin, "--init", str(out / "last.pt"), "--restart"]) == 0
-    assert (tmp_path / "run.old-1/last.pt").exists()
-    assert infogan.load_checkpoint(out / "last.pt")["args"]["init"] == str(out / "last.pt")
+    begin[3] = str(tmp_path / "next")
+    assert infogan.main([*begin, "--init", str(out / "last.pt")]) == 0
+    args = infogan.load_checkpoint(tmp_path / "next/last.pt")["args"]
+    assert args["init"] == str(out / "last.pt")
     args = infogan.parse_args(["--init", str(HERE / "checkpoint/animefaces-v3.pt")])
     assert (args.n_cat, args.n_cont, args.width) == (10, 20, 48) and args.lam_cont == 0.15
     assert args.out == "checkpoint/cat10-cont20"
@@ -1744,9 +1667,8 @@ def test_a_read_only_folder_is_one_line_and_costs_nothing(faces, trained, tmp_pa
 def test_one_run_at_a_time_in_a_folder(faces, trained, tmp_path, capsys):
     out = copied(trained, tmp_path / "run")
     with infogan.locked(out):
-        for more in ([], ["--restart"]):
-            assert infogan.main([*tiny(faces, out, "--epochs", 4), *more]) == 2
-            said_one_line(capsys, f"process {os.getpid()} is training there")
+        assert infogan.main(tiny(faces, out, "--epochs", 4)) == 2
+        said_one_line(capsys, f"process {os.getpid()} is training there")
     assert infogan.main(tiny(faces, out, "--max-steps", 55)) == 0
     assert not list(out.glob(".*"))
 
@@ -1769,7 +1691,7 @@ def test_a_drive_without_locks_is_told_and_used(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr("fcntl.flock", flock)
     with infogan.locked(tmp_path / "run"):
-        assert (tmp_path / "run/.pid").exists()
+        assert (tmp_path / "run/.lock").exists()
     said = capsys.readouterr().out
     assert said.count("\n") == 1 and f"{tmp_path / 'run'}: cannot be locked" in said
     assert not (tmp_path / "run").exists()
@@ -1925,6 +1847,8 @@ EDITED = {  # what somebody makes of log.csv
     "letters": lambda raw: raw.replace(b"\n16,", b"\nx,"),
     "a power cut": lambda raw: raw[:-60] + bytes(60),
     "empty": lambda raw: b"",
+    "cut off": lambda raw: raw[:-60],
+    "by vi": lambda raw: raw.replace(b"\n", b"\r\n"),
 }
 
 
@@ -1932,7 +1856,7 @@ EDITED = {  # what somebody makes of log.csv
 def test_a_log_that_was_edited_stops_nothing_and_loses_nothing(
     faces, trained, tmp_path, monkeypatch, capsys, kind
 ):
-    """It is kept aside, or its rows stay; what follows is a log again."""
+    """It is kept aside, and what follows has all rows again, which last.pt holds."""
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     out = copied(trained, tmp_path / "run")
     path, whole = out / "log.csv", (out / "log.csv").read_bytes().splitlines()
@@ -1940,11 +1864,10 @@ def test_a_log_that_was_edited_stops_nothing_and_loses_nothing(
     edited = path.read_bytes()
     assert infogan.main(tiny(faces, out, "--max-steps", 70)) == 0
     heading, *rows = path.read_bytes().splitlines()
-    steps = [float(row.split(b",")[0]) for row in rows]
-    assert heading == whole[0] and steps in ([64], [16, 32, 48, 64])
-    assert {row.count(b",") for row in rows} == {heading.count(b",")}
+    assert [float(row.split(b",")[0]) for row in rows] == [16, 32, 48, 64]
+    assert [heading, *rows[:3]] == whole
     aside = [p.read_bytes() for p in out.glob("log.csv.old-*")]
-    assert aside == [edited] or (aside == [] and rows[:3] == whole[1:])
+    assert aside == [edited] or (aside == [] and kind in ("empty", "cut off", "by vi"))
     assert "log.csv: " not in capsys.readouterr().err
     assert infogan.main(tiny(faces, out, "--max-steps", 71)) == 0
     assert len([*out.glob("log.csv*")]) == 1 + len(aside)
@@ -1952,22 +1875,17 @@ def test_a_log_that_was_edited_stops_nothing_and_loses_nothing(
 
 def test_training_goes_on_without_what_it_can_do_without(faces, tmp_path, monkeypatch, capsys):
     """log.csv held by Excel for a while, pictures by a viewer, no TensorBoard: each told once."""
-    out, real_replace, held = tmp_path / "run", os.replace, [0]
-
-    def opened(path, *how):
-        held[0] += Path(path).name == "log.csv"
-        if Path(path).name == "log.csv" and held[0] in (2, 3):
-            raise PermissionError(13, "Permission denied", str(path))
-        return open(path, *how)
+    out, real_replace, saves = tmp_path / "run", os.replace, []
 
     def replace(part, path):
-        if Path(path).suffix in (".png", ".gif"):
+        is_log = Path(path).name == "log.csv"
+        saves.extend([path] * is_log)
+        if Path(path).suffix in (".png", ".gif") or (is_log and len(saves) in (2, 3)):
             raise PermissionError(13, "Access is denied")
         real_replace(part, path)
 
-    monkeypatch.setattr(infogan, "open", opened, raising=False)
+    failing_saves(monkeypatch, "none", bool)
     monkeypatch.setattr(os, "replace", replace)
-    monkeypatch.setattr(time, "sleep", lambda _: None)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     flags = ("--max-steps", 100, "--sample-every", 1)
     assert infogan.main(tiny(faces, out, *flags)) == 0
@@ -1978,85 +1896,6 @@ def test_training_goes_on_without_what_it_can_do_without(faces, tmp_path, monkey
     rows = (out / "log.csv").read_text().splitlines()
     assert [row.split(",")[0] for row in rows[1:]] == ["16", "32", "48", "64", "80", "96"]
     assert infogan.load_checkpoint(out / "last.pt")["step"] == 100 and not list(out.rglob(".*"))
-
-
-# processes ----------------------------------------------------------------------------------------
-
-
-def as_one_of_two(rank: int, port: int, record: Path | None, stop: bool) -> None:
-    """What torchrun tells each of its processes; into record goes what each of them trains on."""
-    told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_PORT": port}
-    told |= {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RUN_ID": "test"}
-    os.environ.update({name: str(value) for name, value in told.items()})
-    if stop and rank == 1:  # by the batch system, and again by torchrun, which passes it on
-        signals_in_a_step(signal.SIGTERM, 3)
-    real_step, seen = infogan.train_step, []
-
-    def step(state, args, batch):
-        seen.append((batch.x.clone(), batch.codes.z))
-        metrics = real_step(state, args, batch)
-        ends = [p.detach() for net in (state.G, state.D, state.G_ema) for p in net.parameters()]
-        torch.save((seen, ends), record / f"{rank}.pt")
-        return metrics
-
-    if record:
-        infogan.train_step = step
-
-
-def run_both(argv: list[str], folder: Path, record: Path | None = None, stop: bool = False):
-    """Two processes that train together: the exit code and the words of each."""
-    port, runs = free_port(), []
-    for rank in (0, 1):
-        prepare = partial(as_one_of_two, rank, port, record, stop)
-        runs.append(Run(argv, folder / f"said {rank}", prepare))
-    return [run.end() for run in runs]
-
-
-@unix
-def test_two_processes_resume_bit_for_bit_and_keep_equal_weights(faces, tmp_path):
-    """Stopped by a signal to one of them. Each draws and sees what the other does not."""
-    ends, flags = [], ("--no-flip", "--q-augment", 1, "--r1", 1, "--max-steps", 21)
-    for name in ("whole", "parts"):
-        out, argv = tmp_path / name, tiny(faces, tmp_path / name, *flags)
-        out.mkdir()
-        if name == "parts":
-            (code, said), other = run_both(argv, tmp_path, stop=True)
-            assert code == 128 + signal.SIGTERM and other == (code, ""), (said, other)
-            assert "SIGTERM: 6 steps" in said and "Traceback" not in said and step_of(out) == 6
-        (code, said), other = run_both(argv, tmp_path, out)
-        assert code == 0 and other == (0, "") and said.count("finished: ") == 1, (said, other)
-        ends.append([torch.load(out / f"{rank}.pt") for rank in (0, 1)])
-    assert same(tmp_path / "whole/last.pt", tmp_path / "parts/last.pt")
-    (seen_0, weights_0), (seen_1, weights_1) = ends[0]
-    assert all(a.equal(b) for a, b in zip(weights_0, weights_1, strict=True))
-    for whole, (parts, _) in zip((seen_0, seen_1), ends[1], strict=True):
-        steps = zip(whole[6:], parts, strict=True)
-        assert all(a.equal(b) for step in steps for a, b in zip(*step, strict=True))
-    epoch = [x.numpy().tobytes() for x, _ in seen_0[:18] + seen_1[:18] for x in x]
-    assert len({*epoch}) == len(epoch) == 18 * 32
-    assert not any(z_0.equal(z_1) for (_, z_0), (_, z_1) in zip(seen_0, seen_1, strict=True))
-
-
-@unix
-def test_a_run_goes_on_with_another_number_of_processes(faces, trained, tmp_path):
-    """Each has its own random numbers in the checkpoint; one takes those of none of them."""
-    out = copied(trained, tmp_path / "run", 1)
-    (code, said), other = run_both(tiny(faces, out, "--max-steps", 19), tmp_path)
-    assert code == 0 and other == (0, ""), (said, other)
-    assert said.count("1 processes before, 2 now: other random numbers") == 1
-    rng = infogan.load_checkpoint(out / "last.pt")["rng"]
-    assert len(rng) == 2 and not rng[0].equal(rng[1]) and step_of(out) == 19
-    code, said = Run(tiny(faces, out, "--max-steps", 20), tmp_path / "said").end()
-    assert code == 0 and "2 processes before, 1 now" in said and step_of(out) == 20
-
-
-@unix
-def test_two_processes_fail_in_one_line(tmp_path):
-    flags = ["--device", "cpu", "--data", str(tmp_path / "gone"), "--out", str(tmp_path / "run")]
-    (code, said), other = run_both(flags, tmp_path)
-    assert code == 2 and other == (2, "") and said.count("\n") == 1, (said, other)
-    assert said.startswith("infogan.py: ") and "no such folder" in said
-    assert not (tmp_path / "run").exists()
 
 
 # loop ---------------------------------------------------------------------------------------------
@@ -2223,7 +2062,7 @@ DEFAULTS = [  # flags, and what args then are
                            "image_size": 32, "flip": False, "lam_identity": 0.0, "r1": 0.1,
                            "upsample": "transposed", "shift": 0.0}),
     (["--data", "mnist", "--lr-g", "0.01"], {"lr_g": 0.01, "width": 32}),
-    (["--data", "celeba"], {"flip": True, "image_size": 32, "width": 64}),
+    (["--data", "svhn"], {"flip": False, "image_size": 32, "width": 64}),
     (["--recipe", "notebook"], {"lam_cat": 1.0, "lam_cont": 0.1, "cap_cont": 3.0, "q_augment": 0.0,
                                 "r1": 0.0, "lam_identity": 0.0, "info_to": "head", "ema": 0.0,
                                 "flip": False, "upsample": "transposed", "shift": 0.0}),

@@ -6,7 +6,6 @@ as a CUDA graph is compared with the eager one.
 
 from __future__ import annotations
 
-import os
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -66,16 +65,6 @@ def test_a_gpu_is_always_used_by_its_number(gpus):
         assert infogan.speed_up(infogan.pick_device(name))
     assert gpus == ["cuda:0", "cuda:0", "cuda:0", "cuda:1"]
     assert torch.backends.cudnn.benchmark and torch.get_float32_matmul_precision() == "high"
-
-
-def test_each_process_has_a_gpu_or_a_line_says_why_not(gpus, monkeypatch):
-    monkeypatch.setattr(infogan, "rank_and_world", lambda: (5, 6))  # on three machines
-    monkeypatch.setattr(os, "environ", os.environ | {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"})
-    assert str(infogan.pick_device("auto")) == str(infogan.pick_device("cuda")) == "cuda:1"
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(UserError, match="2 processes, but 1 GPU here; start fewer, or give --dev"):
-        infogan.pick_device("auto")
-    assert str(infogan.pick_device("cpu")) == "cpu"
 
 
 def test_what_goes_to_a_gpu_is_pinned_and_nothing_waits_for_it(monkeypatch):
@@ -174,25 +163,23 @@ def test_a_replayed_step_is_the_eager_one():
     for name in infogan.NETS:
         states = (getattr(state, name).state_dict() for state in (one, two))
         assert all(a.equal(b) for a, b in zip(*(s.values() for s in states), strict=True))
-    assert one.means(1) == two.means(1)
+    assert all(two.sums[name].equal(total) for name, total in one.sums.items())
 
 
-def test_where_a_step_cannot_be_captured_the_run_goes_on_without(capsys):
+def test_where_a_step_cannot_be_captured_one_line_says_what_to_do():
     class Refused(Replayed):
         def capture(self, state, args):
             raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
-    one, two = (run_steps(step, 8) for step in (infogan.train_step, Refused()))
-    assert one.means(1) == two.means(1)
-    said = capsys.readouterr().out
-    assert said.count("\n") == 1 and "--cuda-graph: operation not permitted when" in said
+    with pytest.raises(UserError, match="capturing; the same command without it goes on"):
+        run_steps(Refused(), 8)
 
 
 def test_a_graph_without_a_gpu_is_one_line(tmp_path, capsys):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     assert infogan.main(["--cuda-graph", "--out", str(tmp_path / "run")]) == 2
-    assert "--cuda-graph: needs one process on a CUDA device" in capsys.readouterr().err
+    assert "--cuda-graph: needs a CUDA device" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 

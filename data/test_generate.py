@@ -286,7 +286,7 @@ def test_no_run_goes_on_from_a_shrunken_checkpoint(ckpt, faces, tmp_path, capsys
     assert generate.main(command) == 0
     capsys.readouterr()
     assert infogan.main(tiny(faces, run, "--max-steps", 4, "--n-cont", 3)) == 2
-    said_one_line(capsys, "for generate.py only", "--restart")
+    said_one_line(capsys, "for generate.py only", "another --out")
 
 
 def test_nothing_of_the_user_s_is_overwritten(ckpt, faces, tmp_path, capsys):
