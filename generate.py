@@ -3,13 +3,9 @@
     python generate.py --ckpt checkpoint/v3/last.pt                   sheets and table of all codes
     python generate.py --ckpt checkpoint/v3/last.pt --explorer        a web page that moves codes
     python generate.py --ckpt checkpoint/v3/last.pt --sort ~/faces    real faces, by their codes
-    python generate.py --ckpt checkpoint/v3/last.pt --samples 10000   pictures, for FID tools
     python generate.py --ckpt checkpoint/v3/last.pt --samples 50 --set cat0=3    of one category
-    python generate.py --ckpt checkpoint/v3/last.pt --walk            an animation through faces
-    python generate.py --ckpt checkpoint/v3/last.pt --read me.png     what Q reads from a picture
-    python generate.py --ckpt A/last.pt --versus B/last.pt --data ~/faces   two runs side by side
 
-The architecture comes from the checkpoint. Along a row of a sheet only one code changes.
+The architecture comes from the checkpoint. README.md has an example of each mode.
 """
 
 from __future__ import annotations
@@ -24,11 +20,9 @@ import re
 import sys
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from functools import cache, partial
-from inspect import signature
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
@@ -46,21 +40,17 @@ from tqdm import tqdm
 import infogan
 from infogan import Codes, CodeSpec, Generator, UserError, load_pictures, replacing, to_image
 
-Seeds, Held, Ends = Sequence[int], dict[str, float], tuple[float, float]  # of --set and --range
-Names = dict[str, str]
+Held, Names = dict[str, float], dict[str, str]  # of codes: the values of --set; what people say
 N_MEASURED, N_MOVED = 400, 100  # samples behind a table's figures; behind its tints, heat maps
 MOST_SHOWN = 100  # categories on a sheet
-DRAWN_AT_ONCE, N_READ = 32, 4  # pictures in each pass of G; drawings beside a picture of --read
-N_REAL = 1000  # pictures behind a distance to real ones
+AT_ONCE, N_READ = 32, 4  # pictures in each pass of a network; drawings beside one of --read
+N_REAL, MOST_SAMPLES = 1000, 10**6  # pictures that --versus compares, that --samples writes
 PAGE = Path(__file__).parent / "data/explorer.html"
-PAGE_MB = 9  # at most: it must open, and follow a slider, at once
-FONTS = "/usr/share/fonts /usr/local/share/fonts ~/.local/share/fonts ~/.fonts C:/Windows/Fonts"
-FONTS += " /System/Library/Fonts /Library/Fonts ~/Library/Fonts"
+FONTS = ("DejaVuSans", "NotoSansCJK-Regular", "arial", "msyh", "malgun", "Arial Unicode")
 MARK, EXIF = "generate.py of InfoGAN", Image.Exif()  # what is ours may be written again
 EXIF[ExifTags.Base.Software] = MARK
 MARKED = {"exif": EXIF.tobytes(), "comment": MARK}  # of PNG and WebP, and of GIF
 HEADS = (b"code,L_I,", b"file,seed", b"file,cat0,", b"file,cont0,")  # of our tables
-save_picture = partial(infogan.save_picture, **MARKED)
 to_floats = partial(infogan.make_batch, flip=False, rng=None, device=torch.device("cpu"))
 
 # drawing and saving -------------------------------------------------------------------------------
@@ -74,13 +64,8 @@ class Model(NamedTuple):
     Q: infogan.Encoder
     spec: CodeSpec
     ckpt: dict
+    shape: tuple[int, int, str]  # size and channels of its pictures, --crop of those not square
     device: torch.device
-
-    @property
-    def shape(self) -> tuple[int, int, str]:
-        """Size and channels of its pictures, and what is kept of those that are not square."""
-        args = self.ckpt["args"]
-        return args["image_size"], args["channels"], args.get("crop", "centre")
 
 
 def folded(G: Generator) -> nn.Sequential:
@@ -88,10 +73,9 @@ def folded(G: Generator) -> nn.Sequential:
     layers = [nn.Unflatten(1, (-1, 1, 1))]
     for m in G.layers:
         if isinstance(m, nn.BatchNorm2d):
-            transposed = isinstance(layers[-1], nn.ConvTranspose2d)
-            layers[-1] = fuse_conv_bn_eval(layers[-1], m, transpose=transposed)
-            continue
-        if isinstance(m, (infogan.UpsampleConv2d, infogan.ConvTranspose2dFromPixel)):
+            conv = layers.pop()
+            m = fuse_conv_bn_eval(conv, m, transpose=isinstance(conv, nn.ConvTranspose2d))
+        elif isinstance(m, (infogan.UpsampleConv2d, infogan.ConvTranspose2dFromPixel)):
             up, bias = isinstance(m, infogan.UpsampleConv2d), m.bias
             weight = nn.Parameter(m.folded() if up else m.weight)
             m = nn.ConvTranspose2d(*weight.shape[:2], 4, 1 + up, int(up), bias=bias is not None)
@@ -107,15 +91,17 @@ def load_model(path: str, device: torch.device) -> Model:
     ckpt = infogan.load_checkpoint(file)
     (G, spec), (Q, _) = infogan.load_generator(ckpt, device), infogan.load_encoder(ckpt, device)
     Q = Q.to(memory_format=torch.channels_last)  # faster
-    return Model(file, folded(G), Q, spec, ckpt, device)
+    args = {"crop": "centre", **ckpt["args"]}
+    shape = args["image_size"], args["channels"], args["crop"]
+    return Model(file, folded(G), Q, spec, ckpt, shape, device)
 
 
 @torch.no_grad()
 def draw(G: nn.Module, joined: Tensor) -> Tensor:
     """Pictures (n, channels, size, size) in [-1, 1] of G's inputs (n, spec.dim), on the CPU."""
     # always as many at once, as rounding depends on it: the same seed is the same file everywhere
-    device, parts = next(G.parameters()).device, joined.split(DRAWN_AT_ONCE)
-    full = (F.pad(part, (0, 0, 0, DRAWN_AT_ONCE - len(part))).to(device) for part in parts)
+    device, parts = next(G.parameters()).device, joined.split(AT_ONCE)
+    full = (F.pad(part, (0, 0, 0, AT_ONCE - len(part))).to(device) for part in parts)
     return torch.cat([G(part).float().cpu() for part in full])[: len(joined)]
 
 
@@ -126,25 +112,41 @@ def hold(spec: CodeSpec, codes: Codes, held: Held) -> Codes:
     return codes
 
 
+def sample_seeds(spec: CodeSpec, seeds: Iterable[int], held: Held) -> Codes:
+    """One draw for each seed, which depends on nothing else, with the values of --set."""
+    each = [spec.sample(1, torch.Generator().manual_seed(seed)) for seed in seeds]
+    return hold(spec, Codes(*map(torch.cat, zip(*each, strict=True))), held)
+
+
 def traversal(model: Model, base: Codes, code: str, values: Sequence, held: Held) -> Tensor:
-    """Pictures (n * len(values), …) along a code, or along all categoricals that are not held."""
+    """Pictures (n, len(values), …) along a code, or along all categoricals that are not held."""
     moved = model.spec.traverse(base, code, values)
-    return draw(model.G, model.spec.join(hold(model.spec, moved, held if code == "cat" else {})))
+    moved = hold(model.spec, moved, held if code == "cat" else {})
+    return draw(model.G, model.spec.join(moved)).unflatten(0, (-1, len(values)))
 
 
-def check_ours(paths: Iterable[Path]) -> None:
-    """Raises UserError for the first file that is there but that generate.py did not write."""
-    for path in (path for path in paths if path.exists()):
+def checked(path: Path) -> Path:
+    """path, in a folder that is made if missing. Raises UserError for a file that is not ours."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists():
         raw = path.read_bytes() if path.is_file() else b"a folder"
         if raw and MARK.encode() not in raw and not raw.startswith(HEADS):
             why = "is there, but not from this version of generate.py"
             raise UserError(f"{path}: {why}; move it, or give another --out")
+    return path
+
+
+def save_picture(path: Path, image: Image.Image, **how: object) -> None:
+    """A PNG, GIF or WebP with our mark, complete or not at all."""
+    infogan.save_picture(checked(path), image, **MARKED, **how)
 
 
 def save_table(path: Path, lines: Iterable[Iterable[object]]) -> None:
-    """A CSV, complete or not at all."""
-    csv.writer(text := io.StringIO(), lineterminator="\n").writerows(lines)
-    with replacing(path) as file:
+    """A CSV, complete or not at all, with numbers to four decimals."""
+    writer = csv.writer(text := io.StringIO(), lineterminator="\n")
+    for line in lines:
+        writer.writerow(f"{round(v, 4):g}" if isinstance(v, float) else v for v in line)
+    with replacing(checked(path)) as file:
         file.write(text.getvalue().encode(errors="surrogateescape"))
 
 
@@ -153,84 +155,6 @@ def print_table(lines: list[list[str]]) -> None:
     left, *right = (max(map(len, column)) for column in zip(*lines, strict=True))
     for name, *cells in lines:
         print(f"{name:{left}}", *map(str.rjust, cells, right), sep="  ")
-
-
-# names --------------------------------------------------------------------------------------------
-
-
-def check_codes(spec: CodeSpec, where: str, codes: Iterable[str]) -> None:
-    """Raises UserError for a code that spec does not have."""
-    for code in (code for code in codes if code not in spec.names):
-        raise UserError(f"{where}: {code!a}: this checkpoint has {', '.join(spec.names) or 'none'}")
-
-
-def read_names(model: Model, given: str | None) -> Names:
-    """What people call the codes: by --names, names.json beside the checkpoint, or within it."""
-    path, spec = Path(given or model.path.with_name("names.json")), model.spec
-    where, names = f"--names {path}" if given else str(path), model.ckpt.get("names", {})
-    if given or path.exists():
-        try:
-            names = {**names, **json.loads(path.read_text(encoding="utf-8-sig"))}
-        except (OSError, ValueError, TypeError, RecursionError) as error:
-            why = f'must be a table like {{"cont3": "tilt"}}: {error}'
-            raise UserError(f"{where}: {why}") from error
-    if not isinstance(names, dict):
-        raise UserError(f"{model.path}: its names are no table")
-    if not given:  # the file may be for the checkpoints of two runs
-        others = [c for c in names if re.fullmatch("(cat|cont)[0-9]+", c) and c not in spec.names]
-        names = {code: name for code, name in names.items() if code not in others}
-    check_codes(spec, where, names)
-    for code, name in names.items():
-        if not isinstance(name, str) or not name.isprintable() or not 0 < len(name) <= 40:
-            raise UserError(f"{where}: {code}: must be one line of 1 to 40 characters")
-    return names
-
-
-def read_set(text: str | None, spec: CodeSpec) -> Held:
-    """The codes of "cat0=3,cont5=-0.8", with their values. Raises UserError."""
-    held, one_of = {}, f"a whole number from 0 to {spec.cat_dim - 1}"
-    for part in map(str.strip, text.split(",") if text else []):
-        code, _, value = part.partition("=")
-        check_codes(spec, "--set", [code])
-        v = float(value) if re.fullmatch(r"[-+]?[0-9]*\.?[0-9]+", value) else math.nan
-        cat = code.startswith("cat")
-        if code in held or not (v in range(spec.cat_dim) if cat else abs(v) <= 1000):
-            must = one_of if cat else "a number from -1000 to 1000"
-            raise UserError(f"--set {part}: {code} must be given once, as {must}")
-        held[code] = v
-    return held
-
-
-def label(code: str, names: Names) -> str:
-    """The code with its name, where it has one: "cont3 (tilt)"."""
-    return f"{code} ({names[code]})" if code in names else code
-
-
-@cache
-def font_for(text: str, size: int) -> ImageFont.FreeTypeFont:
-    """Pillow's own, or one of this system that has the letters; None where there is none."""
-    if text.isascii():
-        return ImageFont.load_default(size)
-    letters = {*text, *"Lact0"} - {" ", "\n"}  # those of codes too: not each font has Latin ones
-    files = (p for at in FONTS.split() for p in Path(os.path.expanduser(at)).rglob("*.[tTo][tT]*"))
-    odd = re.compile("(?i)bold|bd|demi|black|ita|obl|light|thin|cond|mono|serif")
-    signs = re.compile("(?i)dingbat|ding|symbol|emoji|icon|awesome|^[ds]0500")  # in letters' places
-    files = (path for path in files if not signs.search(path.stem))
-    for path in sorted(files, key=lambda p: (bool(odd.search(p.stem)), len(p.stem), p)):
-        with suppress(OSError, ValueError):  # pictures of signs, which have sizes of their own
-            font = ImageFont.truetype(str(path), size)
-            nothing = {b"", bytes(font.getmask(chr(0x10FFFD)))}  # the box of a letter that it lacks
-            if not any(bytes(font.getmask(letter)) in nothing for letter in letters):
-                return font
-    return None
-
-
-def drawable(names: Names) -> Names:
-    """The names that a font here can write; the others are told of in one line."""
-    boxes = [code for code, name in names.items() if not font_for(name, 12)]
-    if boxes:
-        print(f"no font here has the letters of {', '.join(boxes)}: pictures show the codes alone")
-    return {code: name for code, name in names.items() if code not in boxes}
 
 
 # figures ------------------------------------------------------------------------------------------
@@ -290,7 +214,7 @@ def heat_map(x: Tensor, y: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def measure(model: Model, seed: int, batch_size: int) -> list[Row]:
+def measure(model: Model, seed: int) -> list[Row]:
     """Rows for z and each kind of code together, then for every code, strongest effect first."""
     spec, rng, device = model.spec, torch.Generator().manual_seed(seed), model.device
     codes, other = spec.sample(N_MEASURED, rng), spec.sample(N_MEASURED, rng)
@@ -301,271 +225,223 @@ def measure(model: Model, seed: int, batch_size: int) -> list[Row]:
             return draw(model.G, spec.join(codes))
 
     x = pictures(codes)
-    x_edges, read = edge_map(x), [model.Q.D(part.to(device))[1] for part in x.split(batch_size)]
+    x_edges, read = edge_map(x), [model.Q.D(part.to(device))[1] for part in x.split(AT_ONCE)]
     q = infogan.QOutput(*(torch.cat(parts).cpu() for parts in zip(*read, strict=True)))
-    L_I = dict(zip(spec.names, infogan.mutual_information(spec, q, codes).tolist(), strict=True))
-    most, few = dict(zip(spec.names, spec.ceilings, strict=True)), [c[:N_MOVED] for c in codes]
-    groups, each = [], []
-    names = [*(["z"] if spec.z_dim else []), *spec.kinds, *spec.names]
-    for name in tqdm(names, "measuring", leave=False, disable=None):
+    L_I = infogan.mutual_information(spec, q, codes).tolist()
+    figures = [*zip(spec.names, L_I, spec.ceilings, strict=True)]
+    few = Codes(*(c[:N_MOVED] for c in codes))
+
+    def effects(name: str) -> tuple[float, float]:
         y = pictures(spec.replace(codes, name, other))
-        figures = L_I.get(name), most.get(name), effect(x, y), effect(x_edges, edge_map(y))
-        if name in L_I:
-            ends = [*map(pictures, low_high(spec, Codes(*few), name, rng))]
-            each.append(Row(name, *figures, tint(*ends), heat_map(*ends)))
-        else:
-            groups.append(Row(name, *figures))
-    return groups + sorted(each, key=lambda r: -r.effect)
+        return effect(x, y), effect(x_edges, edge_map(y))
+
+    parts = ["z", *spec.kinds] if spec.z_dim else [*spec.kinds]
+    groups, each = [Row(part, None, None, *effects(part)) for part in parts], []
+    for name, nats, ceiling in tqdm(figures, "measuring", leave=False, disable=None):
+        ends = [*map(pictures, low_high(spec, few, name, rng))]
+        each.append(Row(name, nats, ceiling, *effects(name), tint(*ends), heat_map(*ends)))
+    return groups + sorted(each, key=lambda row: -row.effect)
 
 
-def table_of(rows: list[Row], names: Names) -> list[list[str]]:
-    """The rows as text, and the codes' names."""
+def print_rows(rows: list[Row], names: Names) -> list[list[str]]:
+    """Prints the rows with the codes' names; returns the lines, cell by cell."""
     table = [[*Row._fields[:-1], "name"]]
     for row in rows:
         figures = ("" if v is None else f"{v:.4f}" for v in row[1:-1])
         table.append([row.code, *figures, names.get(row.code, "")])
+    print_table(table)
     return table
 
 
-def sliced_wasserstein(x: Tensor, y: Tensor, rng: torch.Generator) -> list[float]:
-    """Distance of 7x7 patches of as many pictures, fine to coarse (after 1710.10196, section 5)."""
-    distances, to = [], F.normalize(torch.randn(49 * x.shape[1], 512, generator=rng), dim=0)
-    while x.shape[2] >= 16:
-        sides = []
-        for v in (x, y):
-            patches = F.unfold(v, 7, stride=v.shape[2] // 8).mT.reshape(-1, x.shape[1], 49)
-            std, mean = torch.std_mean(patches, (0, 2), keepdim=True)
-            sides.append((((patches - mean) / std.clamp(min=1e-8)).flatten(1) @ to).sort(0)[0])
-        distances.append((sides[0] - sides[1]).abs().mean().item())
-        x, y = F.avg_pool2d(x, 2), F.avg_pool2d(y, 2)
-    return distances
+def tell_apart(x: Tensor, y: Tensor) -> float:
+    """The accuracy of nearest neighbours at telling sets of n pictures apart (1610.06545).
+
+    0.5: not at all, 1: always. They see 16x16 pixels: what pictures show, not how sharp they are.
+    """
+    both = F.adaptive_avg_pool2d(torch.cat([x, y]), 16).flatten(1)
+    nearest = torch.cdist(both, both).fill_diagonal_(math.inf).argmin(1)
+    of_x = torch.arange(len(both)) < len(x)
+    return (of_x == of_x[nearest]).float().mean().item()
 
 
-# sheets -------------------------------------------------------------------------------------------
+# pictures of codes --------------------------------------------------------------------------------
+
+
+@cache
+def font_for(text: str, size: int) -> ImageFont.FreeTypeFont:
+    """The first of FONTS here that has all letters of text; Pillow's own for ASCII, or if none."""
+    for name in [] if text.isascii() else FONTS:
+        with suppress(OSError):  # not here; Pillow looks through the system's folders by itself
+            font = ImageFont.truetype(name, size)
+            missing = bytes(font.getmask("\U0010fffd"))  # the box for a letter that a font lacks
+            if all(bytes(font.getmask(letter)) != missing for letter in {*text} - {"\n"}):
+                return font
+    return ImageFont.load_default(size)
 
 
 def sheet(
-    title: str, x: Tensor, above: Sequence[str], left: Sequence[str] = (), zoom: int = 1,
-    bar: Ends | None = None,
+    title: str, rows: Sequence[Tensor], above: list[str], left: list[str], zoom: int,
+    bar: tuple[float, float] = (0, 0),
 ) -> Image.Image:  # fmt: skip
-    """len(above) pictures in a row, labels above the columns and left of the rows.
+    """Rows of up to len(above) pictures, with labels above the columns and left of the rows.
 
     A bar goes from the middle of one column to that of another, not always whole numbers.
     """
-    k, columns = max(1, 64 // x.shape[3]) * zoom, len(above)  # 64 pixels at least: labels must fit
-    tiles = [ImageOps.scale(to_image(p).convert("RGB"), k, Image.Resampling.NEAREST) for p in x]
+    size = rows[0].shape[3] * max(1, 64 // rows[0].shape[3]) * zoom  # labels need 64 pixels
     gap, edge, top = 2 * zoom, 12 * zoom, (54 if any(above) else 40) * zoom
-
-    def font(text: str, size: int = 12) -> ImageFont.FreeTypeFont:
-        return font_for(text, size * zoom) or ImageFont.load_default(size * zoom)
-
-    step, lines = tiles[0].width + gap, [line for text in left for line in text.split("\n")]
-    wide = max((font(line).getlength(line) for line in lines), default=-8 * zoom)
-    margin = edge + int(wide) + 8 * zoom
-    width = max(margin + columns * step - gap, edge + int(font(title, 15).getlength(title))) + edge
-    page = Image.new("RGB", (width, top + step * -(-len(x) // columns) - gap + edge), "white")
+    step, title_font = size + gap, font_for(title, 15 * zoom)
+    lines = [line for text in left for line in text.splitlines()]
+    widths = [font_for(line, 12 * zoom).getlength(line) + 8 * zoom for line in lines]
+    margin = edge + int(max(widths, default=0))
+    width = max(margin + len(above) * step - gap, edge + int(title_font.getlength(title))) + edge
+    page = Image.new("RGB", (width, top + len(rows) * step - gap + edge), "white")
     pen = ImageDraw.Draw(page)
-    pen.text((edge, 10 * zoom), title, "black", font(title, 15))
-    middles = [margin + i * step + tiles[0].width // 2 for i in range(columns)]
+    pen.text((edge, 10 * zoom), title, "black", title_font)
+    middles = [margin + i * step + size // 2 for i in range(len(above))]
     for at, text in zip(middles, above, strict=True):
-        pen.text((at, top - 6 * zoom), text, "#333333", font(text), anchor="ms")
-    for i, text in enumerate(left):
-        at = (edge, top + i * step + tiles[0].width // 2)
-        pen.multiline_text(at, text, "#333333", font(text), anchor="lm", spacing=3 * zoom)
-    for i, picture in enumerate(tiles):
-        page.paste(picture, (margin + i % columns * step, top + i // columns * step))
-    if bar and bar[0] < bar[1]:
+        pen.text((at, top - 6 * zoom), text, "#333333", font_for(text, 12 * zoom), anchor="ms")
+    for i, (row, text) in enumerate(zip(rows, left, strict=True)):
+        at, font = (edge, top + i * step + size // 2), font_for(text, 12 * zoom)
+        pen.multiline_text(at, text, "#333333", font, anchor="lm", spacing=3 * zoom)
+        for j, picture in enumerate(row):
+            tile = to_image(picture).resize((size, size), Image.Resampling.NEAREST)
+            page.paste(tile, (margin + j * step, top + i * step))
+    if bar[0] < bar[1]:
         a, b = (middles[0] + v * step for v in bar)
         pen.rectangle((a, top - 4 * zoom, b, top - 2 * zoom), "#2f62c9")
     return page
 
 
-def beside(pages: list[Image.Image]) -> Image.Image:
-    """Pages next to each other."""
-    whole = Image.new("RGB", (sum(p.width for p in pages), max(p.height for p in pages)), "white")
-    for i, page in enumerate(pages):
-        whole.paste(page, (sum(p.width for p in pages[:i]), 0))
-    return whole
-
-
-def sheets(
-    model: Model, out: Path, seed: int, seeds: Seeds, set_: Held, range_: Ends, steps: int,
-    codes: list[str], names: Names, gif: bool, zoom: int, batch_size: int,
-) -> str:  # fmt: skip
+def sheets(model: Model, args: Namespace) -> str:
     """The table, a sheet per code, sheets of several codes; nothing selected: the seed's first."""
-    spec, rows = model.spec, measure(model, seed, batch_size)
-    table = table_of(rows, names)
-    print_table(table)
-    save_table(out / "table.csv", table)
-    base, names = hold(spec, spec.sample_seeds(seeds), set_), drawable(names)
-    each_z, (low, high), every = (
-        [f"seed {s}" for s in seeds],
-        range_,
-        range(spec.cat_dim)[:MOST_SHOWN],
-    )
-    smooth = [round(v, 6) + 0.0 for v in torch.linspace(low, high, steps).tolist()]
-    each, numbers = [f"{v:+.2f}" if v else "0" for v in smooth], [str(k) for k in every]
-    ends = sorted((v - low) / (high - low) * (steps - 1) for v in (-1, 1))  # of training, columns
-    bar = max(ends[0], 0), min(ends[1], steps - 1)
-    held = "".join(f"; {code} = {v:g}" for code, v in set_.items())
-    strips, left = [], []
-    for row in (row for row in rows if row.code in codes):
-        cat, name = row.code.startswith("cat"), label(row.code, names)
-        values, above, mark = (every, numbers, None) if cat else (smooth, each, bar)
-        x, nats = traversal(model, base, row.code, values, set_), f"L_I {row.L_I:.2f}"
-        title = f"{name}: {nats} of {row.ceiling:.2f} nats, effect {row.effect:.3f}"
-        page = sheet(f"{title}, tint {row.tint:.2f}", x, above, each_z, zoom, mark)
-        where = sheet("", row.where[None], ["where"], zoom=zoom)
-        save_picture(out / f"{row.code}.png", beside([page, where]))
-        if gif:
-            save_gif(out / f"{row.code}.gif", name, x, above, not cat, zoom)
-        of_seed = x.expand(-1, 3, -1, -1).unflatten(0, (len(seeds), -1))
-        best = of_seed.var(1).sum((1, 2, 3)).argmax()  # the face that this code changes most
-        blank = torch.ones(max(0, steps - len(values)), *row.where.shape)
-        strips.append(torch.cat([row.where[None], of_seed[best, :steps], blank]))
-        left.append(f"{name}\n{nats}\neffect {row.effect:.3f}\n{each_z[best]}")
+    spec, out, zoom, held, last = model.spec, args.out, args.zoom, args.set, args.steps - 1
+    rows, base = measure(model, args.seed), sample_seeds(spec, args.seeds, held)
+    save_table(out / "table.csv", print_rows(rows, args.names))
+    categories, (low, high) = range(spec.cat_dim)[:MOST_SHOWN], args.range
+    values = [round(v, 6) + 0.0 for v in torch.linspace(low, high, args.steps).tolist()]
+    numbers, signed = [str(k) for k in categories], [f"{v:+.2f}" if v else "0" for v in values]
+    ends = sorted((v - low) / (high - low) * last for v in (-1, 1))  # of training, in columns
+    bar = max(ends[0], 0), min(ends[1], last)
+    axes = {"cat": (categories, numbers, (0, 0), 500), "cont": (values, signed, bar, 100)}
+    seeds, strips, left = [f"seed {seed}" for seed in args.seeds], [], []
+    suffix = "".join(f"; {code} = {v:g}" for code, v in held.items())
+    for row in (row for row in rows if row.code in args.codes):
+        steps, above, mark, milliseconds = axes[row.code.rstrip("0123456789")]
+        name, nats = args.labels[row.code], f"L_I {row.L_I:.2f}"
+        faces = traversal(model, base, row.code, steps, held).expand(-1, -1, 3, -1, -1)
+        shown = [torch.cat([faces[0], row.where[None]]), *faces[1:]]
+        title = f"{name}: {nats} of {row.ceiling:.2f} nats, effect {row.effect:.3f}, tint"
+        page = sheet(f"{title} {row.tint:.2f}", shown, [*above, "where"], seeds, zoom, mark)
+        save_picture(out / f"{row.code}.png", page)
+        if args.gif:
+            columns = zip(faces.unbind(1), above, strict=True)
+            frames = [sheet(name, [x], [text] * len(x), [""], zoom) for x, text in columns]
+            frames += frames[-2:0:-1]  # and back
+            save_loop(out / f"{row.code}.gif", frames, milliseconds)
+        best = faces.var(1).sum((1, 2, 3)).argmax()  # the face that this code changes most
+        strips.append(torch.cat([row.where[None], faces[best, : args.steps]]))
+        left.append(f"{name}\n{nats}\neffect {row.effect:.3f}\n{seeds[best]}")
     if strips:
-        title = f"strongest code first (category / value), on the seed that it changes most{held}"
-        both = [f"{k} / {v}" if k in every and spec.n_cat else v for k, v in enumerate(each)]
-        mark = (bar[0] + 1, bar[1] + 1) if spec.n_cont else None
-        page = sheet(title, torch.cat(strips), ["where", *both], left, zoom, mark)
+        title = f"strongest code first (category / value), on the seed that it changes most{suffix}"
+        both = [f"{k} / {v}" if k in categories and spec.n_cat else v for k, v in enumerate(signed)]
+        mark = (bar[0] + 1, bar[1] + 1) if spec.n_cont else (0, 0)
+        page = sheet(title, strips, ["where", *both], left, zoom, mark)
         save_picture(out / "overview.png", page)
     if spec.n_cat:
-        title = f"all categoricals together (columns); z and continuous codes (rows){held}"
-        page = sheet(title, traversal(model, base, "cat", every, set_), numbers, each_z, zoom)
+        title = f"all categoricals together (columns); z and continuous codes (rows){suffix}"
+        page = sheet(title, traversal(model, base, "cat", categories, held), numbers, seeds, zoom)
         save_picture(out / "all-categoricals.png", page)
-    if spec.n_cat and spec.n_cont:
-        pages, categories = [], spec.traverse(Codes(*(c[:1] for c in base)), "cat0", every)
-        for name in spec.names[spec.n_cat :][:2]:
-            x, title = traversal(model, categories, name, smooth, set_), f"cat0 (rows) by {name}"
-            pages.append(sheet(f"{title} (columns)", x, each, numbers, zoom, bar))
-        save_picture(out / "cat-by-cont.png", beside(pages))
-    first = hold(spec, spec.sample_seeds(range(seed, seed + 100)), set_)
-    title = f"100 samples, seeds {seed} to {seed + 99}, nothing selected{held}"
-    page = sheet(title, draw(model.G, spec.join(first)), [""] * 10, zoom=zoom)
-    save_picture(out / "samples.png", page)
-    return f"{out} has sheets and table.csv" + "; bars: -1 to 1, as in training" * (spec.n_cont > 0)
+    first = sample_seeds(spec, range(args.seed, args.seed + 100), held)
+    title = f"100 samples, seeds {args.seed} to {args.seed + 99}, nothing selected{suffix}"
+    x = draw(model.G, spec.join(first)).unflatten(0, (10, 10))
+    save_picture(out / "samples.png", sheet(title, x, [""] * 10, [""] * 10, zoom))
+    return f"{out} has sheets and table.csv; bars: -1 to 1, as in training"
 
 
-def save_gif(path: Path, title: str, x: Tensor, values: list[str], back: bool, zoom: int) -> None:
-    """A loop over a traversal's columns, its rows side by side; `back` runs it there and back."""
-    steps = zip(x.unflatten(0, (-1, len(values))).unbind(1), values, strict=True)
-    frames = [sheet(title, faces, [value] * len(faces), zoom=zoom) for faces, value in steps]
-    frames += frames[-2:0:-1] if back else []
-    how = {"duration": 100 if back else 500, "loop": 0, "save_all": True}
-    save_picture(path, frames[0], append_images=frames[1:], **how)
+def save_loop(path: Path, frames: Iterable[Image.Image], milliseconds: int) -> None:
+    """An animation without end, as GIF or WebP."""
+    first, *more = frames
+    save_picture(path, first, append_images=more, duration=milliseconds, loop=0, save_all=True)
 
 
-class Film:
-    """Frames that Pillow asks for one by one, where a list would hold them all in memory."""
-
-    def __init__(self, n_frames: int, frames: Iterator[Image.Image]):
-        self.n_frames, self.frames, self.frame = n_frames, frames, None
-
-    def seek(self, _number: int) -> None:
-        self.frame = next(self.frames, None)
-        if not self.frame:
-            raise EOFError
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self.frame, name)
-
-
-def walk(model: Model, out: Path, seeds: Seeds, set_: Held, steps: int, zoom: int) -> str:
+def walk(model: Model, args: Namespace) -> str:
     """From the face of each seed to the next, and from the last to the first, as GIF or WebP."""
-    spec = model.spec
-    a = spec.join(hold(spec, spec.sample_seeds(seeds), set_))[:, None]
-    b, t = a.roll(-1, 0), torch.arange(steps)[:, None] / steps
+    spec, size = model.spec, model.shape[0]
+    a = spec.join(sample_seeds(spec, args.seeds, args.set))[:, None]
+    b, t = a.roll(-1, 0), torch.arange(args.steps)[:, None] / args.steps
     codes, turn = a + t * (b - a), t * math.pi / 2  # (faces, steps, spec.dim)
     z = turn.cos() * a + turn.sin() * b  # of variance 1 on the way too, so that faces stay sharp
     codes[..., : spec.z_dim] = z[..., : spec.z_dim]
-    codes, k = codes.flatten(0, 1), max(1, 128 // model.shape[0]) * zoom
-    x = chain.from_iterable(draw(model.G, part) for part in codes.split(DRAWN_AT_ONCE))
+    x, k = draw(model.G, codes.flatten(0, 1)), max(1, 128 // size) * args.zoom
     frames = (ImageOps.scale(to_image(p).convert("RGB"), k, Image.Resampling.BICUBIC) for p in x)
-    first, more = next(frames), [Film(len(codes) - 1, frames)]
-    save_picture(out, first, append_images=more, duration=80, loop=0, save_all=True)
-    return f"{out} has {len(codes)} frames"
+    save_loop(args.out, frames, 80)
+    return f"{args.out} has {len(x)} frames"
 
 
-def save_pngs(out: Path, names: list[str], batches: Iterable[Tensor]) -> None:
-    """Pictures as PNGs under these names, a batch at a time, into a folder that has no others."""
-    if others := {p.name for p in out.glob("*.png")} - {*names}:
-        raise UserError(f"--out {out}: holds {len(others):,} other pictures; give an empty folder")
-    check_ours(out / name for name in names)
-    out.mkdir(parents=True, exist_ok=True)
-
-    def save(x: Tensor, name: str) -> None:
+def save_pngs(folder: Path, names: list[str], x: Iterable[Tensor]) -> None:
+    """Pictures (channels, size, size) in [-1, 1] as PNGs, into a folder that has no others."""
+    if others := {path.name for path in folder.glob("*.png")} - {*names}:
+        raise UserError(f"--out {folder}: holds {len(others):,} other pictures; give an empty one")
+    checked(folder / "codes.csv").unlink(missing_ok=True)  # of other pictures
+    for name, picture in zip(names, x, strict=True):
         # lossless at any level; more would take four times as long for files as large
-        to_image(x).save(out / name, compress_level=1, **MARKED)
-
-    paths = iter(names)
-    with ThreadPoolExecutor() as pool:  # Pillow compresses without the interpreter's lock
-        for x in batches:
-            list(pool.map(save, x, paths))  # raises what a thread could not write
+        to_image(picture).save(checked(folder / name), compress_level=1, **MARKED)
 
 
-def samples(
-    model: Model, out: Path, seeds: Seeds, set_: Held, data: str | None, batch_size: int
-) -> str:
+def samples(model: Model, args: Namespace) -> str:
     """A PNG for each seed and codes.csv, its codes; of --data, what a run sees, into OUT-real."""
-    spec, table = model.spec, [["file", "seed", *model.spec.names]]
-    step, names = -(-batch_size // DRAWN_AT_ONCE) * DRAWN_AT_ONCE, [f"{s:06d}.png" for s in seeds]
-
-    def batches() -> Iterator[Tensor]:
-        save_table(out / "codes.csv", table)  # no row of an earlier call, should this one stop
-        for i in range(0, len(seeds), step):
-            codes = hold(spec, spec.sample_seeds(seeds[i : i + step]), set_)
-            each = zip(codes.c_cat.tolist(), codes.c_cont.tolist(), strict=True)
-            for k, (c_cat, c_cont) in enumerate(each, i):
-                table.append([names[k], seeds[k], *c_cat, *(f"{v:.4f}" for v in c_cont)])
-            yield draw(model.G, spec.join(codes))
-
-    save_pngs(out, names, batches())
+    spec, out, names = model.spec, args.out, [f"{seed:06d}.png" for seed in args.seeds]
+    codes = sample_seeds(spec, args.seeds, args.set)
+    parts = spec.join(codes).split(AT_ONCE)
+    save_pngs(out, names, (picture for part in parts for picture in draw(model.G, part)))
+    table, values = [["file", "seed", *spec.names]], torch.cat([codes.c_cat, codes.c_cont], 1)
+    for name, seed, row in zip(names, args.seeds, values.tolist(), strict=True):
+        table.append([name, seed, *row])
     save_table(out / "codes.csv", table)
-    told = f"{out} has {len(names):,} pictures and codes.csv"
-    if data:
-        real, x = out.with_name(f"{out.name}-real"), load_pictures(data, *model.shape).x
-        save_pngs(real, [f"{i:06d}.png" for i in range(len(x))], map(to_floats, x.split(step)))
-        told += f", {real} the {len(x):,} of {data}"
-    return told
+    written = f"{out} has {len(names):,} pictures and codes.csv"
+    if args.data:
+        real, x = out.with_name(f"{out.name}-real"), load_pictures(args.data, *model.shape).x
+        numbered = [f"{i:06d}.png" for i in range(len(x))]
+        save_pngs(real, numbered, chain.from_iterable(map(to_floats, x.split(AT_ONCE))))
+        written += f", {real} the {len(x):,} of {args.data}"
+    return written
 
 
-# two runs -----------------------------------------------------------------------------------------
-
-
-def versus(
-    model: Model, out: Path, versus: str, data: str | None, seed: int, seeds: Seeds, set_: Held,
-    range_: Ends, zoom: int, batch_size: int,
-) -> str:  # fmt: skip
-    """Two runs in one table, with their distance to --data, and side by side in comparison.png."""
-    spec, pages, both = model.spec, [], [model, load_model(versus, model.device)]
-    ours, theirs = (vars(m.spec) | {"image_size": m.shape[0], "channels": m.shape[1]} for m in both)
-    if differ := [name for name in ours if ours[name] != theirs[name]]:
-        how = ", ".join(f"--{n.replace('_', '-')} {theirs[n]}, not {ours[n]}" for n in differ)
-        raise UserError(f"--versus {both[1].path}: has other codes or pictures: {how}")
-    rng, columns = torch.Generator().manual_seed(seed), min(spec.cat_dim, MOST_SHOWN)
-    if data:
-        real = load_pictures(data, *model.shape).x
+def versus(model: Model, args: Namespace) -> str:
+    """The tables of two runs, how far from --data they are, and both in comparison.png."""
+    spec, other, halves = model.spec, load_model(args.versus, model.device), []
+    shape, flags = infogan.LIMITS.keys() - {"width"}, Namespace(**model.ckpt["args"])
+    if differ := infogan.differences(flags, other.ckpt["args"], shape):
+        differ = ", ".join(differ)
+        raise UserError(f"--versus {other.path}: has other codes or pictures: {differ}")
+    rng, columns = torch.Generator().manual_seed(args.seed), min(spec.cat_dim, MOST_SHOWN)
+    if args.data:
+        real = load_pictures(args.data, *model.shape).x
         real = to_floats(real[torch.randperm(len(real), generator=rng)[:N_REAL]])
-    base = hold(spec, spec.sample_seeds(seeds), set_)
-    some = spec.join(hold(spec, spec.sample_seeds(range(seed, seed + columns)), set_))
-    for one in both:
-        rows, x = measure(one, seed, batch_size), [draw(one.G, some)]
-        print(one.path)
-        print_table(table_of(rows, {}))
-        if data:
-            drawn = draw(one.G, spec.join(spec.sample(len(real), rng.manual_seed(seed))))
-            swd = [f"{1000 * d:.0f}" for d in sliced_wasserstein(real, drawn, rng)]
-            print("SWD x 1000 to real pictures, fine to coarse:", *swd)
+    base = sample_seeds(spec, args.seeds, args.set)
+    first = sample_seeds(spec, range(args.seed, args.seed + columns), args.set)
+    for run in (model, other):
+        print(run.path)
+        rows, x = measure(run, args.seed), [draw(run.G, spec.join(first))]
+        print_rows(rows, {})
+        if args.data:
+            drawn = draw(run.G, spec.join(spec.sample(len(real), rng.manual_seed(args.seed))))
+            share = tell_apart(real, drawn)
+            print(f"real or not, by the nearest neighbour: {share:.1%} right, 50% is best")
         moves = {"cat": range(columns)} if spec.n_cat else {}
-        for row in [r for r in rows if r.code[:4] == "cont" and r.where is not None][:1]:
-            moves[row.code] = torch.linspace(*range_, columns).tolist()
-        x += [traversal(one, base, code, values, set_) for code, values in moves.items()]
-        left = [code.replace("cat", "all cat") for code in moves for _ in seeds]
-        above = [str(k) for k in range(columns)]
-        pages.append(sheet(str(one.path), torch.cat(x), above, ["samples", *left], zoom))
-    save_picture(out / "comparison.png", beside(pages))
-    return f"{out} has comparison.png"
+        for row in [row for row in rows if row.code in spec.names[spec.n_cat :]][:1]:
+            moves[row.code] = torch.linspace(*args.range, columns).tolist()
+        for code, values in moves.items():
+            x += traversal(run, base, code, values, args.set)
+        halves.append(torch.stack(x))
+    shown = torch.cat([F.pad(halves[0], (0,) * 7 + (1,), value=1.0), halves[1]], 1)
+    numbers = [str(k) for k in range(columns)]
+    kinds = {"cat": "all cat", "cont": "strongest cont"}
+    left = ["samples", *(kinds[kind] for kind in spec.kinds for _ in args.seeds)]
+    title = f"left: {model.path}, right: {other.path}"
+    page = sheet(title, shown, [*numbers, "", *numbers], left, args.zoom)
+    save_picture(args.out / "comparison.png", page)
+    return f"{args.out} has comparison.png"
 
 
 # real pictures by code ----------------------------------------------------------------------------
@@ -584,114 +460,99 @@ def agreement(categories: Sequence[int], labels: Sequence[str]) -> tuple[float, 
     return 1 - matched / n, 2 * (sum(H) - H_both) / sum(H) if sum(H) else 1.0
 
 
-def labels_of(data: str, names: list[str]) -> list[str]:
-    """The class of each picture: MNIST's, else the folder that it is in; "" where it has none."""
-    if data not in ("mnist", "fashion-mnist"):
-        return [Path(name).parent.name for name in names]
-    from torchvision.datasets.mnist import read_label_file
-
-    path = infogan.DATA / infogan.NAMED_SETS[data][1].replace("images-idx3", "labels-idx1")
-    labels = read_label_file(str(path)).tolist() if path.exists() else []
-    return [str(labels[int(name)]) if labels else "" for name in names]
-
-
 @torch.no_grad()
-def read_codes(model: Model, x: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
+def read_codes(model: Model, x: Tensor) -> tuple[Tensor, Tensor]:
     """Of bytes (n, h, w, channels): each code as Q reads it; how sure, or sigma: (n, codes)."""
     read = []
-    for part in x.split(batch_size):
+    for part in x.split(AT_ONCE):
         p, mu, sigma = model.Q(to_floats(part, device=model.device))
         sure, c_cat = p.max(2)
         read.append([torch.cat(pair, 1).cpu() for pair in ((c_cat, mu), (sure, sigma))])
     return tuple(map(torch.cat, zip(*read, strict=True)))
 
 
-def sort(
-    model: Model, out: Path, sort: str, rows: int, steps: int, codes: list[str], names: Names,
-    zoom: int, batch_size: int,
-) -> str:  # fmt: skip
-    """Sheets of real pictures by the codes that Q reads from them; codes.csv; how they agree."""
-    spec, root, n_cat = model.spec, Path(sort).resolve(), model.spec.n_cat
+def sort(model: Model, args: Namespace) -> str:
+    """Sheets of real pictures by the codes that Q reads from them; codes.csv; how they agree.
+
+    A label is a picture's class in a named set, or the folder that it is in.
+    """
+    spec, out, steps, root = model.spec, args.out, args.steps, Path(args.sort).resolve()
     if out.resolve().is_relative_to(root):
-        raise UserError(f"--out {out}: lies within --sort {sort}; give another folder")
+        raise UserError(f"--out {out}: lies within --sort {args.sort}; give another folder")
     if root.is_file():
-        raise UserError(f"--sort {sort}: must be a folder; --read takes single pictures")
-    x, _, files, *_ = load_pictures(sort, *model.shape, flag="--sort")
-    if sort not in infogan.NAMED_SETS:
+        raise UserError(f"--sort {args.sort}: must be a folder; --read takes single pictures")
+    x, _, files, *_ = load_pictures(args.sort, *model.shape, flag="--sort")
+    if args.sort in infogan.NAMED_SETS:
+        classes = [str(label) for _, label in infogan.open_named_set(args.sort, "--sort")]
+        labels = [classes[int(number)] for number in files]
+    else:
         files = [os.path.relpath(name, root) for name in files]
-    values, doubts = read_codes(model, x, batch_size)
-    c_cat, floats = values[:, :n_cat].int(), torch.cat([values[:, n_cat:], doubts], 1)
-    head = ["file", *spec.names, *(f"{c}_{'p' if 'cat' in c else 'sigma'}" for c in spec.names)]
-    lines = zip(files, c_cat.tolist(), floats.tolist(), strict=True)
-    lines = ([name, *cat, *(f"{v:.4f}" for v in rest)] for name, cat, rest in lines)
-    save_table(out / "codes.csv", chain([head], lines))
-    labels, shown = labels_of(sort, files), drawable(names)
-    labelled = [i for i, text in enumerate(labels) if text]
-    kinds = {labels[i] for i in labelled}
-    if n_cat:
-        left_out = f"{len(files) - len(labelled):,} pictures without one left out"
-        none = "" if len(kinds) > 1 else "; an error needs two: a label is a picture's folder"
-        print(f"labels: {len(kinds)}, {left_out}{none}")
-    for code in codes:
-        title, j = label(code, shown), spec.names.index(code)
-        if j < n_cat:
-            order, left, parts = doubts[:, j].argsort(descending=True), [], []
+        labels = [Path(name).parent.name for name in files]
+    values, doubts = read_codes(model, x)
+    doubted = [f"{code}_{'p' if code.startswith('cat') else 'sigma'}" for code in spec.names]
+    table = [["file", *spec.names, *doubted]]
+    for name, row in zip(files, torch.cat([values, doubts], 1).tolist(), strict=True):
+        table.append([name, *row])
+    save_table(out / "codes.csv", table)
+    kinds = {*labels}
+    if spec.n_cat:
+        print(f"labels: {len(kinds)}; a label is a picture's folder, an error needs two")
+    for code in args.codes:
+        j = spec.names.index(code)
+        if j < spec.n_cat:
+            order, shown, above = doubts[:, j].argsort(descending=True), [], [""] * steps
+            left = []
             for k in range(spec.cat_dim)[:MOST_SHOWN]:
-                mine = order[c_cat[order, j] == k]
+                mine = order[values[order, j] == k]
                 left.append(f"{k}\n{len(mine):,}")
-                blank = (0,) * 7 + (max(0, steps - len(mine)),)
-                parts.append(F.pad(to_floats(x[mine[:steps]]), blank, value=1.0))
-            title += ": category, its number of pictures; the most certain first"
-            page = sheet(title, torch.cat(parts), [""] * steps, left, zoom)
+                shown.append(to_floats(x[mine[:steps]]))
+            how = "category, its number of pictures; the most certain first"
             if len(kinds) > 1:
-                error, nmi = agreement(c_cat[labelled, j].tolist(), [labels[i] for i in labelled])
-                print(f"{label(code, names)}: {error:.1%} error, NMI {nmi:.3f}")
+                error, nmi = agreement(values[:, j].tolist(), labels)
+                print(f"{args.labels[code]}: {error:.1%} error, NMI {nmi:.3f}")
         else:
-            below = min(rows, len(files))  # neighbours below each other
+            below = min(args.rows, len(files))  # neighbours below each other
             start = torch.linspace(0, len(files) - below, steps).round().long()
             chosen = values[:, j].argsort()[start + torch.arange(below)[:, None]]
             above = [f"{v:+.2f}" for v in values[chosen, j].mean(0).tolist()]
-            title += ": lowest to highest, as Q reads it"
-            page = sheet(title, to_floats(x[chosen.flatten()]), above, zoom=zoom)
+            shown, left = [to_floats(x[row]) for row in chosen], [""] * below
+            how = "lowest to highest, as Q reads it"
+        page = sheet(f"{args.labels[code]}: {how}", shown, above, left, args.zoom)
         save_picture(out / f"{code}.png", page)
     return f"{out} has sheets and codes.csv"
 
 
-def read(
-    model: Model, out: Path, read: list[str], seeds: Seeds, set_: Held, codes: list[str],
-    names: Names, zoom: int, batch_size: int,
-) -> str:  # fmt: skip
+def read(model: Model, args: Namespace) -> str:
     """A table of what Q reads from each picture; read.png: each beside what G draws of it."""
-    spec, raw, (size, channels, _) = model.spec, bytearray(), model.shape
-    paths = [Path(os.path.expanduser(path)) for path in read]
-    for why, pixels, _ in (infogan.read_picture(path, *model.shape) for path in paths):
-        if pixels is None:
+    spec, pixels, (size, channels, _) = model.spec, bytearray(), model.shape
+    paths = [Path(os.path.expanduser(path)) for path in args.read]
+    for why, picture, _ in (infogan.read_picture(path, *model.shape) for path in paths):
+        if picture is None:
             raise UserError(f"--read {why}: cannot be read as a picture; --sort takes a folder")
-        raw += pixels
-    x = torch.frombuffer(raw, dtype=torch.uint8).view(-1, size, size, channels)
-    values, doubts = read_codes(model, x, batch_size)
+        pixels += picture
+    x = torch.frombuffer(pixels, dtype=torch.uint8).view(-1, size, size, channels)
+    values, doubts = read_codes(model, x)
     table = {"": [path.name for path in paths]}
     for code, v, d in zip(spec.names, values.T.tolist(), doubts.T.tolist(), strict=True):
         form = "{:.0f} ({:.0%})" if code.startswith("cat") else "{:+.2f} ± {:.2f}"
         table[code] = [*map(form.format, v, d)]
-    print_table([[label(code, names), *table[code]] for code in ("", *codes)])
-    c_cat, c_cont = values.repeat_interleave(len(seeds), 0).split([spec.n_cat, spec.n_cont], 1)
-    again = Codes(spec.sample_seeds(seeds).z.repeat(len(x), 1), c_cat.long(), c_cont)
-    drawn = draw(model.G, spec.join(hold(spec, again, set_))).unflatten(0, (-1, len(seeds)))
-    shown = torch.cat([to_floats(x)[:, None], drawn], 1).flatten(0, 1)
-    title, above = "each picture, and what G draws from the codes that Q reads", ["picture"]
-    page = sheet(title, shown, above + [f"seed {s}" for s in seeds], table[""], zoom)
-    save_picture(out / "read.png", page)
-    return f"{out} has read.png"
+    print_table([[args.labels.get(code, ""), *table[code]] for code in ("", *args.codes)])
+    n_drawn = len(args.seeds)
+    c_cat, c_cont = values.repeat_interleave(n_drawn, 0).split([spec.n_cat, spec.n_cont], 1)
+    z = sample_seeds(spec, args.seeds, {}).z.repeat(len(x), 1)
+    codes = hold(spec, Codes(z, c_cat.long(), c_cont), args.set)
+    drawn = draw(model.G, spec.join(codes)).unflatten(0, (-1, n_drawn))
+    shown = torch.cat([to_floats(x)[:, None], drawn], 1)
+    title = "each picture, and what G draws from the codes that Q reads"
+    above = ["picture", *(f"seed {seed}" for seed in args.seeds)]
+    save_picture(args.out / "read.png", sheet(title, shown, above, table[""], args.zoom))
+    return f"{args.out} has read.png"
 
 
 # for other programs -------------------------------------------------------------------------------
 
 
-def explorer(
-    model: Model, out: Path, seed: int, seeds: Seeds, set_: Held, range_: Ends, names: Names,
-    batch_size: int,
-) -> str:  # fmt: skip
+def explorer(model: Model, args: Namespace) -> str:
     """One HTML file that draws by itself, from --set on; its first z are those of the sheets."""
     spec, weights, scales = model.spec, [], []
     convs = [m for m in model.G if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d))]
@@ -700,13 +561,9 @@ def explorer(
         scale = w.abs().amax((0, 2, 3)).clamp(min=1e-12) / 127
         weights.append((w / scale[:, None, None]).round().to(torch.int8).flatten())
         scales += [scale, m.bias]
-    size = 4 / 3e6 * sum(map(len, weights))
-    if size > PAGE_MB:
-        why = f"a page of {size:.1f} MB, the limit is {PAGE_MB}; train with a smaller --width"
-        raise UserError(f"--explorer: generator too large: {why}")
-    rows, codes = measure(model, seed, batch_size), []
-    print_table(table_of(rows, names))
-    reach = [*range_, *(v for code, v in set_.items() if code.startswith("cont"))]
+    rows, codes = measure(model, args.seed), []
+    print_rows(rows, args.names)
+    reach = [*args.range, *(v for code, v in args.set.items() if code.startswith("cont"))]
 
     def encode(raw: bytes) -> str:
         return base64.b64encode(raw).decode()
@@ -714,71 +571,68 @@ def explorer(
     for row in (row for row in rows if row.where is not None):
         to_image(row.where).save(file := io.BytesIO(), "JPEG", quality=85)
         where = f"data:image/jpeg;base64,{encode(file.getvalue())}"
-        codes.append(row._asdict() | {"name": names.get(row.code), "where": where})
+        codes.append(row._asdict() | {"name": args.names.get(row.code), "where": where})
     data = {
         "title": f"{model.path.parent.name}/{model.path.name}, step {model.ckpt['step']:,}",
         "spec": vars(spec),
         "range": [min(reach), max(reach)],
-        "at": "#" + "&".join(f"{code}={value:g}" for code, value in set_.items()),
-        "seeds": [*seeds],
+        "at": "#" + "&".join(f"{code}={value:g}" for code, value in args.set.items()),
+        "seeds": [*args.seeds],
         "layers": [{"outputs": m.out_channels, "kernel": m.kernel_size[0]} for m in convs],
         "codes": codes,
-        "z": [[round(v, 4) for v in z] for z in spec.sample_seeds(seeds).z.tolist()],
+        "z": [[round(v, 4) for v in z] for z in sample_seeds(spec, args.seeds, {}).z.tolist()],
         "weights": encode(torch.cat(weights).cpu().numpy().tobytes()),
         "scales": encode(torch.cat(scales).cpu().numpy().astype("<f4").tobytes()),
     }
     filled = json.dumps(data).replace("<", "\\u003c")  # a name must not end the script
     page = PAGE.read_text(encoding="utf-8").replace("data = null;", f"data = {filled};")
-    with replacing(out / "explorer.html") as file:
+    with replacing(checked(args.out / "explorer.html")) as file:
         file.write(page.encode())
-    return f"{out} has explorer.html"
+    return f"{args.out} has explorer.html, {len(page) / 1e6:.1f} MB"
 
 
-def onnx(model: Model, out: Path) -> str:
+def onnx(model: Model, args: Namespace) -> str:
     """G as ONNX, from "codes" (n, spec.dim) to "x" (n, channels, size, size) in [-1, 1]."""
-    try:
-        import onnx  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise UserError("--onnx: needs `pip install onnx onnxscript`") from error
     spec, G = model.spec, model.G.cpu().to(memory_format=torch.contiguous_format)
     names, n = {"input_names": ["codes"], "output_names": ["x"]}, ({0: torch.export.Dim("n")},)
     how = {"dynamic_shapes": n, "dynamo": True, "verbose": False, **names}
-    proto = torch.onnx.export(G, (torch.zeros(2, spec.dim),), **how).model_proto  # a new object
+    try:
+        proto = torch.onnx.export(G, (torch.zeros(2, spec.dim),), **how).model_proto  # a new object
+    except ImportError as error:
+        raise UserError("--onnx: needs `pip install onnx onnxscript`") from error
     proto.doc_string = f"{MARK}. codes: z ({spec.z_dim}), {spec.n_cat} categoricals one-hot"
     proto.doc_string += f" ({spec.cat_dim} each), {spec.n_cont} continuous. x: from -1 to 1"
-    with replacing(out / "generator.onnx") as file:
+    with replacing(checked(args.out / "generator.onnx")) as file:
         file.write(proto.SerializeToString())
-    return f"{out} has generator.onnx"
+    return f"{args.out} has generator.onnx"
 
 
-def shrink(model: Model, shrink: str, names: Names) -> str:
+def shrink(model: Model, args: Namespace) -> str:
     """A checkpoint to share: what the loaders need, in half precision, with the codes' names."""
-    ckpt, path = model.ckpt, Path(shrink)
+    ckpt, path = model.ckpt, Path(args.shrink)
     if path.exists():
         raise UserError(f"--shrink {path}: exists; give a new name")
     args_kept = ckpt["args"] | {"data": "", "out": "", "init": None}  # nobody else's business
     small = {"args": args_kept, **{key: ckpt.get(key) for key in ("spec", "step", "minutes")}}
     for net in ("G_ema", "D"):  # vectors stay: they are small, and variances may be tiny
         small[net] = {k: w.half() if w.dim() > 1 else w for k, w in ckpt[net].items()}
-    infogan.save_file(path, small | {"format": infogan.FORMAT, "names": names})
+    infogan.save_file(path, small | {"format": infogan.FORMAT, "names": args.names})
     return f"{path} has {path.stat().st_size / 1e6:.1f} MB"
 
 
 # flags --------------------------------------------------------------------------------------------
 
 # fmt: off
-MODES = {  # by whom, its parameters are its flags; into which folder beside the checkpoint; files
-"sheets": (sheets, "traversals", "table.csv CODE.png CODE.gif overview.png samples.png"
-  " all-categoricals.png cat-by-cont.png"),
-"--explorer": (explorer, "traversals", "explorer.html"),
-"--walk": (walk, "traversals/walk.gif", "."),
-"--samples": (samples, "generated", "codes.csv"),
-"--read": (read, "traversals", "read.png"),
-"--sort": (sort, "sorted", "codes.csv CODE.png"),
-"--versus": (versus, "traversals", "comparison.png"),
-"--onnx": (onnx, "traversals", "generator.onnx"),
-"--shrink": (shrink, "", ""),
+MODES = {  # by whom; what it writes, beside the checkpoint; the flags that it takes
+"sheets": (sheets, "traversals", "out codes rows seed seeds set range steps zoom gif names"),
+"--explorer": (explorer, "traversals", "out rows seed seeds set range names"),
+"--walk": (walk, "traversals/walk.gif", "out rows seed seeds set steps zoom"),
+"--samples": (samples, "generated", "out seed seeds set data"),
+"--read": (read, "traversals", "out seed seeds set codes names zoom"),
+"--sort": (sort, "sorted", "out codes rows steps zoom names"),
+"--versus": (versus, "traversals", "out rows seed seeds set range zoom data"),
+"--onnx": (onnx, "traversals", "out"),
+"--shrink": (shrink, "", "names"),
 }
 FLAGS = {  # as in infogan.py
 "sheets": [
@@ -794,91 +648,118 @@ FLAGS = {  # as in infogan.py
     ("--zoom", 1, (1, 8), "enlarge sheets N times"),
     ("--gif", False, bool, "also write an animated GIF for each code"),
     ("--names", None, "FILE", "names for codes, JSON (default: names.json beside the checkpoint)"),
-    ("--batch-size", 256, (1, 65_536), "pictures in memory at once"),
     ("--device", "auto", "DEVICE", "cpu, cuda, cuda:1, mps; auto takes the fastest"),
 ], "instead of sheets": [
     ("--explorer", False, bool, "write explorer.html, a page to move the codes"),
     ("--sort", None, "FOLDER", "sort real pictures by the codes that Q reads: a folder or mnist"),
-    ("--samples", None, (0, 10**7), "write N PNGs, or that of each of --seeds, and codes.csv"),
+    ("--samples", None, (0, MOST_SAMPLES), "write N PNGs, or one for each of --seeds; codes.csv"),
     ("--read", None, "PICTURE", "tell what Q reads from pictures, draw each again"),
     ("--walk", False, bool, "write an animation that moves through the faces of the seeds"),
     ("--versus", None, "FILE", "compare with this checkpoint"),
-    ("--data", None, "FOLDER", "real pictures: --versus measures both against them,"
-     " --samples writes them too, as a run sees them, into OUT-real"),
+    ("--data", None, "FOLDER", "real pictures: --versus compares both with them, --samples"
+     " writes them too, as a run sees them, into OUT-real"),
     ("--onnx", False, bool, "write generator.onnx, for other runtimes"),
     ("--shrink", None, "FILE", "write a checkpoint in half precision, to share"),
 ]}
-SEVERAL = {"samples": {"nargs": "?", "const": 0}, "read": {"nargs": "+"},
-  "range": {"nargs": 2, "type": float, "metavar": ("LOW", "HIGH")}}
+MORE = {  # of flags that are not one word with a default
+"ckpt": {"required": True}, "samples": {"nargs": "?", "const": 0}, "read": {"nargs": "+"},
+"range": {"nargs": 2, "type": float, "metavar": ("LOW", "HIGH")},
+}
 # fmt: on
 
 
-def flags_of(mode: str) -> set[str]:
-    """Its function's parameters, and what may tell which seeds are meant."""
-    flags = {"--" + p.strip("_").replace("_", "-") for p in signature(MODES[mode][0]).parameters}
-    flags |= {"--ckpt", "--device", mode, *(["--seed"] if "--seeds" in flags else [])}
-    rows = "--seeds" in flags and mode not in ("--samples", "--read")
-    return flags | {"--rows"} if rows else flags
+def check_codes(spec: CodeSpec, where: str, codes: Iterable[str]) -> None:
+    """Raises UserError for a code that spec does not have."""
+    for code in (code for code in codes if code not in spec.names):
+        raise UserError(f"{where}: {code!a}: this checkpoint has {', '.join(spec.names) or 'none'}")
 
 
-def read_seeds(args: Namespace) -> Seeds:
-    """The numbers of "3,17,40-49", or as many as the mode takes, from --seed on."""
-    count = {"--samples": args.samples, "--read": N_READ}.get(args.mode, args.rows)
-    seeds, text = range(args.seed, args.seed + count), args.seeds
-    if text:
-        parts = [re.fullmatch("([0-9]{1,9})(?:-([0-9]{1,9}))?", p.strip()) for p in text.split(",")]
-        each = [range(int(m[1]), int(m[2] or m[1]) + 1) if m else range(0) for m in parts]
-        seeds = [*chain(*each)] if all(each) and sum(map(len, each)) <= 10**7 else []
-        if not seeds or len(set(seeds)) < len(seeds):
-            raise UserError(f"--seeds {text}: must be different whole numbers such as 3,17,40-49")
-    least, most = 1 + (args.mode == "--walk"), 10**7 if args.mode == "--samples" else 100
-    if not least <= len(seeds) <= most:
-        raise UserError(f"{args.mode}: needs {least:,} to {most:,} seeds, not {len(seeds):,}")
-    return seeds
+def read_names(model: Model, given: str | None) -> Names:
+    """What people call the codes: by --names, names.json beside the checkpoint, or within it."""
+    path, names = Path(given or model.path.with_name("names.json")), model.ckpt.get("names", {})
+    try:
+        if given or path.exists():
+            names = {**names, **json.loads(path.read_text(encoding="utf-8-sig"))}
+        for code, name in names.items():
+            if not re.fullmatch("(cat|cont)[0-9]+", code):
+                raise ValueError(f"{code!a} is no code")
+            if not (isinstance(name, str) and name.isprintable() and 0 < len(name) <= 40):
+                raise ValueError(f"the name of {code} must be one line of 1 to 40 characters")
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f'{path}: must be a table like {{"cont3": "tilt"}}: {error}') from error
+    return {code: name for code, name in names.items() if code in model.spec.names}
+
+
+def read_set(text: str, spec: CodeSpec) -> Held:
+    """The codes of "cat0=3,cont5=-0.8", with their values. Raises UserError."""
+    held = {}
+    for part in map(str.strip, text.split(",")):
+        code, _, value = part.partition("=")
+        check_codes(spec, "--set", [code])
+        v = float(value) if re.fullmatch(r"[-+]?[0-9]*\.?[0-9]+", value) else math.nan
+        fits, must = abs(v) <= 1000, "a number from -1000 to 1000"
+        if code.startswith("cat"):
+            fits, must = v in range(spec.cat_dim), f"a whole number from 0 to {spec.cat_dim - 1}"
+        if code in held or not fits:
+            raise UserError(f"--set {part}: {code} must be given once, as {must}")
+        held[code] = v
+    return held
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
-    """The flags and the mode. Raises UserError in one line for what is wrong or has no effect."""
-    p = infogan.Parser("generate.py", __doc__, FLAGS)
-    for action in p._actions:
-        vars(action).update(SEVERAL.get(action.dest, {}))
-    args = p.parse_args(argv)
-    given = {w.partition("=")[0] for w in (sys.argv if argv is None else argv) if w[:2] == "--"}
-    if not args.ckpt:
-        raise UserError("--ckpt: give a checkpoint, such as checkpoint/v3/last.pt; see --help")
-    if len(modes := [mode for mode in MODES if mode in given]) > 1:
+    """The flags, the mode, its seeds. Raises UserError for what is wrong or has no effect."""
+    parser = infogan.Parser("generate.py", __doc__, FLAGS)
+    for action in parser._actions:
+        vars(action).update(MORE.get(action.dest, {}))
+    args, given = parser.parse_args(argv), {f"--{name}" for name in parser.given(argv)}
+    modes = [mode for mode in MODES if mode in given]
+    if len(modes) > 1:
         raise UserError(f"{modes[0]} and {modes[1]}: give only one of them")
-    args.mode = [*modes, "sheets"][0]
-    for flag in sorted(given - flags_of(args.mode)):
-        users = ", ".join(mode for mode in MODES if flag in flags_of(mode))
-        raise UserError(f"{flag} has no effect on {args.mode}, only on {users}")
+    args.mode = modes[0] if modes else "sheets"
+    for flag in sorted(given - {"--ckpt", "--device", args.mode}):
+        users = [mode for mode, (*_, flags) in MODES.items() if flag[2:] in flags.split()]
+        if args.mode not in users:
+            raise UserError(f"{flag} has no effect on {args.mode}, only on {', '.join(users)}")
     low, high = args.range or (-1, 1)
     if low == high or not all(abs(v) <= 1000 for v in (low, high)):  # true for NaN
         raise UserError("--range: must be two different numbers from -1000 to 1000")
+    if args.mode == "--walk" and args.out and not args.out.lower().endswith((".gif", ".webp")):
+        raise UserError(f"--out {args.out}: must end with .gif or .webp")
     if args.seeds and (given & {"--seed", "--rows"} or args.samples):
         raise UserError("--seeds: leave out --seed, --rows and N of --samples")
+    count = {"--samples": args.samples, "--read": N_READ}.get(args.mode, args.rows)
+    ranges = [range(args.seed, args.seed + count)]
+    if args.seeds:
+        pattern = r"\s*([0-9]{1,9})(?:-([0-9]{1,9}))?\s*"
+        parts = [re.fullmatch(pattern, part) for part in args.seeds.split(",")]
+        ranges = [range(int(m[1]), int(m[2] or m[1]) + 1) for m in parts if m]
+        n = sum(map(len, ranges))
+        if not all([*parts, *ranges]) or n > MOST_SAMPLES or len({*chain(*ranges)}) < n:
+            raise UserError(f"--seeds {args.seeds}: must be different numbers such as 3,17,40-49")
+    args.seeds = [*chain(*ranges)]
+    bounds = {"--walk": (2, 100), "--samples": (1, MOST_SAMPLES)}
+    least, most = bounds.get(args.mode, (1, 100))
+    if not least <= len(args.seeds) <= most:
+        raise UserError(f"{args.mode}: needs {least} to {most:,} seeds, not {len(args.seeds):,}")
     return args
 
 
 def show(args: Namespace) -> int:
     """Writes what was asked for and says where it is."""
-    (write, folder, files), seeds = MODES[args.mode], read_seeds(args)
+    write, place, _ = MODES[args.mode]
     model = load_model(args.ckpt, infogan.pick_device(args.device))
     spec, path = model.spec, model.path
-    codes = [code.strip() for code in args.codes.split(",")] if args.codes else spec.names
-    check_codes(spec, "--codes", codes)
-    folder = folder if path.name == "last.pt" else f"{path.stem}-{folder}"
-    out, reach = Path(args.out or path.parent / folder), 3.0 if spec.n_cont > 5 else 1.5
-    values = vars(args) | {"model": model, "out": out, "seeds": seeds, "codes": codes}
-    values |= {"names": read_names(model, args.names), "set": read_set(args.set, spec)}
-    values["range"] = args.range or (-reach, reach)
-    if args.mode == "--walk" and out.suffix.lower() not in (".gif", ".webp"):
-        raise UserError(f"--out {out}: must end with .gif or .webp")
-    stems = map(os.path.splitext, files.split())
-    check_ours(out / f"{c}{e}" for stem, e in stems for c in (codes if stem == "CODE" else [stem]))
-    if files:
-        (out.parent if files == "." else out).mkdir(parents=True, exist_ok=True)
-    print(write(**{name: values[name.strip("_")] for name in signature(write).parameters}))
+    args.codes = [code.strip() for code in args.codes.split(",")] if args.codes else spec.names
+    check_codes(spec, "--codes", args.codes)
+    args.names = read_names(model, args.names)
+    named = {code: f"{code} ({name})" for code, name in args.names.items()}
+    args.labels = {code: named.get(code, code) for code in spec.names}  # of sheets
+    args.set = read_set(args.set, spec) if args.set else {}
+    reach = 3.0 if spec.n_cont > 5 else 1.5
+    args.range = args.range or (-reach, reach)
+    place = place if path.name == "last.pt" else f"{path.stem}-{place}"
+    args.out = Path(args.out or path.parent / place)
+    print(write(model, args))
     return 0
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import importlib.util
-import itertools
 import json
 import math
 import os
@@ -19,14 +18,12 @@ import socket
 import subprocess
 import sys
 import urllib.request
-import weakref
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageChops
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -66,7 +63,7 @@ def lively(path: Path, *flags: str) -> None:
 def test_every_code_has_a_sheet_and_a_loop(sheets):
     names = ["cat0", "cat1", "cont0", "cont1", "cont2"]
     expected = {f"{n}.{kind}" for n in names for kind in ("png", "gif")} | {"table.csv"}
-    expected |= {f"{n}.png" for n in ("all-categoricals", "cat-by-cont", "overview", "samples")}
+    expected |= {f"{n}.png" for n in ("all-categoricals", "overview", "samples")}
     assert {p.name for p in sheets.iterdir()} == expected
     sheet = Image.open(sheets / "cont0.png")
     assert sheet.width >= 6 * 64 and sheet.height >= 3 * 64, "five faces and where they change"
@@ -119,17 +116,18 @@ def test_low_and_high_differ_in_one_code():
 
 
 def test_loops_run_forth_and_back(tmp_path):
-    x, path = torch.rand(2 * 5, 3, 16, 16, generator=seeded()) * 2 - 1, tmp_path / "loop.gif"
-    for back, order in ((True, [0, 1, 2, 3, 4, 3, 2, 1]), (False, [0, 1, 2, 3, 4])):
-        generate.save_gif(path, "cont0", x, list("abcde"), back, 2)
-        loop, shown = Image.open(path), []
+    lively(tmp_path / "last.pt", "--image-size", "16", "--width", "8", "--cat-dim", "4")
+    assert generate.main(["--ckpt", str(tmp_path), *SHEETS]) == 0
+    for code, order, duration in (("cat0", "012321", 500), ("cont1", "01234321", 100)):
+        loop, shown = Image.open(tmp_path / f"traversals/{code}.gif"), {}
         assert loop.n_frames == len(order) and loop.info["loop"] == 0
-        for i in range(len(order)):
+        for i, column in enumerate(order):
             loop.seek(i)
-            shown.append(loop.convert("RGB").resize((80, 80)).tobytes())
-        for (i, a), (j, b) in itertools.combinations(zip(order, shown, strict=True), 2):
-            far = sum(abs(p - q) for p, q in zip(a, b, strict=True)) / len(a)
-            assert (far < 1) == (i == j), (i, j, far)
+            assert loop.info["duration"] == duration
+            shown.setdefault(column, []).append(loop.convert("RGB").resize((80, 80)).tobytes())
+        for frames in shown.values():
+            far = sum(abs(p - q) for p, q in zip(frames[0], frames[-1], strict=True))
+            assert far < len(frames[0])
 
 
 def tile(page: Image.Image, x: int, y: int) -> torch.Tensor:
@@ -160,10 +158,10 @@ def test_values_of_training_are_marked_and_overview_has_each_codes_best_face(tmp
 
 
 def test_zoom_enlarges_whole_sheets_and_labels_fit():
-    x = torch.rand(6, 3, 32, 32, generator=seeded()) * 2 - 1
+    x = torch.rand(2, 3, 3, 32, 32, generator=seeded()) * 2 - 1
     for above, left, title in (
         (["a"] * 3, ["one\ntwo", "a long label"], "t"),
-        ([""] * 3, (), "t" * 90),
+        ([""] * 3, [""] * 2, "t" * 90),
     ):
         small, large = (generate.sheet(title, x, above, left, zoom) for zoom in (1, 2))
         assert abs(large.width - 2 * small.width) < 5 and large.height == 2 * small.height
@@ -217,26 +215,25 @@ def test_names_beside_two_checkpoints_serve_both_and_a_blank_after_a_comma_is_no
     said_one_line(capsys, "names.json", "kont1")
 
 
-def test_names_that_no_font_can_write_are_told_and_leave_the_code(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(generate, "FONTS", str(tmp_path))
+def test_names_in_other_scripts_take_a_font_that_has_them(monkeypatch):
     generate.font_for.cache_clear()
-    names = {"cat0": "髪の色", "cont0": "лицо", "cont1": "tilt"}
-    assert generate.drawable(names) == {"cont1": "tilt"}
-    said = capsys.readouterr().out
-    assert "letters of cat0, cont0" in said and said.count("\n") == 1
+    font = generate.font_for("cat0 (Rötlich é)\nL_I", 12)
+    if font.getname() != generate.font_for("cat0", 12).getname():  # where this system has one
+        masks = [bytes(font.getmask(letter)) for letter in "cat0Röé\U0010fffd"]
+        assert masks[-1] not in masks[:-1] and b"" not in masks
+    monkeypatch.setattr(generate, "FONTS", ["no such font"])
+    generate.font_for.cache_clear()
+    assert generate.font_for("髪の色", 12).getname() == generate.font_for("cat0", 12).getname()
     monkeypatch.undo()
     generate.font_for.cache_clear()
-    if font := generate.font_for("Rötlich é", 12):  # where this system has one
-        nothing = (b"", bytes(font.getmask(chr(0x10FFFD))))
-        assert not any(bytes(font.getmask(letter)) in nothing for letter in "öcat0")
-        assert "Dingbats" not in font.getname()[0] and not font.path.endswith("D050000L.otf")
 
 
+HAS_ONNX = importlib.util.find_spec("onnxscript") is not None
 BAD_NAMES = {
     "no such file": None,
     "not json": "{cont1",
     "list": "[]",
-    "code": '{"cont9": "a"}',
+    "code": '{"kont9": "a"}',
     "number": '{"cont1": 3}',
     "empty": '{"cont1": ""}',
     "lines": '{"cont1": "a\\nb"}',
@@ -312,24 +309,30 @@ def test_nothing_that_is_not_ours_is_overwritten(ckpt, sheets, tmp_path, capsys)
     mine |= {"--explorer": ["explorer.html"], "--walk": ["walk.gif"], "--onnx": ["generator.onnx"]}
     mine |= {"--samples": ["000002.png", "codes.csv"], "--versus": ["comparison.png"]}
     mine |= {"--read": ["read.png"], "--sort": ["codes.csv", "cat1.png"]}
-    value = {"--samples": "3", "--versus": str(ckpt), "--read": "none.png", "--sort": str(HERE)}
-    assert mine.keys() | {"--shrink"} == generate.MODES.keys()
+    picture = tmp_path / "me.png"
+    Image.new("RGB", (20, 20), "red").save(picture)
+    faces = str(few_pictures(tmp_path / "few"))
+    value = {"--samples": "3", "--versus": str(ckpt), "--read": str(picture), "--sort": faces}
+    if not HAS_ONNX:
+        del mine["--onnx"]
+    assert mine.keys() | {"--shrink", "--onnx"} == generate.MODES.keys()
     for mode, names in mine.items():
         for name in names:
             out = tmp_path / "out"
             out.mkdir()
             (out / name).write_bytes(b"file,mine\n")
-            flags = [f for f in (mode, value.get(mode)) if f and f != "sheets"]
+            flags = ["--gif"] if mode == "sheets" else [mode]
+            flags += [value[mode]] if mode in value else []
             flags += ["--out", str(out / name if mode == "--walk" else out)]
             assert generate.main(["--ckpt", str(ckpt), *flags]) == 2, (mode, name)
             said_one_line(capsys, name, "is there")
-            assert [(p.name, p.read_bytes()) for p in out.iterdir()] == [(name, b"file,mine\n")]
+            assert (out / name).read_bytes() == b"file,mine\n"
             shutil.rmtree(out)
 
 
 def test_what_is_ours_is_written_again(ckpt, faces, tmp_path):
     few = few_pictures(tmp_path / "few")
-    read, rows = ["--read", few / "0.png"], ["--rows", 1, "--steps", 2, "--gif"]
+    read, rows = ["--read", few / "0.png"], ["--rows", 1, "--steps", 2]
     for mode in (rows, ["--samples", 2], ["--sort", few], ["--explorer"], read):
         out = tmp_path / mode[0].strip("-")
         assert draws(["--ckpt", ckpt, *mode], out) == draws(["--ckpt", ckpt, *mode], out)
@@ -361,7 +364,7 @@ def test_agreement_with_labels_has_its_closed_forms():
     assert split == pytest.approx((0.25, 2 * math.log(2) / (math.log(2) + 1.5 * math.log(2))))
 
 
-SORT = ("--steps", "5", "--batch-size", "7", "--sort")
+SORT = ("--steps", "5", "--sort")
 
 
 def test_real_pictures_are_sorted_by_what_Q_reads(ckpt, faces, tmp_path, capsys):
@@ -394,15 +397,14 @@ def test_a_label_is_the_folder_of_a_picture_and_figures_never_vanish(ckpt, faces
     sort = ["--ckpt", str(ckpt), "--out", str(tmp_path / "out"), *SORT]
     assert generate.main([*sort, str(faces)]) == 0
     said = capsys.readouterr().out
-    assert "NMI" not in said and "labels: 0, 600 pictures without one" in said
+    assert "NMI" not in said and "labels: 1; " in said and "an error needs two" in said
     for i in range(40):
         folder = tmp_path / "set" / ("train", "test")[i // 30] / ("red", "blue")[i % 2]
         folder.mkdir(parents=True, exist_ok=True)
         shutil.copy(faces / f"{i:06d}.png", folder)
-    shutil.copy(faces / "000050.png", tmp_path / "set")
     assert generate.main([*sort, str(tmp_path / "set")]) == 0
     said = capsys.readouterr().out
-    assert said.count("NMI") == 2 and "labels: 2, 1 pictures without one left out" in said
+    assert said.count("NMI") == 2 and "labels: 2; " in said
 
 
 def test_sorting_a_folder_that_is_none_is_one_line(ckpt, tmp_path, capsys):
@@ -416,23 +418,21 @@ def test_sorting_takes_as_floats_a_batch_at_a_time(ckpt, faces, tmp_path, monkey
     monkeypatch.setattr(
         generate, "to_floats", lambda x, **to: (sizes.append(len(x)), real(x, **to))[1]
     )
-    flags = ["--codes", "cat0,cont1", "--rows", "2", *SORT[:4], "--sort", str(faces)]
+    flags = ["--codes", "cat0,cont1", "--rows", "2", *SORT, str(faces)]
     assert generate.main(["--ckpt", str(ckpt), "--out", str(tmp_path), *flags]) == 0
-    assert sizes.count(7) > 80 and max(sizes) <= 10  # a row of 5, two rows of 5
+    assert sizes.count(generate.AT_ONCE) >= 18 and max(sizes) == generate.AT_ONCE
 
 
-def test_mnist_has_labels_of_its_own(tmp_path, monkeypatch):
-    raw = tmp_path / "data/MNIST/raw"
-    raw.mkdir(parents=True)
-    monkeypatch.chdir(tmp_path)
-    assert generate.labels_of("mnist", ["2", "0"]) == ["", ""]
-    labels = bytes([5, 0, 4])
-    head = b"".join(v.to_bytes(4, "big") for v in (2049, 3))
-    (raw / "train-labels-idx1-ubyte").write_bytes(head + labels)
-    assert generate.labels_of("mnist", ["2", "0"]) == ["4", "5"]
-
-
-HAS_ONNX = importlib.util.find_spec("onnxscript") is not None
+def test_a_named_set_has_labels_of_its_own(ckpt, faces, tmp_path, monkeypatch, capsys):
+    pictures = infogan.load_pictures(str(faces), 16, 3)
+    numbers = range(len(pictures.x))
+    numbered = pictures._replace(names=[str(i) for i in numbers])
+    monkeypatch.setattr(generate, "load_pictures", lambda *_, **__: numbered)
+    labels = [("picture", i % 3) for i in numbers]
+    monkeypatch.setattr(infogan, "open_named_set", lambda name, flag: labels)
+    sort = ["--ckpt", str(ckpt), "--out", str(tmp_path / "out"), *SORT, "mnist"]
+    assert generate.main(sort) == 0
+    assert "labels: 3; " in (said := capsys.readouterr().out) and said.count("NMI") == 2
 
 
 @pytest.mark.skipif(HAS_ONNX, reason="onnxscript is here")
@@ -494,13 +494,12 @@ def test_a_flat_picture_has_no_edges():
     assert generate.edge_map(torch.ones(1, 3, 8, 8)).max() < 1e-3
 
 
-def test_sliced_wasserstein_tells_equal_sets_from_others():
+def test_nearest_neighbours_tell_apart_what_differs():
     x, y = (torch.rand(200, 3, 32, 32, generator=seeded(s)) for s in (0, 1))
-    blocks = F.interpolate(torch.rand(200, 3, 4, 4, generator=seeded(2)), scale_factor=8)
-    same = generate.sliced_wasserstein(x, y, seeded())
-    other = generate.sliced_wasserstein(x, blocks, seeded())
-    assert len(same) == 2 and all(2 * a < b for a, b in zip(same, other, strict=True))
-    assert len(generate.sliced_wasserstein(x[:, :, :16, :16], y[:, :, :16, :16], seeded())) == 1
+    assert generate.tell_apart(x, y) == pytest.approx(0.5, abs=0.1)
+    assert generate.tell_apart(x, 0.2 * y) > 0.95
+    collapsed = y[:10].repeat(20, 1, 1, 1)
+    assert generate.tell_apart(x, collapsed) > 0.7
 
 
 def test_two_runs_are_compared_in_a_table_and_a_picture(ckpt, faces, tmp_path, capsys):
@@ -510,7 +509,7 @@ def test_two_runs_are_compared_in_a_table_and_a_picture(ckpt, faces, tmp_path, c
     capsys.readouterr()
     assert generate.main(["--ckpt", str(a), "--versus", str(b), "--data", str(faces)]) == 0
     told = capsys.readouterr().out
-    for words in (a, b, "z  ", "cat1", "cont1", "L_I", "SWD"):
+    for words in (a, b, "z  ", "cat1", "cont1", "L_I", "nearest neighbour"):
         assert str(words) in told
     assert Image.open(tmp_path / "a/traversals/comparison.png").width > 800
     assert not (tmp_path / "a/traversals/table.csv").exists()
@@ -537,11 +536,11 @@ def draws(argv: list[object], out: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in out.iterdir()}
 
 
-def test_a_seed_is_the_same_picture_at_any_batch_size_and_any_number(tmp_path):
+def test_a_seed_is_the_same_picture_whatever_comes_with_it(tmp_path):
     draw = ["--ckpt", HERE / "checkpoint/animefaces-v3.pt", "--samples"]
-    many = draws([*draw, 40, "--batch-size", 256], tmp_path / "many")
-    few = draws([*draw, 30, "--seed", 2, "--batch-size", 1], tmp_path / "few")
-    some = draws([*draw, "--seeds", "7, 39,3-5", "--batch-size", 2], tmp_path / "some")
+    many = draws([*draw, 40], tmp_path / "many")
+    few = draws([*draw, 30, "--seed", 2], tmp_path / "few")
+    some = draws([*draw, "--seeds", "7, 39,3-5"], tmp_path / "some")
     assert few.keys() == {"codes.csv", *(f"{seed:06d}.png" for seed in range(2, 32))}
     assert some.keys() == {"codes.csv", *(f"{seed:06d}.png" for seed in (3, 4, 5, 7, 39))}
     for name, raw in [*few.items(), *some.items()]:
@@ -552,7 +551,7 @@ def test_a_seed_is_the_same_picture_at_any_batch_size_and_any_number(tmp_path):
 
 
 def test_seeds_have_the_distribution_of_z_and_codes():
-    z, c_cat, c_cont = CodeSpec(2, 4, 3, 5).sample_seeds(range(4000))
+    z, c_cat, c_cont = generate.sample_seeds(CodeSpec(2, 4, 3, 5), range(4000), {})
     assert z.mean().abs() < 0.03 and z.std() == pytest.approx(1, abs=0.03)
     assert all((c_cat == k).float().mean() == pytest.approx(0.25, abs=0.03) for k in range(4))
     assert c_cont.mean().abs() < 0.03 and c_cont.std() == pytest.approx(3**-0.5, abs=0.02)
@@ -566,7 +565,7 @@ def test_codes_that_are_set_are_held_wherever_something_is_drawn(ckpt, tmp_path,
     drawn, real = [], generate.draw
     monkeypatch.setattr(generate, "draw", lambda G, x: (drawn.append(x), real(G, x))[1])
     table = [generate.Row("cat1", 0.5, 1.1, 0.1, 0.1, 0.5, torch.zeros(3, 16, 16))]
-    monkeypatch.setattr(generate, "measure", lambda model, seed, batch_size: table)
+    monkeypatch.setattr(generate, "measure", lambda model, seed: table)
     picture = tmp_path / "me.png"
     Image.new("RGB", (20, 20), "red").save(picture)
     head = ["--ckpt", ckpt, "--set", "cat0=2, cont1=-0.5", "--seed", 3]
@@ -596,7 +595,7 @@ def test_a_walk_is_closed_and_its_z_keeps_its_length(tmp_path, monkeypatch):
     monkeypatch.setattr(generate, "draw", lambda G, x: (drawn.append(x), real(G, x))[1])
     ckpt = HERE / "checkpoint/animefaces-v3.pt"  # equal frames would be saved as one
     spec = infogan.load_generator(ckpt)[1]
-    faces = spec.join(spec.sample_seeds([4, 9, 2]))
+    faces = spec.join(generate.sample_seeds(spec, [4, 9, 2], {}))
     for suffix in ("gif", "webp"):
         path = tmp_path / f"w.{suffix}"
         walk = ["--ckpt", ckpt, "--walk", "--seeds", "4,9,2", "--steps", 6, "--out", path]
@@ -612,22 +611,6 @@ def test_a_walk_is_closed_and_its_z_keeps_its_length(tmp_path, monkeypatch):
         assert (codes[3] - (codes[0] + codes[6]) / 2).abs().max() < 1e-6
         assert x.diff(dim=0).norm(dim=1).max() < 0.4 * (faces[0] - faces[1]).norm()
         assert (x[-1] - x[0]).norm() < 0.4 * (faces[2] - faces[0]).norm(), "not closed"
-
-
-@pytest.mark.parametrize("suffix", ["gif", "webp"])
-def test_a_walk_draws_its_frames_as_they_are_written(ckpt, tmp_path, monkeypatch, suffix):
-    frames, alive, real = [], [], generate.to_image
-
-    def to_image(x: torch.Tensor) -> Image.Image:
-        image = real(x)
-        alive.append(sum(frame() is not None for frame in frames))
-        frames.append(weakref.ref(image))
-        return image
-
-    monkeypatch.setattr(generate, "to_image", to_image)
-    path = tmp_path / f"w.{suffix}"
-    assert generate.main(["--ckpt", str(ckpt), "--walk", "--steps", "9", "--out", str(path)]) == 0
-    assert len(alive) == 8 * 9 and max(alive) < 5
 
 
 def test_samples_with_data_leave_the_whole_set_as_the_run_sees_it(ckpt, tmp_path, capsys):
@@ -678,7 +661,7 @@ def test_a_folder_of_a_run_is_its_last_checkpoint(ckpt, tmp_path, capsys):
 
 def test_samples_come_with_their_codes_and_mix_with_no_others(ckpt, tmp_path, capsys):
     out = tmp_path / "s"
-    command = ["--ckpt", str(ckpt), "--samples", "7", "--out", str(out), "--batch-size", "3"]
+    command = ["--ckpt", str(ckpt), "--samples", "7", "--out", str(out)]
     assert generate.main(command) == 0
     assert len(list(out.glob("*.png"))) == 7
     with open(out / "codes.csv", newline="") as file:
@@ -799,7 +782,7 @@ def explorer(browser, page) -> tuple[Generator, CodeSpec, str]:
 
 def test_the_explorer_draws_what_python_draws(browser, explorer):
     (G, spec, _), rng, seen = explorer, random.Random(0), []
-    z = spec.sample_seeds(range(8)).z
+    z = generate.sample_seeds(spec, range(8), {}).z
     for k in (0, 3, 7):
         values = {f"cat{i}": rng.randrange(spec.cat_dim) for i in range(spec.n_cat)}
         values |= {f"cont{i}": round(rng.uniform(-1, 1), 2) for i in range(spec.n_cont)}
@@ -820,7 +803,7 @@ def test_the_explorer_opens_with_the_codes_that_are_set(browser, explorer, page,
     draws(["--ckpt", page[0], "--explorer", "--seeds", "6,2", *of_codes], tmp_path)
     browser.ask("/url", url=(tmp_path / "explorer.html").as_uri())
     plain = Codes(torch.zeros(1), torch.zeros(1, spec.n_cat).long(), torch.zeros(1, spec.n_cont))
-    codes = generate.hold(spec, plain._replace(z=spec.sample_seeds([6]).z), held)
+    codes = generate.hold(spec, plain._replace(z=generate.sample_seeds(spec, [6], {}).z), held)
     x = G(spec.join(codes))[0]
     assert (browser.face() - (x + 1) * 127.5).abs().max() <= 2
     thumbs = "return [...document.querySelectorAll('.one')].slice(0, 3).map(b => b.title)"
@@ -870,8 +853,10 @@ def test_the_explorer_takes_another_character_pose_or_z_and_keeps_the_rest(brows
         before = dict(browser.run(state))
         for _ in range(9):  # chance may take the same again
             browser.run(f"document.getElementById('{button}').click()")
-        after = dict(browser.run(state))
-        moved = {re.sub("[0-9]", "", code) for code in before if before[code] != after[code]}
+            after = dict(browser.run(state))
+            moved = {re.sub("[0-9]", "", code) for code in before if before[code] != after[code]}
+            if moved:
+                break
         assert moved <= {kinds[button]} and (moved or not n)
     row = "return [...document.querySelectorAll('.one')].map(b => b.title)"
     first = browser.run(row)
@@ -897,10 +882,3 @@ def test_the_explorer_asks_no_network_and_reports_no_error(browser, explorer):
     assert asked and all(
         url.split("#")[0] == address or url.startswith("data:") for url in asked
     ), asked
-
-
-def test_generators_too_large_for_a_page_get_one_line(tmp_path, capsys, monkeypatch, ckpt):
-    monkeypatch.setattr(generate, "PAGE_MB", 0.01)
-    assert generate.main(["--ckpt", str(ckpt), "--explorer", "--out", str(tmp_path)]) == 2
-    said_one_line(capsys, "too large", "--width")
-    assert not list(tmp_path.iterdir())
