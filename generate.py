@@ -410,7 +410,7 @@ def samples(model: Model, args: Namespace) -> str:
 def versus(model: Model, args: Namespace) -> str:
     """The tables of two runs, how far from --data they are, and both in comparison.png."""
     spec, other, halves = model.spec, load_model(args.versus, model.device), []
-    shape, flags = infogan.LIMITS.keys() - {"width"}, Namespace(**model.ckpt["args"])
+    shape, flags = infogan.LIMITS.keys() - {"width", "upsample"}, Namespace(**model.ckpt["args"])
     if differ := infogan.differences(flags, other.ckpt["args"], shape):
         differ = ", ".join(differ)
         raise UserError(f"--versus {other.path}: has other codes or pictures: {differ}")
@@ -711,7 +711,8 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     parser = infogan.Parser("generate.py", __doc__, FLAGS)
     for action in parser._actions:
         vars(action).update(MORE.get(action.dest, {}))
-    args, given = parser.parse_args(argv), {f"--{name}" for name in parser.given(argv)}
+    given = parser.given(argv)
+    args, given = Namespace(**parser.defaults | given), {f"--{name}" for name in given}
     modes = [mode for mode in MODES if mode in given]
     if len(modes) > 1:
         raise UserError(f"{modes[0]} and {modes[1]}: give only one of them")
@@ -749,16 +750,15 @@ def show(args: Namespace) -> int:
     write, place, _ = MODES[args.mode]
     model = load_model(args.ckpt, infogan.pick_device(args.device))
     spec, path = model.spec, model.path
-    args.codes = [code.strip() for code in args.codes.split(",")] if args.codes else spec.names
-    check_codes(spec, "--codes", args.codes)
-    args.names = read_names(model, args.names)
-    named = {code: f"{code} ({name})" for code, name in args.names.items()}
-    args.labels = {code: named.get(code, code) for code in spec.names}  # of sheets
-    args.set = read_set(args.set, spec) if args.set else {}
-    reach = 3.0 if spec.n_cont > 5 else 1.5
-    args.range = args.range or (-reach, reach)
+    names, reach = read_names(model, args.names), 3.0 if spec.n_cont > 5 else 1.5
+    codes = [code.strip() for code in args.codes.split(",")] if args.codes else spec.names
+    check_codes(spec, "--codes", codes)
+    labels = {code: f"{code} ({names[code]})" if code in names else code for code in spec.names}
     place = place if path.name == "last.pt" else f"{path.stem}-{place}"
-    args.out = Path(args.out or path.parent / place)
+    values = {"codes": codes, "names": names, "labels": labels}  # labels: of sheets
+    values |= {"set": read_set(args.set, spec) if args.set else {}}
+    values |= {"range": args.range or (-reach, reach), "out": Path(args.out or path.parent / place)}
+    args = Namespace(**vars(args) | values)
     print(write(model, args))
     return 0
 

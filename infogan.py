@@ -1641,7 +1641,7 @@ class Parser(ArgumentParser):
 
     def __init__(self, program: str, about: str | None, flags: dict):
         super().__init__(program, None, about, allow_abbrev=False, argument_default=SUPPRESS)
-        self.formatter_class = RawHelp
+        self.formatter_class, self.defaults = RawHelp, {}
         for title, rows in flags.items():
             group = self.add_argument_group(title)
             for flag, default, kind, meaning in rows:
@@ -1655,6 +1655,7 @@ class Parser(ArgumentParser):
                     how["metavar"] = kinds[type(kind[0])]
                 meaning += "" if default is None or default is False else f" (default {default})"
                 group.add_argument(flag, help=meaning, **how)
+                self.defaults[dest(flag)] = default
 
     @staticmethod
     def value(flag: str, kind: str | tuple, text: str) -> str | float:

@@ -325,7 +325,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The flags. Raises UserError in one line for what is out of range."""
     p = Parser("measure.py", __doc__, FLAGS)
     p.add_argument("ckpt", metavar="CKPT", help="such as checkpoint/v3/last.pt")
-    return p.parse_args(argv)
+    return argparse.Namespace(**p.defaults | p.given(argv))
 
 
 def main(argv: list[str] | None = None) -> int:
