@@ -52,7 +52,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from functools import partial
 from importlib import import_module
-from itertools import chain, count, cycle
+from itertools import count, cycle
 from pathlib import Path
 from threading import Lock
 from typing import BinaryIO, NamedTuple, TextIO
@@ -69,11 +69,10 @@ from tqdm import tqdm
 
 # limits -------------------------------------------------------------------------------------------
 
-LIMITS = {  # of what a flag, or a checkpoint from a stranger, may ask for: a range, or choices
-    **{"n_cat": (0, 64), "cat_dim": (2, 1000), "n_cont": (0, 256), "z_dim": (0, 10_000)},
-    **{"image_size": [16, 32, 64, 128, 256], "width": (1, 1024), "channels": [1, 3]},
-    "upsample": ["nearest", "transposed"],
-}
+# what a flag, or a checkpoint from a stranger, may ask for: a range, or a list of choices
+LIMITS = {"n_cat": (0, 64), "cat_dim": (2, 1000), "n_cont": (0, 256), "z_dim": (0, 10_000)}
+LIMITS |= {"image_size": [16, 32, 64, 128, 256], "width": (1, 1024), "channels": [1, 3]}
+LIMITS |= {"upsample": ["nearest", "transposed"]}
 SHAPE = tuple(LIMITS)  # the flags that decide the networks
 
 
@@ -731,8 +730,7 @@ FORMATS += ("QOI", "TGA", "AVIF")  # not all that Pillow knows: for EPS it start
 MAX_PIXELS = 2**30 // 12  # of one file, Pillow's own limit: decoding takes up to 16 bytes for each
 DECODE_THREADS = 8  # at once
 LARGE = Lock()  # pictures of more than MAX_PIXELS / DECODE_THREADS are decoded one at a time
-DECODED_AT_ONCE = 512  # so memory stays flat however large a set is
-DECODER_VERSION = 3  # counts up whenever decode changes its result
+DECODER_VERSION = 4  # counts up whenever decode changes its result
 CROPS = {"centre": 0.5, "top": 0.0}  # how much of what a tall picture loses lies above the square
 HIDDEN = r"(?is)\..*|@eadir|[@#$]recycle(\.bin)?|recycler|#snapshot|__macosx|lost\+found|lost\.dir"
 HIDDEN += r"|found\.000|system volume information|desktop\.ini|thumbs(\.db)?"  # of systems too
@@ -852,41 +850,40 @@ def read_picture(
         return f"{item} ({type(error).__name__})", None, False
 
 
-def decode(data: str, flag: str, items: list, how: tuple[int, int, str], file: BinaryIO) -> dict:
-    """Decodes paths or pictures (how: size, channels, crop) into file; facts about the set."""
-    places, unreadable, n_cut, is_grey, checksum = {}, [], 0, True, 0  # places in items, by hash
+def decode(where: str, items: list, how: tuple[int, int, str]) -> dict:
+    """Decodes paths or pictures (how: size, channels, crop): x, and facts about the set."""
+    places, unreadable, raw, n_cut, is_grey = {}, [], bytearray(), 0, True  # places: by hash
     size, channels, crop = how
     Image.init()  # loads Pillow's formats, which threads must not do at the same time
     with warnings.catch_warnings(), ThreadPoolExecutor(DECODE_THREADS) as pool:
         warnings.simplefilter("ignore")  # Pillow's, about files that it can read all the same
-        parts = (items[i : i + DECODED_AT_ONCE] for i in range(0, len(items), DECODED_AT_ONCE))
-        read = (pool.map(lambda item: read_picture(item, *how), part) for part in parts)
-        read = tqdm(chain.from_iterable(read), "pictures", len(items), leave=False, disable=None)
-        for i, (hash_or_why, x, is_cut) in enumerate(read):  # decoders release the GIL
+        read = pool.map(lambda item: read_picture(item, *how), items)  # decoders release the GIL
+        read = tqdm(read, "pictures", len(items), leave=False, disable=None)
+        for i, (hash_or_why, x, is_cut) in enumerate(read):
             if x is None:
                 unreadable.append(hash_or_why)
             elif hash_or_why not in places:
                 places[hash_or_why] = i
                 n_cut += is_cut
                 is_grey = is_grey and all(x[::channels] == x[c::channels] for c in range(channels))
-                checksum = zlib.crc32(x, checksum)
-                file.write(x)
-    n, hashes = len(places), sorted(places)
-    summary = f"{n:,} pictures in {data}"
+                raw += x
+    n, hashes, summary = len(places), sorted(places), ""
     if copies := len(items) - len(unreadable) - n:
         summary += f", {copies:,} exact {'copy' if copies == 1 else 'copies'} dropped"
     if unreadable:
         kind = "file" if len(unreadable) == 1 else "files"
         summary += f", {len(unreadable):,} unreadable {kind} skipped: {first_ten(unreadable)}"
     if n < 2:
-        raise UserError(f"{flag} {data}: {summary}, at least 2 are needed; {GET_PICTURES}")
+        why = f"{n} pictures{summary}, at least 2 are needed"
+        raise UserError(f"{where}: {why}; {GET_PICTURES}")
     if crop == "centre" and n_cut > n / 10:
         summary += f"\n{n_cut:,} of them lose a third of their area or more: their middle is taken;"
         summary += " infogan.py --crop top takes the upper part of tall ones"
-    facts = {"summary": summary, "shape": (n, size, size, channels), "checksum": checksum}
+    facts = {"summary": summary, "grey": is_grey, "checksum": zlib.crc32(raw)}
+    facts["x"] = torch.frombuffer(raw, dtype=torch.uint8).view(n, size, size, channels)
     facts["fingerprint"] = hashlib.sha256("".join([crop, *hashes]).encode()).hexdigest()[:16]
     facts["names"] = [str(items[i] if isinstance(items[i], Path) else i) for i in places.values()]
-    return facts | {"grey": is_grey, "order": sorted(range(n), key=[*places].__getitem__)}
+    return facts | {"order": torch.tensor(sorted(range(n), key=[*places].__getitem__))}
 
 
 def cache_folder() -> Path:
@@ -895,25 +892,13 @@ def cache_folder() -> Path:
     return Path(os.devnull if path[0] == "~" else path) / "infogan"  # no home: caches nothing
 
 
-def read_cache(path: Path, key: str) -> tuple[Tensor, dict] | None:
-    """(N, size, size, channels), mapped into memory, and facts; None where they do not fit."""
-    with suppress(OSError, ValueError, KeyError, TypeError, RuntimeError):
-        facts, n_bytes = json.loads(path.with_suffix(".json").read_bytes()), path.stat().st_size
-        x = torch.from_file(str(path), shared=False, size=n_bytes, dtype=torch.uint8)
-        if facts["key"] == key and facts["checksum"] == zlib.crc32(x.numpy()):
-            return x.view(facts["shape"]), facts
+def read_cache(path: Path, key: str) -> dict | None:
+    """What decode returned, with x mapped into memory; None where it is damaged or out of date."""
+    with suppress(Exception):  # torch raises anything for a damaged file
+        facts = torch.load(path, mmap=True, weights_only=True)
+        if facts["key"] == key and facts["checksum"] == zlib.crc32(facts["x"].numpy()):
+            return facts
     return None
-
-
-def write_cache(path: Path, key: str, decode_to: Callable[[BinaryIO], dict]) -> None:
-    """Pixels in one file, then facts in another: pixels without their facts do not count."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for part in path.parent.glob(".*.part"):  # of a process that was killed: a day old
-        with suppress(OSError):
-            if time.time() - part.stat().st_mtime > 86_400:
-                part.unlink()
-    with replacing(path.with_suffix(".json")) as facts, replacing(path) as pixels:
-        facts.write(json.dumps(decode_to(pixels) | {"key": key}).encode())
 
 
 def load_pictures(
@@ -935,34 +920,32 @@ def load_pictures(
     files, others = ([root], "") if named else find_pictures(root)
     if others:
         print(f"passed over in {data}: {others}")
-    state = hashlib.sha256(str(DECODER_VERSION).encode())  # changes with every name, size and time
+    stamp = hashlib.sha256(str(DECODER_VERSION).encode())  # changes with every name, size and time
     for path in files:
-        state.update(os.fsencode(path))
+        stamp.update(os.fsencode(path))
         with suppress(OSError):  # an unreadable one counts by its name
-            state.update(f" {path.stat().st_size} {path.stat().st_mtime_ns}\0".encode())
-    key, place = state.hexdigest(), hashlib.sha256(os.fsencode(root)).hexdigest()[:16]
-    for depth in (3, 1):  # one cache for each set and way to decode it, made anew when it changes
+            stamp.update(f" {path.stat().st_size} {path.stat().st_mtime_ns}\0".encode())
+    key, place = stamp.hexdigest(), hashlib.sha256(os.fsencode(root)).hexdigest()[:16]
+    for depth in (3, 1):  # a cache for each way to decode; one of 3 channels tells if all are grey
         path = cache_folder() / f"{place}-{size}x{size}x{depth}-{crop}.pixels"
         cached = read_cache(path, key)
-        if channels != 1 or (cached and cached[1]["grey"]):
+        if channels != 1 or (cached and cached["grey"]):
             break
     if not cached:
         pictures = [x for x, _ in open_named_set(data, flag)] if named else files
-        job = (data, flag, pictures, (size, depth, crop))
+        cached = decode(f"{flag} {data}", pictures, (size, depth, crop)) | {"key": key}
         try:
-            write_cache(path, key, lambda file: decode(*job, file))
-            if not (cached := read_cache(path, key)):
-                raise OSError("damaged as soon as it was written")
-        except OSError as error:
-            print(f"{path}: {error.strerror or error}; not cached, each start decodes the pictures")
-            memory = io.BytesIO()
-            facts = decode(*job, memory)
-            x = torch.frombuffer(memory.getbuffer(), dtype=torch.uint8)
-            cached = x.view(facts["shape"]), facts
-    x, facts = cached
-    print(facts["summary"])
-    x = x[..., :1] if facts["grey"] and channels != 3 else x
-    return Pictures(x, facts["fingerprint"], facts["names"], torch.tensor(facts["order"]))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(path) as file:
+                torch.save(cached, file)
+            cached = read_cache(path, key) or cached
+        except (OSError, RuntimeError) as error:  # torch calls a full disk an internal error
+            why = getattr(error, "strerror", None) or error
+            print(f"{path}: {why}; not cached, each start decodes the pictures")
+    x = cached["x"]
+    print(f"{len(x):,} pictures in {data}{cached['summary']}")
+    x = x[..., :1] if cached["grey"] and channels != 3 else x
+    return Pictures(x, cached["fingerprint"], cached["names"], cached["order"])
 
 
 def make_batch(x: Tensor, flip: bool, rng: torch.Generator, device: torch.device) -> Tensor:
@@ -1534,19 +1517,15 @@ def save_last(path: Path, ckpt: dict, caught: list[int]) -> None:
 
 # flags --------------------------------------------------------------------------------------------
 
-RECIPES = {  # what differs from the defaults in FLAGS
-    "default": {},
-    "notebook": {
-        **{"upsample": "transposed", "info_to": "head", "flip": False, "shift": 0.0, "ema": 0.0},
-        **{"lam_identity": 0.0, "cap_cont": 3.0, "q_augment": 0.0, "r1": 0.0},
-    },
-    "mnist": {  # the paper's lr_g; a z too small to choose the digit in place of c
-        **{"upsample": "transposed", "width": 32, "batch_size": 64, "lr_g": 1e-3, "z_dim": 16},
-        **{"lam_identity": 0.0, "r1": 0.1, "shift": 0.0},  # a digit is its stroke
-    },
-}
-
 # fmt: off
+RECIPES = {  # what differs from the defaults in FLAGS
+"default": {},
+"notebook": dict(upsample="transposed", info_to="head", flip=False, shift=0.0, ema=0.0, r1=0.0,
+    lam_identity=0.0, cap_cont=3.0, q_augment=0.0),
+# the paper's lr_g; a z too small to choose the digit in place of c; a digit is its stroke
+"mnist": dict(upsample="transposed", width=32, batch_size=64, lr_g=1e-3, z_dim=16, r1=0.1,
+    lam_identity=0.0, shift=0.0),
+}
 FLAGS = {  # by group: flag, default (None: see derived), limits or choices or kind, meaning
 "pictures": [
     ("--data", "data/anime", "FOLDER", f"a folder, or {', '.join(NAMED_SETS)}"),

@@ -1139,39 +1139,25 @@ def test_a_changed_folder_is_decoded_again_in_the_same_place(tmp_path, own_cache
     seen.append(infogan.load_pictures(str(folder), 16))
     assert [len(p.x) for p in seen] == [5, 5, 6, 6, 5]
     assert len({p.fingerprint for p in seen}) == 3  # the last is the first again
-    assert seen[1].x.equal(seen[4].x) and len([*own_cache.iterdir()]) == 2
-
-
-def test_what_a_killed_decoder_left_in_the_cache_is_removed(tmp_path, own_cache):
-    """After a day: another start may decode just now."""
-    own_cache.mkdir(parents=True)
-    left, used = (own_cache / f".{name}-16x16x3-centre.pixels.123.part" for name in "ab")
-    for part, age in ((left, 90_000), (used, 3600)):
-        part.touch()
-        os.utime(part, (time.time() - age,) * 2)
-    infogan.load_pictures(str(four_pictures(tmp_path / "set")), 16)
-    assert used.exists() and not left.exists()
+    assert seen[1].x.equal(seen[4].x) and len([*own_cache.iterdir()]) == 1
 
 
 DAMAGE = {
     "empty": lambda raw: b"",
     "cut": lambda raw: raw[: len(raw) // 2],
-    "longer": lambda raw: raw + b"\0",
-    "a bit": lambda raw: bytes([raw[0] ^ 1]) + raw[1:],
+    "bits": lambda raw: raw[:1000] + bytes(b ^ 1 for b in raw[1000:2000]) + raw[2000:],
     "zeros": lambda raw: bytes(len(raw)),
     "text": lambda raw: b"hello world, this is no cache",
-    "list": lambda raw: b"[1]",
-    "a number": lambda raw: raw.replace(b"[5, 16", b"[6, 16") + b" ",
+    "another version": lambda raw: raw.replace(b"checksum", b"sumcheck"),
 }
 
 
-@pytest.mark.parametrize("file", ["pixels", "json"])
 @pytest.mark.parametrize("kind", [*DAMAGE, "folder", "none"])
-def test_a_damaged_cache_is_made_anew(tmp_path, own_cache, decoded, kind, file):
+def test_a_damaged_cache_is_made_anew(tmp_path, own_cache, decoded, kind):
     folder = few_pictures(tmp_path / "faces")
     first = infogan.load_pictures(str(folder), 16)
     whole = first.x.clone()
-    (file,) = own_cache.glob(f"*.{file}")
+    (file,) = own_cache.iterdir()
     raw = file.read_bytes()
     file.unlink()  # not written to in place: `first` is a view of it
     if kind == "folder":
@@ -1215,7 +1201,7 @@ def test_two_starts_at_once_share_a_cache(faces, tmp_path):
         runs.append(Run(argv, tmp_path / f"said {name}", prepare))
     assert [run.end()[0] for run in runs] == [0, 0]
     assert same(tmp_path / "a/last.pt", tmp_path / "b/last.pt")
-    assert len([*(tmp_path / "infogan").iterdir()]) == 2  # pixels and facts
+    assert len([*(tmp_path / "infogan").iterdir()]) == 1
 
 
 # checkpoint ---------------------------------------------------------------------------------------
