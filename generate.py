@@ -273,10 +273,15 @@ def font_for(text: str, size: int) -> ImageFont.FreeTypeFont:
     for name in [] if text.isascii() else FONTS:
         with suppress(OSError):  # not here; Pillow looks through the system's folders by itself
             font = ImageFont.truetype(name, size)
-            missing = bytes(font.getmask("\U0010fffd"))  # the box for a letter that a font lacks
-            if all(bytes(font.getmask(letter)) != missing for letter in {*text} - {"\n"}):
+            if has_letters(font, text):
                 return font
     return ImageFont.load_default(size)
+
+
+def has_letters(font: ImageFont.FreeTypeFont, text: str) -> bool:
+    """Whether a font draws each letter, and not the box for what it lacks."""
+    lacking = {b"", bytes(font.getmask("\U0010fffd"))}
+    return not any(bytes(font.getmask(letter)) in lacking for letter in {*text} - {" ", "\n"})
 
 
 def sheet(
@@ -494,9 +499,11 @@ def sort(model: Model, args: Namespace) -> str:
     for name, row in zip(files, torch.cat([values, doubts], 1).tolist(), strict=True):
         table.append([name, *row])
     save_table(out / "codes.csv", table)
-    kinds = {*labels}
+    labelled = [i for i, label in enumerate(labels) if label]
+    kinds, n_without = {*labels} - {""}, len(labels) - len(labelled)
     if spec.n_cat:
-        print(f"labels: {len(kinds)}; a label is a picture's folder, an error needs two")
+        none = "" if len(kinds) > 1 else "; an error needs two: a label is a picture's folder"
+        print(f"labels: {len(kinds)}, {n_without:,} pictures without one left out{none}")
     for code in args.codes:
         j = spec.names.index(code)
         if j < spec.n_cat:
@@ -508,7 +515,8 @@ def sort(model: Model, args: Namespace) -> str:
                 shown.append(to_floats(x[mine[:steps]]))
             how = "category, its number of pictures; the most certain first"
             if len(kinds) > 1:
-                error, nmi = agreement(values[:, j].tolist(), labels)
+                of_labelled = values[labelled, j].tolist(), [labels[i] for i in labelled]
+                error, nmi = agreement(*of_labelled)
                 print(f"{args.labels[code]}: {error:.1%} error, NMI {nmi:.3f}")
         else:
             below = min(args.rows, len(files))  # neighbours below each other
@@ -753,7 +761,11 @@ def show(args: Namespace) -> int:
     names, reach = read_names(model, args.names), 3.0 if spec.n_cont > 5 else 1.5
     codes = [code.strip() for code in args.codes.split(",")] if args.codes else spec.names
     check_codes(spec, "--codes", codes)
-    labels = {code: f"{code} ({names[code]})" if code in names else code for code in spec.names}
+    boxes = [code for code, name in names.items() if not has_letters(font_for(name, 12), name)]
+    if boxes:
+        print(f"no font here has the letters of {', '.join(boxes)}: pictures show the codes alone")
+    shown = {code: f"{code} ({name})" for code, name in names.items() if code not in boxes}
+    labels = {code: shown.get(code, code) for code in spec.names}
     place = place if path.name == "last.pt" else f"{path.stem}-{place}"
     values = {"codes": codes, "names": names, "labels": labels}  # labels: of sheets
     values |= {"set": read_set(args.set, spec) if args.set else {}}

@@ -171,11 +171,6 @@ class CodeSpec:
         z, c_cont = torch.randn(n, self.z_dim, **at), torch.rand(n, self.n_cont, **at) * 2 - 1
         return Codes(z, torch.randint(self.cat_dim, (n, self.n_cat), **at), c_cont)
 
-    def sample_seeds(self, seeds: Sequence[int]) -> Codes:
-        """One draw for each seed, which depends on nothing else."""
-        each = [self.sample(1, torch.Generator().manual_seed(seed)) for seed in seeds]
-        return Codes(*map(torch.cat, zip(*each, strict=True)))
-
     def join(self, codes: Codes) -> Tensor:
         """(n, dim), what G takes: z, the categoricals one-hot, the continuous codes."""
         one_hot = F.one_hot(codes.c_cat, self.cat_dim).flatten(1)

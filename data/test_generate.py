@@ -215,7 +215,9 @@ def test_names_beside_two_checkpoints_serve_both_and_a_blank_after_a_comma_is_no
     said_one_line(capsys, "names.json", "kont1")
 
 
-def test_names_in_other_scripts_take_a_font_that_has_them(monkeypatch):
+def test_names_in_other_scripts_take_a_font_that_has_them_or_the_code_alone(
+    ckpt, tmp_path, monkeypatch, capsys
+):
     generate.font_for.cache_clear()
     font = generate.font_for("cat0 (Rötlich é)\nL_I", 12)
     if font.getname() != generate.font_for("cat0", 12).getname():  # where this system has one
@@ -223,7 +225,15 @@ def test_names_in_other_scripts_take_a_font_that_has_them(monkeypatch):
         assert masks[-1] not in masks[:-1] and b"" not in masks
     monkeypatch.setattr(generate, "FONTS", ["no such font"])
     generate.font_for.cache_clear()
-    assert generate.font_for("髪の色", 12).getname() == generate.font_for("cat0", 12).getname()
+    (tmp_path / "names.json").write_text('{"cat0": "髪の色", "cont1": "tilt"}', encoding="utf-8")
+    flags = ["--names", str(tmp_path / "names.json"), "--out", str(tmp_path), "--rows", "1"]
+    monkeypatch.setitem(
+        generate.MODES, "sheets", (lambda m, a: str(a.labels), "", "names out rows")
+    )
+    assert generate.main(["--ckpt", str(ckpt), *flags]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "no font here has the letters of cat0: pictures show the codes alone"
+    assert "'cat0': 'cat0'" in said[1] and "'cont1': 'cont1 (tilt)'" in said[1]
     monkeypatch.undo()
     generate.font_for.cache_clear()
 
@@ -397,14 +407,15 @@ def test_a_label_is_the_folder_of_a_picture_and_figures_never_vanish(ckpt, faces
     sort = ["--ckpt", str(ckpt), "--out", str(tmp_path / "out"), *SORT]
     assert generate.main([*sort, str(faces)]) == 0
     said = capsys.readouterr().out
-    assert "NMI" not in said and "labels: 1; " in said and "an error needs two" in said
+    assert "NMI" not in said and "labels: 0, 600 pictures without one left out" in said
     for i in range(40):
         folder = tmp_path / "set" / ("train", "test")[i // 30] / ("red", "blue")[i % 2]
         folder.mkdir(parents=True, exist_ok=True)
         shutil.copy(faces / f"{i:06d}.png", folder)
+    shutil.copy(faces / "000099.png", tmp_path / "set")  # a stray one
     assert generate.main([*sort, str(tmp_path / "set")]) == 0
     said = capsys.readouterr().out
-    assert said.count("NMI") == 2 and "labels: 2; " in said
+    assert said.count("NMI") == 2 and "labels: 2, 1 pictures without one left out" in said
 
 
 def test_sorting_a_folder_that_is_none_is_one_line(ckpt, tmp_path, capsys):
@@ -432,7 +443,7 @@ def test_a_named_set_has_labels_of_its_own(ckpt, faces, tmp_path, monkeypatch, c
     monkeypatch.setattr(infogan, "open_named_set", lambda name, flag: labels)
     sort = ["--ckpt", str(ckpt), "--out", str(tmp_path / "out"), *SORT, "mnist"]
     assert generate.main(sort) == 0
-    assert "labels: 3; " in (said := capsys.readouterr().out) and said.count("NMI") == 2
+    assert "labels: 3, 0 pictures" in (said := capsys.readouterr().out) and said.count("NMI") == 2
 
 
 @pytest.mark.skipif(HAS_ONNX, reason="onnxscript is here")
