@@ -313,8 +313,10 @@ def test_nothing_of_the_user_s_is_overwritten(ckpt, faces, tmp_path, capsys):
     assert before == {p.name: p.read_bytes() for p in photos.iterdir() if p.is_file()}
 
 
-def test_nothing_that_is_not_ours_is_overwritten(ckpt, sheets, tmp_path, capsys):
+def test_nothing_that_is_not_ours_is_overwritten(ckpt, sheets, tmp_path, capsys, monkeypatch):
     """One file of another origin under a name of ours, for each name of each mode."""
+    monkeypatch.setattr(generate, "N_MEASURED", 8)
+    monkeypatch.setattr(generate, "N_MOVED", 4)
     mine = {"sheets": [path.name for path in sheets.iterdir()]}
     mine |= {"--explorer": ["explorer.html"], "--walk": ["walk.gif"], "--onnx": ["generator.onnx"]}
     mine |= {"--samples": ["000002.png", "codes.csv"], "--versus": ["comparison.png"]}
@@ -331,7 +333,7 @@ def test_nothing_that_is_not_ours_is_overwritten(ckpt, sheets, tmp_path, capsys)
             out = tmp_path / "out"
             out.mkdir()
             (out / name).write_bytes(b"file,mine\n")
-            flags = ["--gif"] if mode == "sheets" else [mode]
+            flags = ["--gif", "--rows", "1", "--steps", "2"] if mode == "sheets" else [mode]
             flags += [value[mode]] if mode in value else []
             flags += ["--out", str(out / name if mode == "--walk" else out)]
             assert generate.main(["--ckpt", str(ckpt), *flags]) == 2, (mode, name)
