@@ -18,7 +18,7 @@ What the default adds to the paper; `--recipe notebook` leaves it out:
     --shift         D sees shifted pictures, so it does not remember the set (2006.10738)
     --lam-identity  pictures of the same categories have the same colours in the same places
     --cap-cont      G is not rewarded for codes that Q already reads well
-    --r1            from 64 pixels on, a penalty on D's gradient (1801.04406)
+    --r1            a penalty on D's gradient, so it does not win (1801.04406)
     --ema           what is shown and saved is an average of G's weights (2312.02696)
     --upsample      nearest neighbours and 3x3 convolutions in G, not transposed ones
 
@@ -556,7 +556,8 @@ def train_step(state: State, args: Namespace, batch: Batch) -> dict[str, Tensor]
 
 def variant(state: State, args: Namespace) -> tuple[bool, bool]:
     """Whether this step has R1, and whether D sees shifted pictures."""
-    return args.r1 > 0 and state.step % R1_EVERY == 0, max_shift_at(state, args) > 0
+    with_r1 = args.r1 > 0 and state.epochs >= args.r1_from and state.step % R1_EVERY == 0
+    return with_r1, max_shift_at(state, args) > 0
 
 
 SHIFT_EPOCHS = 40  # D remembers only what it has seen often: shifts grow until then
@@ -1100,7 +1101,7 @@ def restore(state: State, ckpt: dict, path: Path, weights_only: bool = False) ->
 
 MUST_MATCH = {*SHAPE, "info_to", "batch_size", "crop"}  # to resume; and the pictures, see train
 MAY_CHANGE = {"flip", "recipe", "lam_cat", "lam_cont", "cap_cont", "lam_identity", "q_augment"}
-MAY_CHANGE |= {"r1", "shift", "ema", "lr_g", "lr_d", "seed", "init"}  # it is told
+MAY_CHANGE |= {"r1", "r1_from", "shift", "ema", "lr_g", "lr_d", "seed", "init"}  # it is told
 IGNORED = HIDDEN + r"|.*\.(txt|log|out|err|sh|[oe]\d+)|logs|old-\d+"  # in a run's folder
 SIGNALS = ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"]
 SIGNALS = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
@@ -1549,7 +1550,9 @@ FLAGS = {  # by group: flag, default (None: see derived), limits or choices or k
      " relit before Q reads categorical codes (default 1 with up to 5 codes, else 0)"),
     ("--shift", None, (0.0, 0.5), "D sees pictures shifted by up to this share of their width,"
      f" growing over {SHIFT_EPOCHS} epochs (default 0.125; below 64 pixels 0.0625)"),
-    ("--r1", None, (0.0, 1e3), "D's gradient penalty (default 0.3; below 64 pixels 0)"),
+    ("--r1", None, (0.0, 1e3), "D's gradient penalty (default 0.3; below 64 pixels 0.01)"),
+    ("--r1-from", None, (0, 10**9), "the epoch from which it acts (default 0; below 64 pixels, if"
+     " --r1 is not given, 75)"),
     ("--ema", 0.03, (0.0, 1.0), "half-life of G's average, as a share of its steps"),
 ], "training": [
     ("--epochs", 150, (1, 10**9), "passes over the pictures"),
@@ -1582,7 +1585,8 @@ def derived(args: dict) -> dict:
     values["cap_cont"] = 3.0 if few else 1.4  # else they go on growing, and categoricals fade
     values["q_augment"] = 1.0 if few else 0.0  # many codes would be learned too slowly
     large = args["image_size"] >= 64
-    values["r1"] = 0.3 if large else 0.0  # without it D wins
+    values["r1"] = 0.3 if large else 0.01  # without it D wins
+    values["r1_from"] = 0 if large or args["r1"] is not None else 75  # small: not before
     values["shift"] = 0.125 if large else 0.0625  # small pictures lose variety with more
     if args["recipe"] == "notebook":  # its defect: the loss of 20 continuous codes was never added
         values["lam_cont"] = 0.0 if n_cont == 20 else 0.1

@@ -663,15 +663,21 @@ def test_r1_is_the_squared_slope_and_comes_lazily():
     x = torch.randn(5, 3, 4, 4, generator=seeded()).requires_grad_()
     w = torch.randn(3, 4, 4, generator=seeded(1))
     assert infogan.r1_penalty((x * w).sum((1, 2, 3)), x).allclose(w.square().sum() / 2)
-    ends = {}
-    for step in (0, 1, infogan.R1_EVERY):
-        for r1 in ("0", "5"):
-            state, args, x, codes = tiny_state("--r1", r1)
-            state.step = step
+
+    def moves_D(step: int, *flags: str) -> bool:
+        ends = []
+        for r1 in (["--r1", "0"], flags):
+            state, args, x, codes = tiny_state(*r1)
+            state.step, state.per_epoch = step, 16
             step_on(state, args, x, codes)
-            ends[step, r1] = torch.cat([p.detach().flatten() for p in state.D.parameters()])
-    assert not ends[0, "0"].equal(ends[0, "5"]) and ends[1, "0"].equal(ends[1, "5"])
-    assert not ends[infogan.R1_EVERY, "0"].equal(ends[infogan.R1_EVERY, "5"])
+            ends.append(torch.cat([p.detach().flatten() for p in state.D.parameters()]))
+        return not ends[0].equal(ends[1])
+
+    assert moves_D(0, "--r1", "5") and moves_D(infogan.R1_EVERY, "--r1", "5")
+    assert not moves_D(1, "--r1", "5")
+    assert not moves_D(0) and not moves_D(74 * 16) and moves_D(75 * 16)  # the default of 16x16
+    assert not moves_D(16, "--r1", "5", "--r1-from", "2")
+    assert moves_D(32, "--r1", "5", "--r1-from", "2")
 
 
 def test_the_average_of_G_takes_in_its_batch_statistics():
@@ -1547,7 +1553,9 @@ def test_other_flags_may_change_and_are_told_in_one_line(faces, trained, tmp_pat
     copied(trained, out, 1)
     assert infogan.main(tiny(faces, out, *flags)) == 0
     said = capsys.readouterr().out.splitlines()
-    assert "until now it had --lam-cat 1.0, not 2.0, --r1 0.0, not 1.0" in said, said
+    assert (
+        "until now it had --lam-cat 1.0, not 2.0, --r1 0.01, not 1.0, --r1-from 75, not 0" in said
+    )
     args = infogan.load_checkpoint(out / "last.pt")["args"]
     assert (args["r1"], args["lam_cat"]) == (1.0, 2.0) and step_of(out) == 20
     assert infogan.main(tiny(faces, out, *flags[:-1], 21)) == 0
@@ -2043,12 +2051,14 @@ DEFAULTS = [  # flags, and what args then are
           "shift": 0.125, "crop": "centre", "cuda_graph": False, "cap_cont": 3.0}),
     (THIRD, {"out": "checkpoint/cat10-cont20", "epochs": 360, "batch_size": 128, "image_size": 64,
              "width": 64, "lam_cat": 1.0, "lam_cont": 0.15, "cap_cont": 1.4, "lam_identity": 2.0,
-             "q_augment": 0.0, "r1": 0.3, "info_to": "trunk", "ema": 0.03, "flip": True}),
+             "q_augment": 0.0, "r1": 0.3, "r1_from": 0, "info_to": "trunk", "ema": 0.03,
+             "flip": True}),
     (["--data", "mnist"], {"lr_g": 1e-3, "lr_d": 2e-4, "q_augment": 1.0, "width": 32, "z_dim": 16,
                            "image_size": 32, "flip": False, "lam_identity": 0.0, "r1": 0.1,
-                           "upsample": "transposed", "shift": 0.0}),
+                           "r1_from": 0, "upsample": "transposed", "shift": 0.0}),
     (["--data", "mnist", "--lr-g", "0.01"], {"lr_g": 0.01, "width": 32}),
-    (["--data", "svhn"], {"flip": False, "image_size": 32, "width": 64}),
+    (["--data", "svhn"], {"flip": False, "image_size": 32, "width": 64, "r1": 0.01, "r1_from": 75}),
+    (["--data", "svhn", "--r1", "0.1"], {"r1": 0.1, "r1_from": 0}),
     (["--recipe", "notebook"], {"lam_cat": 1.0, "lam_cont": 0.1, "cap_cont": 3.0, "q_augment": 0.0,
                                 "r1": 0.0, "lam_identity": 0.0, "info_to": "head", "ema": 0.0,
                                 "flip": False, "upsample": "transposed", "shift": 0.0}),
