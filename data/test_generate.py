@@ -352,16 +352,18 @@ def test_what_is_ours_is_written_again(ckpt, faces, tmp_path):
     draws(["--ckpt", ckpt, "--samples", 2], tmp_path / "samples")
 
 
-def test_the_included_model_is_small_and_its_Q_reads_what_its_G_was_told():
-    path = HERE / "checkpoint/animefaces-v3.pt"
-    assert path.stat().st_size < 12e6
+@pytest.mark.parametrize("name, n_cat, n_cont, most", [("v3", 10, 20, 12e6), ("v1", 1, 2, 5.3e6)])
+def test_the_included_models_are_small_and_Q_reads_what_G_was_told(name, n_cat, n_cont, most):
+    path = HERE / f"checkpoint/animefaces-{name}.pt"
+    assert path.stat().st_size < most
     (G, spec), (Q, _) = infogan.load_generator(path), infogan.load_encoder(path)
-    assert (spec.n_cat, spec.cat_dim, spec.n_cont) == (10, 10, 20)
+    assert (spec.n_cat, spec.cat_dim, spec.n_cont) == (n_cat, 10, n_cont)
+    assert {*infogan.load_checkpoint(path)["names"]} <= {*spec.names}
     codes = spec.sample(100, seeded())
     x = G(spec.join(codes))
     assert x.shape == (100, 3, 64, 64)
     L_I = infogan.mutual_information(spec, Q.D(x)[1], codes)
-    assert L_I[:10].min() > 2 and L_I[10:].mean() > 1
+    assert L_I[:n_cat].min() > 2 and L_I[n_cat:].mean() > 1
 
 
 def test_agreement_with_labels_has_its_closed_forms():
