@@ -503,7 +503,8 @@ class Batch(NamedTuple):
     beta: Tensor  # (): the share of G_ema that stays
 
 
-# a new loss: its function under "objective", its line in train_step, its name here
+# a new loss: its function under "objective", two lines in train_step (loss; values, in the same
+# place as its name here), and for its weight a line in FLAGS and its name in MAY_CHANGE
 METRICS = ("loss_D", "loss_G", "D_real", "D_fake", "R1", "identity")  # and each code's L_I
 
 
@@ -518,7 +519,7 @@ def train_step(state: State, args: Namespace, batch: Batch) -> dict[str, Tensor]
     mixed = torch.autocast(x.device.type, torch.bfloat16, enabled=args.amp)
     with_r1, shifted = variant(state, args)
     u_real, u_fake, u_fake_G = u.split([2, 10, 10], 1)
-    max_shift = max_shift if shifted else None
+    max_shift = max_shift if shifted else None  # None: d_and_q takes one pass
 
     D.requires_grad_(True)
     with mixed:
@@ -530,8 +531,11 @@ def train_step(state: State, args: Namespace, batch: Batch) -> dict[str, Tensor]
     loss_D = loss = d_loss(d_real, d_fake)
     if to_trunk:  # -V - lambda L_I, which trains Q and the trunk
         loss = loss - lambda_L_I(spec, mutual_information(spec, q, codes), args)
-    R1 = r1_penalty(d_real, x) if with_r1 else torch.zeros((), device=x.device)
-    descend(state.opt_D, loss + R1_EVERY * args.r1 * R1 if with_r1 else loss)
+    R1 = torch.zeros((), device=x.device)
+    if with_r1:
+        R1 = r1_penalty(d_real, x)
+        loss = loss + R1_EVERY * args.r1 * R1
+    descend(state.opt_D, loss)
 
     D.requires_grad_(False)  # G's step needs no gradient of D's weights
     D.q_head.requires_grad_(not to_trunk)
@@ -718,7 +722,7 @@ class GraphedStep:
 
 
 # pictures -----------------------------------------------------------------------------------------
-# load_pictures: find_pictures, then for each file read_picture and to_square, then the cache.
+# load_pictures: find_pictures, then decode (read_picture, to_square for each), then the cache.
 # make_batch: bytes to floats.
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "JPEG2000", "PPM", "ICO", "PCX", "SGI")
@@ -909,7 +913,7 @@ def load_pictures(
     named = data in NAMED_SETS
     root = DATA / NAMED_SETS[data][1] if named else Path(os.path.expanduser(data))
     if named and not root.exists():
-        open_named_set(data, flag)
+        open_named_set(data, flag)  # downloads it
     elif not named and not root.is_dir():
         raise UserError(f"{flag} {data}: no such folder; {GET_PICTURES}")
     root = root.resolve()  # one set, however its path is written
@@ -1091,6 +1095,8 @@ def restore(state: State, ckpt: dict, path: Path, weights_only: bool = False) ->
         state.step, state.minutes = int(ckpt["step"]), float(ckpt["minutes"])
         state.sums = {name: v.to(state.device) for name, v in ckpt["sums"].items()}
         state.rows = ckpt["rows"].tolist()
+        if any(len(row) != len(state.columns) for row in state.rows):
+            raise ValueError("METRICS has changed")
         state.rng.set_state(ckpt["rng"].clone())  # torch reads beside a part of a tensor
     except BROKEN as error:
         cure = "give another --init" if weights_only else NEW_RUN
@@ -1099,7 +1105,7 @@ def restore(state: State, ckpt: dict, path: Path, weights_only: bool = False) ->
 
 # run folder ---------------------------------------------------------------------------------------
 
-MUST_MATCH = {*SHAPE, "info_to", "batch_size", "crop"}  # to resume; and the pictures, see train
+MUST_MATCH = {*SHAPE, "info_to", "batch_size", "crop"}  # must match to resume; pictures too: train
 MAY_CHANGE = {"flip", "recipe", "lam_cat", "lam_cont", "cap_cont", "lam_identity", "q_augment"}
 MAY_CHANGE |= {"r1", "r1_from", "shift", "ema", "lr_g", "lr_d", "seed", "init"}  # it is told
 IGNORED = HIDDEN + r"|.*\.(txt|log|out|err|sh|[oe]\d+)|logs|old-\d+"  # in a run's folder
@@ -1427,14 +1433,15 @@ def loop(
 ) -> tuple[int, dict[str, float]]:
     """Steps until `total`, the time `end` or a signal: returns that, and the last row of the log.
 
-    In the order of time: a step, a row of the log, the progress line, grids, last.pt.
+    Saves last.pt and log.csv each minute and when it stops, epoch_*.pt each --save-every epochs,
+    samples/ and curves.png each --sample-every epochs, training.gif at the end.
     """
     out, spec, per_epoch = Path(args.out), state.spec, state.per_epoch
     rng = torch.Generator().manual_seed(args.seed)  # the same pictures and z at each start
     shown = pictures.x[pictures.order[torch.randperm(len(pictures.x), generator=rng)[:64]]]
     latents = Codes(*(c.to(state.device) for c in spec.sample(64, rng)))
     log, step_once = Log(out, state), GraphedStep() if args.cuda_graph else train_step
-    began, first = time.monotonic(), state.step
+    began, first_step = time.monotonic(), state.step
     start, next_save, row = began - 60 * state.minutes, began + SAVE_SECONDS, {}
     tty, next_shown = sys.stderr.isatty(), began  # a file gets lines, a terminal one that changes
     together = -(-SAVE_STEPS // per_epoch)  # epochs
@@ -1469,9 +1476,11 @@ def loop(
                 log.add(row)
             if row and (now >= next_shown or ends):
                 next_shown = now + (0.5 if tty else 30.0)
-                speed = (state.step - first) / (now - began)  # steps a second
+                speed = (state.step - first_step) / (now - began)  # steps a second
                 left = max(0, round(min((total - state.step) / speed, end - now, 1e10)))
-                text = f"epoch {state.epochs:.1f}/{args.epochs}  {describe_row(spec, row)}"
+                text = (
+                    f"epoch {state.epochs:.1f}/{total / per_epoch:.4g}  {describe_row(spec, row)}"
+                )
                 text += f"  {speed * B:,.0f} img/s  eta {timedelta(seconds=left)}"
                 text = f"\r{text:<110}" if tty else text
                 print(text, end="" if tty and not ends else "\n", file=sys.stderr, flush=True)
@@ -1479,7 +1488,7 @@ def loop(
                 grid = save_samples(f"epoch_{epoch:04d}").cpu().add(1).div(2).clamp(0, 1)
                 log.to_board("add_image", "samples", grid, epoch)
                 log.attempt("curves.png", log.draw)
-            if done:  # before last.pt, so that a finished run is complete
+            if done:  # before last.pt: a start that finds the run finished draws nothing
                 finish()
             keep = rest == 0 and epoch % keep_every == 0
             if keep or ends or now > next_save:
@@ -1491,7 +1500,7 @@ def loop(
                     log.attempt("checkpoint", save_file, out / f"epoch_{epoch:04d}.pt", ckpt)
             if ends:
                 break
-        if not done:  # after a signal save first: a second one may end us
+        if not done:  # last.pt first: a second signal may end us
             finish()
     return next(iter(caught), 0), row
 
@@ -1522,7 +1531,8 @@ RECIPES = {  # what differs from the defaults in FLAGS
 "mnist": dict(upsample="transposed", width=32, batch_size=64, lr_g=1e-3, z_dim=16, r1=0.1,
     lam_identity=0.0, shift=0.0),
 }
-FLAGS = {  # by group: flag, default (None: see derived), limits or choices or kind, meaning
+AUTO = None  # a default that derived computes
+FLAGS = {  # by group: flag, default, limits or choices or kind, meaning
 "pictures": [
     ("--data", "data/anime", "FOLDER", f"a folder, or {', '.join(NAMED_SETS)}"),
     ("--image-size", 64, LIMITS["image_size"], "width and height; named sets 32"),
@@ -1540,18 +1550,18 @@ FLAGS = {  # by group: flag, default (None: see derived), limits or choices or k
     ("--upsample", "nearest", LIMITS["upsample"], "G's layers: nearest neighbours and 3x3"
      " convolutions, or transposed 4x4 ones"),
     ("--lam-cat", 1.0, (0.0, 1000.0), "lambda of each categorical code's L_I"),
-    ("--lam-cont", None, (0.0, 1000.0), "of each continuous code's (default 3 / n_cont, max 0.3)"),
-    ("--cap-cont", None, (0.0, 3.0), "G is rewarded for a continuous code's L_I up to X nats"
+    ("--lam-cont", AUTO, (0.0, 1000.0), "of each continuous code's (default 3 / n_cont, max 0.3)"),
+    ("--cap-cont", AUTO, (0.0, 3.0), "G is rewarded for a continuous code's L_I up to X nats"
      " (default 1.4; with up to 5 codes 3, which is no limit)"),
     ("--lam-identity", 2.0, (0.0, 1000.0), "of the identity loss: pictures of the same categories"
      " must have the same colours in the same places"),
     ("--info-to", "trunk", ["trunk", "head"], "L_I trains Q with D's trunk, or Q's head"),
-    ("--q-augment", None, (0.0, 3.0), "how strongly pictures are moved, turned, blurred and"
+    ("--q-augment", AUTO, (0.0, 3.0), "how strongly pictures are moved, turned, blurred and"
      " relit before Q reads categorical codes (default 1 with up to 5 codes, else 0)"),
-    ("--shift", None, (0.0, 0.5), "D sees pictures shifted by up to this share of their width,"
+    ("--shift", AUTO, (0.0, 0.5), "D sees pictures shifted by up to this share of their width,"
      f" growing over {SHIFT_EPOCHS} epochs (default 0.125; below 64 pixels 0.0625)"),
-    ("--r1", None, (0.0, 1e3), "D's gradient penalty (default 0.3; below 64 pixels 0.01)"),
-    ("--r1-from", None, (0, 10**9), "the epoch from which it acts (default 0; below 64 pixels, if"
+    ("--r1", AUTO, (0.0, 1e3), "D's gradient penalty (default 0.3; below 64 pixels 0.01)"),
+    ("--r1-from", AUTO, (0, 10**9), "the epoch from which it acts (default 0; below 64 pixels, if"
      " --r1 is not given, 75)"),
     ("--ema", 0.03, (0.0, 1.0), "half-life of G's average, as a share of its steps"),
 ], "training": [
@@ -1567,7 +1577,7 @@ FLAGS = {  # by group: flag, default (None: see derived), limits or choices or k
     ("--max-steps", None, (1, 10**12), "finish after N steps in all"),
     ("--max-minutes", None, (0.001, 1e7), "stop this call after X minutes; repeat it to resume"),
 ], "output": [
-    ("--out", None, "FOLDER", "the run's folder (default checkpoint/cat1-cont2, by its codes)"),
+    ("--out", AUTO, "FOLDER", "the run's folder (default checkpoint/cat1-cont2, by its codes)"),
     ("--save-every", None, (1, 10**9),
      "epochs between checkpoints that are kept (default 25; more if they are short)"),
     ("--sample-every", None, (1, 10**9), "epochs between grids (default 5; more if short)"),

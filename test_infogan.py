@@ -1628,6 +1628,13 @@ def test_a_broken_last_pt_falls_back_on_the_newest_that_loads(faces, trained, tm
     assert same(out / "last.pt", trained / "last.pt")
 
 
+def test_a_run_with_other_metrics_is_refused(faces, trained, tmp_path, capsys):
+    out = copied(trained, tmp_path / "run")
+    rewritten(out / "last.pt", out / "last.pt", lambda c: c.update(rows=c["rows"][:, :-1]))
+    assert infogan.main(tiny(faces, out, "--epochs", 4)) == 2
+    assert "training cannot go on from its checkpoint" in capsys.readouterr().err
+
+
 def test_a_run_without_a_checkpoint_that_loads_is_refused(faces, tmp_path, capsys):
     out = tmp_path / "run"
     out.mkdir()
@@ -2030,7 +2037,7 @@ def test_progress_in_a_file_is_a_line_each_half_minute(
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
     assert infogan.main(tiny(faces, tmp_path / "run", "--max-steps", 36)) == 0
     said = capsys.readouterr().err
-    epochs = re.findall(r"epoch ([\d.]+)/150", said)
+    epochs = re.findall(r"epoch ([\d.]+)/2 ", said)
     # steps in a file: 16 and from then on each fifth, the first 30 seconds later or more
     steps = [16, 21, 26, 31, 36] if not terminal else [*range(16, 37)]
     assert epochs == [f"{step / 18:.1f}" for step in steps]
