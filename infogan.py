@@ -47,14 +47,13 @@ from argparse import RawDescriptionHelpFormatter as RawHelp
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from functools import partial
 from importlib import import_module
 from itertools import count, cycle
 from pathlib import Path
-from threading import Lock
 from typing import BinaryIO, NamedTuple, TextIO
 
 if __name__ == "__main__":  # Ctrl-C while torch is loading, which takes a second: no traceback
@@ -728,8 +727,7 @@ class GraphedStep:
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "JPEG2000", "PPM", "ICO", "PCX", "SGI")
 FORMATS += ("QOI", "TGA", "AVIF")  # not all that Pillow knows: for EPS it starts a program
 MAX_PIXELS = 2**30 // 12  # of one file, Pillow's own limit: decoding takes up to 16 bytes for each
-DECODE_THREADS = 8  # at once
-LARGE = Lock()  # pictures of more than MAX_PIXELS / DECODE_THREADS are decoded one at a time
+DECODE_THREADS = 8  # what is larger than their share of MAX_PIXELS is decoded alone
 DECODER_VERSION = 4  # counts up whenever decode changes its result
 CROPS = {"centre": 0.5, "top": 0.0}  # how much of what a tall picture loses lies above the square
 HIDDEN = r"(?is)\..*|@eadir|[@#$]recycle(\.bin)?|recycler|#snapshot|__macosx|lost\+found|lost\.dir"
@@ -822,29 +820,27 @@ def to_square(image: Image.Image, size: int, channels: int, crop: str = "centre"
 
 
 def read_picture(
-    item: Path | Image.Image, size: int, channels: int, crop: str = "centre"
+    item: Path | Image.Image, size: int, channels: int, crop: str = "centre", most: int = MAX_PIXELS
 ) -> tuple[str, bytes | None, bool]:
     """A picture's hash, its (size, size, channels) bytes, whether the crop takes a third or more.
 
-    What cannot be read, or has more than MAX_PIXELS: what is wrong with it, None, False.
+    What cannot be read, or has more than `most` pixels: what is wrong with it, None, False.
     """
     try:
         if isinstance(item, Image.Image):
             raw, image = item.tobytes(), item
         elif not item.is_file():  # a pipe would never end
             raise FileNotFoundError
-        elif item.stat().st_size > 4 * MAX_PIXELS:
+        elif item.stat().st_size > 4 * most:
             raise Image.DecompressionBombError
         else:
             raw = item.read_bytes()
             image = Image.open(io.BytesIO(raw), formats=FORMATS)  # decodes nothing yet
         whole = image.size
         image.draft(None, (2 * size, 2 * size))  # a JPEG is decoded at 1/2, 1/4 or 1/8
-        n_pixels = math.prod(whole if "progressive" in image.info else image.size)
-        if n_pixels > MAX_PIXELS:
+        if math.prod(whole if "progressive" in image.info else image.size) > most:
             raise Image.DecompressionBombError
-        with LARGE if n_pixels > MAX_PIXELS // DECODE_THREADS else nullcontext():
-            x = to_square(image, size, channels, crop).tobytes()
+        x = to_square(image, size, channels, crop).tobytes()
         return hashlib.sha256(raw).hexdigest(), x, 3 * min(whole) <= 2 * max(whole)
     except Exception as error:  # decoders raise anything; decode tells it
         return f"{item} ({type(error).__name__})", None, False
@@ -853,13 +849,15 @@ def read_picture(
 def decode(where: str, items: list, how: tuple[int, int, str]) -> dict:
     """Decodes paths or pictures (how: size, channels, crop): x, and facts about the set."""
     places, unreadable, raw, n_cut, is_grey = {}, [], bytearray(), 0, True  # places: by hash
-    size, channels, crop = how
+    (size, channels, crop), share = how, MAX_PIXELS // DECODE_THREADS
     Image.init()  # loads Pillow's formats, which threads must not do at the same time
     with warnings.catch_warnings(), ThreadPoolExecutor(DECODE_THREADS) as pool:
         warnings.simplefilter("ignore")  # Pillow's, about files that it can read all the same
-        read = pool.map(lambda item: read_picture(item, *how), items)  # decoders release the GIL
+        read = pool.map(lambda item: read_picture(item, *how, share), items)  # without the GIL
         read = tqdm(read, "pictures", len(items), leave=False, disable=None)
         for i, (hash_or_why, x, is_cut) in enumerate(read):
+            if x is None and "(DecompressionBomb" in hash_or_why:  # too large for several at once
+                hash_or_why, x, is_cut = read_picture(items[i], *how)
             if x is None:
                 unreadable.append(hash_or_why)
             elif hash_or_why not in places:
@@ -1494,10 +1492,10 @@ def loop(
             if keep or ends or now > next_save:
                 ckpt = gather_checkpoint(state, args, pictures.fingerprint)
                 log.attempt("log.csv", log.save)
-                save_last(out / "last.pt", ckpt, caught)
-                next_save = time.monotonic() + SAVE_SECONDS
                 if keep:
                     log.attempt("checkpoint", save_file, out / f"epoch_{epoch:04d}.pt", ckpt)
+                save_last(out / "last.pt", ckpt, caught)  # last: a kill before it repeats the rest
+                next_save = time.monotonic() + SAVE_SECONDS
             if ends:
                 break
         if not done:  # last.pt first: a second signal may end us

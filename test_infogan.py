@@ -22,6 +22,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import zipfile
 import zlib
@@ -1001,7 +1002,7 @@ def test_all_that_pillow_reads_safely_are_pictures(tmp_path, capsys):
         assert (x - torch.tensor([20 * i, 9, 9])).abs().max() < 6, name
 
 
-def test_photos_are_decoded_small_and_look_the_same(tmp_path, monkeypatch):
+def test_photos_are_decoded_small_and_look_the_same(tmp_path):
     rng = random.Random(0)
     noise = Image.frombytes("RGB", (12, 8), rng.randbytes(288)).resize((1200, 800))
     seen = []
@@ -1013,32 +1014,31 @@ def test_photos_are_decoded_small_and_look_the_same(tmp_path, monkeypatch):
     whole = infogan.to_square(Image.open(tmp_path / "x.jpg"), 64, 3)
     whole = torch.frombuffer(bytearray(whole.tobytes()), dtype=torch.uint8).int()
     assert all((x - whole).abs().max() < 8 for x in seen) and not seen[0].equal(whole)
-    # at a quarter of both sides it has a sixteenth
-    monkeypatch.setattr(infogan, "MAX_PIXELS", 1200 * 800 // 3)
-    assert infogan.read_picture(tmp_path / "x.jpg", 64, 3)[1] is None  # is progressive
+    few = 1200 * 800 // 3  # at a quarter of both sides it has a sixteenth
+    assert infogan.read_picture(tmp_path / "x.jpg", 64, 3, most=few)[1] is None  # is progressive
     noise.save(tmp_path / "x.jpg")
-    assert infogan.read_picture(tmp_path / "x.jpg", 64, 3)[1]
+    assert infogan.read_picture(tmp_path / "x.jpg", 64, 3, most=few)[1]
 
 
 def test_memory_of_decoding_is_bounded(tmp_path, monkeypatch):
-    """Eight pictures at once, but of large ones only one."""
     for i in range(40):
-        side = 3500 if i % 8 == 0 else 99
-        Image.new("1", (side, side), i % 2).save(tmp_path / f"{i}.png")
-        with open(tmp_path / f"{i}.png", "ab") as file:
-            file.write(bytes([i]))  # else a copy
-    at_work, most, real = [], {99: 0, 3500: 0}, infogan.to_square
+        Image.new("L", (99, 99), i).save(tmp_path / f"{i}.png")
+    Image.new("L", (4000, 3000)).save(tmp_path / "photo.png")  # too large for eight at once
+    at_work, counts, alone, real = set(), [], [], infogan.to_square
 
     def slow(image: Image.Image, *how: object) -> Image.Image:
-        at_work.append(image.width)
-        most[image.width] = max(most[image.width], at_work.count(image.width))
-        time.sleep(0.02)
-        at_work.remove(image.width)
+        me = threading.get_ident()
+        at_work.add(me)
+        counts.append(len(at_work))
+        time.sleep(0.01)
+        if image.width == 4000:
+            alone.append(threading.current_thread() is threading.main_thread())
+        at_work.discard(me)
         return real(image, *how)
 
     monkeypatch.setattr(infogan, "to_square", slow)
-    assert len(infogan.load_pictures(str(tmp_path), 16).x) == 40
-    assert most[3500] == 1 and 2 < most[99] <= infogan.DECODE_THREADS
+    assert len(infogan.load_pictures(str(tmp_path), 16).x) == 41 and alone == [True]
+    assert 2 < max(counts) <= infogan.DECODE_THREADS + 1
 
 
 def test_grey_sets_have_one_channel_unless_three_are_asked_for(tmp_path):

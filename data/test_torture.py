@@ -75,8 +75,8 @@ def killed_at(moment: str, n: int) -> None:
 def test_kills_leave_no_trace(faces, trained, tmp_path):
     out, said = tmp_path / "run", tmp_path / "said"
     flags = tiny(faces, out, *EACH, "--epochs", 3)
-    for moment in (("train_step", 7), ("last.pt", 1), ("train_step", 30), ("log.csv", 1),
-                   ("epoch_0002.png", 1), ("last.pt", 2)):  # fmt: skip
+    for moment in (("train_step", 7), ("last.pt", 1), ("train_step", 12), ("log.csv", 1),
+                   ("epoch_0002.png", 1), ("epoch_0002.pt", 1), ("last.pt", 2)):  # fmt: skip
         code, text = Run(flags, said, partial(killed_at, *moment)).end()
         assert code == -signal.SIGKILL, (moment, text)
     code, text = Run(flags, said).end()
