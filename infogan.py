@@ -1106,7 +1106,7 @@ def restore(state: State, ckpt: dict, path: Path, weights_only: bool = False) ->
 MUST_MATCH = {*SHAPE, "info_to", "batch_size", "crop"}  # must match to resume; pictures too: train
 MAY_CHANGE = {"flip", "recipe", "lam_cat", "lam_cont", "cap_cont", "lam_identity", "q_augment"}
 MAY_CHANGE |= {"r1", "r1_from", "shift", "ema", "lr_g", "lr_d", "seed", "init"}  # it is told
-IGNORED = HIDDEN + r"|.*\.(txt|log|out|err|sh|[oe]\d+)|logs|old-\d+"  # in a run's folder
+IGNORED = HIDDEN + r"|.*\.(txt|log|out|err|sh|[oe]\d+)|logs"  # in a run's folder
 SIGNALS = ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"]
 SIGNALS = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
 
