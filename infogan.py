@@ -1524,10 +1524,10 @@ def save_last(path: Path, ckpt: dict, caught: list[int]) -> None:
 RECIPES = {  # what differs from the defaults in FLAGS
 "default": {},
 "notebook": dict(upsample="transposed", info_to="head", flip=False, shift=0.0, ema=0.0, r1=0.0,
-    lam_identity=0.0, cap_cont=3.0, q_augment=0.0),
+    lam_identity=0.0, cap_cont=3.0),
 # the paper's lr_g; a z too small to choose the digit in place of c; a digit is its stroke
 "mnist": dict(upsample="transposed", width=32, batch_size=64, lr_g=1e-3, z_dim=16, r1=0.1,
-    lam_identity=0.0, shift=0.0),
+    lam_identity=0.0, q_augment=1.0, shift=0.0),
 }
 AUTO = None  # a default that derived computes
 FLAGS = {  # by group: flag, default, limits or choices or kind, meaning
@@ -1554,8 +1554,8 @@ FLAGS = {  # by group: flag, default, limits or choices or kind, meaning
     ("--lam-identity", 2.0, (0.0, 1000.0), "of the identity loss: pictures of the same categories"
      " must have the same colours in the same places"),
     ("--info-to", "trunk", ["trunk", "head"], "L_I trains Q with D's trunk, or Q's head"),
-    ("--q-augment", AUTO, (0.0, 3.0), "how strongly pictures are moved, turned, blurred and"
-     " relit before Q reads categorical codes (default 1 with up to 5 codes, else 0)"),
+    ("--q-augment", 0.0, (0.0, 3.0), "how strongly pictures are moved, turned, blurred and"
+     " relit before Q reads categorical codes; mnist 1"),
     ("--shift", AUTO, (0.0, 0.5), "D sees pictures shifted by up to this share of their width,"
      f" growing over {SHIFT_EPOCHS} epochs (default 0.125; below 64 pixels 0.0625)"),
     ("--r1", AUTO, (0.0, 1e3), "D's gradient penalty (default 0.3; below 64 pixels 0.01)"),
@@ -1587,11 +1587,10 @@ FLAGS = {  # by group: flag, default, limits or choices or kind, meaning
 def derived(args: dict) -> dict:
     """The defaults that follow from the codes, the size and the recipe."""
     n_cat, n_cont = args["n_cat"], args["n_cont"]
-    few = n_cat + n_cont <= 5
     values = {"out": f"checkpoint/cat{n_cat}-cont{n_cont}"}
     values["lam_cont"] = min(0.3, 3 / max(n_cont, 1))  # their sum stays the same
+    few = n_cat + n_cont <= 5
     values["cap_cont"] = 3.0 if few else 1.4  # else they go on growing, and categoricals fade
-    values["q_augment"] = 1.0 if few else 0.0  # many codes would be learned too slowly
     large = args["image_size"] >= 64
     values["r1"] = 0.3 if large else 0.01  # without it D wins
     values["r1_from"] = 0 if large or args["r1"] is not None else 75  # small: not before

@@ -2053,7 +2053,7 @@ def test_progress_in_a_file_is_a_line_each_half_minute(
 THIRD = ["--n-cat", "10", "--n-cont", "20", "--epochs", "360"]
 DEFAULTS = [  # flags, and what args then are
     ([], {"n_cat": 1, "cat_dim": 10, "n_cont": 2, "z_dim": 100, "lam_cat": 1.0, "lam_cont": 0.3,
-          "q_augment": 1.0, "lam_identity": 2.0, "data": "data/anime", "epochs": 150, "seed": 0,
+          "q_augment": 0.0, "lam_identity": 2.0, "data": "data/anime", "epochs": 150, "seed": 0,
           "out": "checkpoint/cat1-cont2", "lr_g": 2e-4, "lr_d": 2e-4, "upsample": "nearest",
           "shift": 0.125, "crop": "centre", "cuda_graph": False, "cap_cont": 3.0}),
     (THIRD, {"out": "checkpoint/cat10-cont20", "epochs": 360, "batch_size": 128, "image_size": 64,

@@ -94,7 +94,7 @@ def bench_pictures(folder: str, device: torch.device) -> None:
 
 
 V3 = ["--n-cat", "10", "--n-cont", "20", "--channels", "3"]
-BARE = ["--q-augment", "0", "--r1", "0", "--ema", "0"]  # the default recipe with nothing added
+BARE = ["--r1", "0", "--ema", "0"]  # the default recipe with nothing added
 
 
 def bench_steps(device: torch.device) -> float:
