@@ -154,6 +154,13 @@ def test_every_command_of_the_makefile_parses():
     assert sum(check_commands(line) for name in TARGETS for line in dry_run(f"make {name}")) >= 12
 
 
+def test_the_readme_has_the_commands_of_make_demo():
+    made = [line.split()[1:] for line in dry_run("make demo")]
+    made = [words for words in made if words and words[0] in ("infogan.py", "generate.py")]
+    shown = [line.split()[1:] for line in commands_of(PAGES[0])]
+    assert len(made) == 2 and all(words in shown for words in made)
+
+
 def links_of(page: Path) -> list[tuple[str, Path, str]]:
     """Each link and picture of a page that is no web address: as written, the file, the heading."""
     text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.S | re.M)
