@@ -51,10 +51,8 @@ data: $(READY)  ## download the anime faces into data/anime
 faces: $(READY)
 	@if [ "$(DATA)" = data/anime ]; then $(PY) data/download.py --url $(URL) --out data/anime; fi
 
-# a smaller z and a larger lambda make the two continuous codes half as strong again
 train-v1: faces  ## 1 categorical and 2 continuous codes, 150 epochs, into checkpoint/v1
-	$(PY) infogan.py --data "$(DATA)" --out checkpoint/v1 --n-cat 1 --n-cont 2 --epochs 150 \
-		--z-dim 32 --lam-cont 1 $(ARGS)
+	$(PY) infogan.py --data "$(DATA)" --out checkpoint/v1 --n-cat 1 --n-cont 2 --epochs 150 $(ARGS)
 
 train-v2: faces  ## 10 categorical and 2 continuous codes, 230 epochs, into checkpoint/v2
 	$(PY) infogan.py --data "$(DATA)" --out checkpoint/v2 --n-cat 10 --n-cont 2 --epochs 230 $(ARGS)
