@@ -38,7 +38,7 @@ drawn: $(READY)  ## draw 6,000 faces into data/drawn
 # each category is one hair colour (with seed 0 two dark colours share categories all the same)
 demo: drawn  ## draw faces, train v1 on them for five minutes, show what its codes do
 	$(PY) infogan.py --data data/drawn --out checkpoint/demo \
-		--image-size 32 --width 32 --batch-size 32 --z-dim 8 --r1 0.1 --q-augment 1 --seed 1 \
+		--image-size 32 --width 32 --batch-size 32 --z-dim 8 --r1 0.1 \
 		--lr-g 3e-4 --lr-d 3e-4 --max-minutes 5 $(ARGS)
 	$(PY) generate.py --ckpt checkpoint/demo/last.pt
 	@echo "look at checkpoint/demo/traversals/cat0.png and overview.png"

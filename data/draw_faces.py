@@ -39,11 +39,12 @@ from PIL import Image, ImageDraw
 Colour = tuple[int, ...]
 Points = list[tuple[float, float]]
 
+# Hair colours stand as far apart as one another: of two that are close, a category takes both.
 # fmt: off
 HAIR_COLOURS: dict[str, Colour] = {
-    "black": (58, 54, 72), "brown": (134, 84, 58), "blond": (250, 216, 110), "red": (206, 52, 52),
-    "pink": (252, 158, 190), "orange": (246, 140, 56), "green": (98, 186, 108),
-    "blue": (76, 128, 220), "purple": (150, 98, 200), "silver": (206, 212, 226),
+    "black": (40, 38, 56), "brown": (126, 84, 48), "blond": (250, 222, 118), "red": (226, 40, 58),
+    "pink": (246, 132, 182), "orange": (246, 138, 44), "green": (98, 186, 108),
+    "blue": (60, 126, 224), "purple": (158, 88, 206), "silver": (214, 222, 232),
 }
 EYE_COLOURS: dict[str, Colour] = {
     "brown": (132, 76, 40), "amber": (238, 168, 30), "red": (214, 40, 50),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import http.server
 import io
+import itertools
 import json
 import math
 import random
@@ -82,6 +83,12 @@ def test_colours_are_drawn_as_they_are_named(factor):
         assert seen & {*table.values()} == {colour}, name
         if name in ("red", "green", "blue"):
             assert colour[("red", "green", "blue").index(name)] == max(colour), name
+
+
+def test_no_two_hair_colours_are_close():
+    """Of two at a distance of 80 a category takes both: brown and red, pink and silver did."""
+    pairs = itertools.combinations(draw_faces.HAIR_COLOURS.items(), 2)
+    assert min((math.dist(a, b), left, right) for (left, a), (right, b) in pairs) > (97,)
 
 
 @pytest.mark.parametrize("factor", [f for f in draw_faces.FACTORS if f not in CATEGORIES])
