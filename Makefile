@@ -34,8 +34,7 @@ drawn: $(READY)  ## draw 6,000 faces into data/drawn
 	$(PY) data/draw_faces.py data/drawn --n 6000 --size 64 --seed 0
 
 # v1 on drawn faces, small enough for a laptop's CPU; a z of 8 cannot choose the hair in c's place,
-# small batches with larger rates make crisp faces soon, and Q reads augmented pictures, so that
-# each category is one hair colour (with seed 0 two dark colours share categories all the same)
+# and small batches with larger rates make crisp faces soon
 demo: drawn  ## draw faces, train v1 on them for five minutes, show what its codes do
 	$(PY) infogan.py --data data/drawn --out checkpoint/demo \
 		--image-size 32 --width 32 --batch-size 32 --z-dim 8 --r1 0.1 \
