@@ -42,7 +42,7 @@ Points = list[tuple[float, float]]
 # Hair colours stand as far apart as one another: of two that are close, a category takes both.
 # fmt: off
 HAIR_COLOURS: dict[str, Colour] = {
-    "black": (40, 38, 56), "brown": (126, 84, 48), "blond": (250, 222, 118), "red": (226, 40, 58),
+    "black": (28, 28, 44), "brown": (140, 92, 50), "blond": (250, 222, 118), "red": (226, 40, 58),
     "pink": (246, 132, 182), "orange": (246, 138, 44), "green": (98, 186, 108),
     "blue": (60, 126, 224), "purple": (158, 88, 206), "silver": (214, 222, 232),
 }
