@@ -39,7 +39,7 @@ from PIL import Image, ImageDraw
 Colour = tuple[int, ...]
 Points = list[tuple[float, float]]
 
-# Hair colours stand as far apart as one another: of two that are close, a category takes both.
+# Hair colours are at least 100 apart (RGB): of two that are close, one category takes both.
 # fmt: off
 HAIR_COLOURS: dict[str, Colour] = {
     "black": (28, 28, 44), "brown": (140, 92, 50), "blond": (250, 222, 118), "red": (226, 40, 58),
