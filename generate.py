@@ -11,6 +11,7 @@ The architecture comes from the checkpoint. README.md has an example of each mod
 from __future__ import annotations
 
 import base64
+import copy
 import csv
 import io
 import json
@@ -60,7 +61,7 @@ class Model(NamedTuple):
     """A trained checkpoint: generator, encoder, its codes, and the checkpoint's contents."""
 
     path: Path
-    G: nn.Sequential  # in plain layers, see folded
+    G: Generator  # in plain layers, see folded
     Q: infogan.Encoder
     spec: CodeSpec
     ckpt: dict
@@ -68,21 +69,23 @@ class Model(NamedTuple):
     device: torch.device
 
 
-def folded(G: Generator) -> nn.Sequential:
+def folded(G: Generator) -> Generator:
     """G in plain layers: doubling and batch norm are in the weights of the convolutions."""
-    layers = [nn.Unflatten(1, (-1, 1, 1))]
-    for m in G.layers:
+    G = copy.deepcopy(G)
+    for i, m in enumerate(G.layers):
         if isinstance(m, nn.BatchNorm2d):
-            conv = layers.pop()
-            m = fuse_conv_bn_eval(conv, m, transpose=isinstance(conv, nn.ConvTranspose2d))
+            conv = G.layers[i - 1]
+            G.layers[i - 1] = fuse_conv_bn_eval(conv, m, isinstance(conv, nn.ConvTranspose2d))
+            G.layers[i] = nn.Identity()
+            if i == 4 and G.maps:  # they are added before this batch norm
+                G.maps.weight *= (m.weight / (m.running_var + m.eps).sqrt())[:, None, None]
         elif isinstance(m, (infogan.UpsampleConv2d, infogan.ConvTranspose2dFromPixel)):
             up, bias = isinstance(m, infogan.UpsampleConv2d), m.bias
             weight = nn.Parameter(m.folded() if up else m.weight)
-            m = nn.ConvTranspose2d(*weight.shape[:2], 4, 1 + up, int(up), bias=bias is not None)
-            m.weight, m.bias = weight, bias
-        layers.append(m.eval())
-    net = nn.Sequential(*layers).eval().requires_grad_(False)
-    return net.to(memory_format=torch.channels_last)
+            plain = nn.ConvTranspose2d(*weight.shape[:2], 4, 1 + up, int(up), bias=bias is not None)
+            plain.weight, plain.bias = weight, bias
+            G.layers[i] = plain.eval()
+    return G.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
 
 def load_model(path: str, device: torch.device) -> Model:
@@ -563,7 +566,7 @@ def read(model: Model, args: Namespace) -> str:
 def explorer(model: Model, args: Namespace) -> str:
     """One HTML file that draws by itself, from --set on; its first z are those of the sheets."""
     spec, weights, scales = model.spec, [], []
-    convs = [m for m in model.G if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d))]
+    convs = [m for m in model.G.layers if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d))]
     for m in convs:  # 8 bits a weight, with a scale for each channel that it makes
         w = m.weight if isinstance(m, nn.ConvTranspose2d) else m.weight.transpose(0, 1)
         scale = w.abs().amax((0, 2, 3)).clamp(min=1e-12) / 127

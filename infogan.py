@@ -71,7 +71,7 @@ from tqdm import tqdm
 # what a flag, or a checkpoint from a stranger, may ask for: a range, or a list of choices
 LIMITS = {"n_cat": (0, 64), "cat_dim": (2, 1000), "n_cont": (0, 256), "z_dim": (0, 10_000)}
 LIMITS |= {"image_size": [16, 32, 64, 128, 256], "width": (1, 1024), "channels": [1, 3]}
-LIMITS |= {"upsample": ["nearest", "transposed"]}
+LIMITS |= {"upsample": ["nearest", "transposed"], "cont_at": [8, 4]}
 SHAPE = tuple(LIMITS)  # the flags that decide the networks
 
 
@@ -240,10 +240,23 @@ class UpsampleConv2d(nn.Conv2d):
         return kernel.flip(2, 3).transpose(0, 1)
 
 
+class CodeMaps(ConvTranspose2dFromPixel):
+    """The sum over k of c_k U_k, with a learned map U_k (channels, size, size) for each code.
+
+    U_k has mean 0 in each channel, so a code moves and reshapes, and does not tint (after
+    EigenGAN, 2104.12476).
+    """
+
+    def forward(self, c: Tensor) -> Tensor:
+        y = super().forward(c)
+        return y - y.mean((2, 3), keepdim=True)
+
+
 class Generator(nn.Module):
     """x = G(z, c): (n, spec.dim) to (n, channels, size, size) in [-1, 1].
 
     upsample "nearest": UpsampleConv2d; "transposed": transposed convolutions (DCGAN, 1511.06434).
+    cont_at 8: the continuous codes enter at the 8x8 layer, by CodeMaps; 4: at the first, as z does.
     """
 
     def __init__(
@@ -253,6 +266,7 @@ class Generator(nn.Module):
         width: int = 64,
         channels: int = 3,
         upsample: str = "nearest",
+        cont_at: int = 8,
     ):
         super().__init__()
         check_limits({"image_size": image_size, "width": width, "channels": channels})
@@ -260,7 +274,8 @@ class Generator(nn.Module):
         double = {"nearest": (UpsampleConv2d, 3, 1, 1), "transposed": (nn.ConvTranspose2d, 4, 2, 1)}
         conv, *shape = double[upsample]
         self.spec = spec
-        layers = [ConvTranspose2dFromPixel(spec.dim, widths[0], 4, bias=False)]
+        n_maps = spec.n_cont if cont_at == 8 and spec.dim > spec.n_cont else 0
+        layers = [ConvTranspose2dFromPixel(spec.dim - n_maps, widths[0], 4, bias=False)]
         for n_in, n_out in zip(widths, [*widths[1:], width], strict=True):
             layers += [nn.BatchNorm2d(n_in), nn.ReLU(True), conv(n_in, n_out, *shape, bias=False)]
         if upsample == "nearest" and image_size >= 64:  # at 32x32 this layer made pictures worse
@@ -268,9 +283,15 @@ class Generator(nn.Module):
         else:
             layers[-1] = conv(width, channels, *shape)
         self.layers = nn.Sequential(*layers, nn.Tanh())
+        self.maps = CodeMaps(n_maps, widths[1], 8, bias=False) if n_maps else None
 
     def forward(self, joined: Tensor) -> Tensor:
-        return self.layers(joined[:, :, None, None]).float()
+        joined = joined[:, :, None, None]
+        if self.maps is None:
+            return self.layers(joined).float()
+        z_and_cat, c_cont = joined.tensor_split([-self.spec.n_cont], 1)
+        h = self.layers[:4](z_and_cat)  # the 8x8 layer, before its batch norm
+        return self.layers[4:](h + self.maps(c_cont)).float()
 
 
 class Discriminator(nn.Module):
@@ -309,10 +330,11 @@ class Discriminator(nn.Module):
 
 @torch.no_grad()
 def init_weights(net: nn.Module, rng: torch.Generator) -> None:
-    """DCGAN's start: convolutions N(0, 0.02), batch norm N(1, 0.02), biases 0."""
+    """DCGAN's start: convolutions N(0, 0.02), batch norm N(1, 0.02), biases 0; CodeMaps larger."""
     for m in net.modules():
         if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d)):
-            m.weight.normal_(float(isinstance(m, nn.BatchNorm2d)), 0.02, generator=rng)
+            std = 0.2 if isinstance(m, CodeMaps) else 0.02
+            m.weight.normal_(float(isinstance(m, nn.BatchNorm2d)), std, generator=rng)
             if m.bias is not None:
                 m.bias.zero_()
 
@@ -597,7 +619,7 @@ def update_ema(G_ema: nn.Module, G: nn.Module, beta: Tensor) -> None:
 def networks(args: Namespace) -> tuple[Generator, Discriminator]:
     """G and D of a run's flags."""
     shape = (spec_of(args), args.image_size, args.width, args.channels)
-    return Generator(*shape, args.upsample), Discriminator(*shape)
+    return Generator(*shape, args.upsample, args.cont_at), Discriminator(*shape)
 
 
 def new_state(args: Namespace, device: torch.device) -> State:
@@ -1005,6 +1027,7 @@ def load_checkpoint(path: str | Path) -> dict:
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
         if ckpt["format"] != FORMAT:
             raise UserError("is from another version of infogan.py")
+        ckpt["args"] = {"cont_at": 4, **ckpt["args"]}  # as in all runs before there was a choice
         check_limits({name: ckpt["args"].get(name) for name in LIMITS})
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
@@ -1523,11 +1546,11 @@ def save_last(path: Path, ckpt: dict, caught: list[int]) -> None:
 # fmt: off
 RECIPES = {  # what differs from the defaults in FLAGS
 "default": {},
-"notebook": dict(upsample="transposed", info_to="head", flip=False, shift=0.0, ema=0.0, r1=0.0,
-    lam_identity=0.0, cap_cont=3.0),
+"notebook": dict(upsample="transposed", cont_at=4, info_to="head", flip=False, shift=0.0, ema=0.0,
+    r1=0.0, lam_identity=0.0, cap_cont=3.0),
 # the paper's lr_g; a z too small to choose the digit in place of c; a digit is its stroke
-"mnist": dict(upsample="transposed", width=32, batch_size=64, lr_g=1e-3, z_dim=16, r1=0.1,
-    lam_identity=0.0, q_augment=1.0, shift=0.0),
+"mnist": dict(upsample="transposed", cont_at=4, width=32, batch_size=64, lr_g=1e-3, z_dim=16,
+    r1=0.1, lam_identity=0.0, q_augment=1.0, shift=0.0),
 }
 AUTO = None  # a default that derived computes
 FLAGS = {  # by group: flag, default, limits or choices or kind, meaning
@@ -1547,6 +1570,8 @@ FLAGS = {  # by group: flag, default, limits or choices or kind, meaning
     ("--width", 64, LIMITS["width"], "channels of D's first and G's last layer"),
     ("--upsample", "nearest", LIMITS["upsample"], "G's layers: nearest neighbours and 3x3"
      " convolutions, or transposed 4x4 ones"),
+    ("--cont-at", 8, LIMITS["cont_at"], "size of the layer of G that the continuous codes enter:"
+     " 8, where they move and reshape, or 4, the first, where z and categoricals enter"),
     ("--lam-cat", 1.0, (0.0, 1000.0), "lambda of each categorical code's L_I"),
     ("--lam-cont", AUTO, (0.0, 1000.0), "of each continuous code's (default 3 / n_cont, max 0.3)"),
     ("--cap-cont", AUTO, (0.0, 3.0), "G is rewarded for a continuous code's L_I up to X nats"

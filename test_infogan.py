@@ -360,12 +360,44 @@ def test_G_and_D_fit_pictures_of_every_size(size, channels):
 
 def test_transposed_convolutions_make_the_notebooks_networks():
     spec = CodeSpec(10, 10, 20)
-    G, D = Generator(spec, upsample="transposed"), Discriminator(spec)
+    G, D = Generator(spec, upsample="transposed", cont_at=4), Discriminator(spec)
     up = [m.weight.shape[:2] for m in G.modules() if isinstance(m, torch.nn.ConvTranspose2d)]
     assert up == [(220, 512), (512, 256), (256, 128), (128, 64), (64, 3)]
     down = [m.weight.shape[0] for m in D.trunk if isinstance(m, torch.nn.Conv2d)]
     assert down == [64, 128, 256, 512]
     assert D.d_head.weight.shape == (1, 512, 4, 4) and D.q_head[0].weight.shape == (256, 512, 4, 4)
+
+
+@pytest.mark.parametrize("size", [16, 32, 64])
+def test_continuous_codes_enter_at_the_8x8_layer_and_move_no_channels_mean(size):
+    spec, seen = CodeSpec(2, 5, 3, 4), []
+    G, codes = Generator(spec, size, 4).eval(), spec.sample(6, seeded())
+    infogan.init_weights(G, seeded())
+    G.layers[4].register_forward_pre_hook(lambda _, h: seen.append(*h))
+    for share in (1.0, 0.0, -2.0):
+        G(spec.join(codes._replace(c_cont=share * codes.c_cont)))
+    h, without, turned = seen
+    assert G.layers[0].in_channels == spec.dim - 3 and h.shape == (6, G.maps.out_channels, 8, 8)
+    assert ((h - without).flatten(1).std(1) > 0.01).all(), "each code changes the layer"
+    assert (h - without).mean((2, 3)).abs().max() < 1e-6
+    assert (turned - without).allclose(-2 * (h - without), atol=1e-5)
+    assert Generator(spec, size, 4, cont_at=4).layers[0].in_channels == spec.dim
+
+
+@pytest.mark.parametrize("sizes", [(0, 10, 2, 0), (1, 10, 0, 4), (0, 10, 0, 4)])
+def test_without_continuous_codes_or_with_nothing_else_the_first_layer_takes_all(sizes):
+    spec = CodeSpec(*sizes)
+    G = Generator(spec, 16, 4)
+    assert G.maps is None and G(spec.join(spec.sample(2, seeded()))).shape == (2, 3, 16, 16)
+
+
+def test_a_checkpoint_from_before_the_choice_has_its_codes_at_the_first_layer(faces, tmp_path):
+    out = tmp_path / "run"
+    assert infogan.main(tiny(faces, out, "--max-steps", 1, "--cont-at", 4)) == 0
+    old = rewritten(out / "last.pt", tmp_path / "old.pt", lambda c: c["args"].pop("cont_at"))
+    (G, spec), (G_old, _) = map(infogan.load_generator, (out / "last.pt", old))
+    joined = spec.join(spec.sample(2, seeded()))
+    assert G_old.maps is None and G_old(joined).equal(G(joined))
 
 
 def test_upsampling_is_nearest_neighbours_and_a_convolution():

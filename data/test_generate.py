@@ -469,11 +469,15 @@ def test_onnx_draws_the_same(ckpt, tmp_path):
     assert generate.main(["--ckpt", str(ckpt), "--out", str(tmp_path), "--onnx"]) == 0, "again"
 
 
-def test_folding_batch_norm_changes_nothing(ckpt):
-    G, spec = infogan.load_generator(ckpt)
-    codes = spec.join(spec.sample(9, seeded()))
-    assert generate.folded(G)(codes).allclose(G(codes), atol=1e-5)
-    assert not [m for m in generate.folded(G) if isinstance(m, torch.nn.BatchNorm2d)]
+@pytest.mark.parametrize("cont_at", ["8", "4"])
+def test_folding_batch_norm_changes_nothing(tmp_path, cont_at):
+    lively(tmp_path / "a.pt", "--width", "4", "--n-cont", "3", "--cont-at", cont_at)
+    G, spec = infogan.load_generator(tmp_path / "a.pt")
+    codes, plain = spec.sample(9, seeded()), generate.folded(G)
+    joined = spec.join(codes._replace(c_cont=30 * codes.c_cont))  # in so small a net too
+    assert plain(joined).allclose(G(joined), atol=1e-5)
+    assert (plain(joined) - plain(spec.join(codes))).std() > 1e-3
+    assert not [m for m in plain.modules() if isinstance(m, torch.nn.BatchNorm2d)]
 
 
 def test_traversals_move_one_code_and_nothing_else():
