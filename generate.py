@@ -62,7 +62,7 @@ class Model(NamedTuple):
 
     path: Path
     G: Generator  # in plain layers, see folded
-    Q: infogan.Encoder
+    D: infogan.Discriminator  # whose read() reads codes
     spec: CodeSpec
     ckpt: dict
     shape: tuple[int, int, str]  # size and channels of its pictures, --crop of those not square
@@ -92,11 +92,11 @@ def load_model(path: str, device: torch.device) -> Model:
     """A checkpoint, or the last one of a run's folder."""
     file = Path(path, "last.pt") if os.path.isdir(path) else Path(path)
     ckpt = infogan.load_checkpoint(file)
-    (G, spec), (Q, _) = infogan.load_generator(ckpt, device), infogan.load_encoder(ckpt, device)
-    Q = Q.to(memory_format=torch.channels_last)  # faster
+    (G, spec), D = infogan.load_generator(ckpt, device), infogan.load_net(ckpt, "D", device)
+    D = D.to(memory_format=torch.channels_last)  # faster
     args = {"crop": "centre", **ckpt["args"]}
     shape = args["image_size"], args["channels"], args["crop"]
-    return Model(file, folded(G), Q, spec, ckpt, shape, device)
+    return Model(file, folded(G), D, spec, ckpt, shape, device)
 
 
 @torch.no_grad()
@@ -228,7 +228,7 @@ def measure(model: Model, seed: int) -> list[Row]:
             return draw(model.G, spec.join(codes))
 
     x = pictures(codes)
-    x_edges, read = edge_map(x), [model.Q.D(part.to(device))[1] for part in x.split(AT_ONCE)]
+    x_edges, read = edge_map(x), [model.D(part.to(device))[1] for part in x.split(AT_ONCE)]
     q = infogan.QOutput(*(torch.cat(parts).cpu() for parts in zip(*read, strict=True)))
     L_I = infogan.mutual_information(spec, q, codes).tolist()
     figures = [*zip(spec.names, L_I, spec.ceilings, strict=True)]
@@ -473,7 +473,7 @@ def read_codes(model: Model, x: Tensor) -> tuple[Tensor, Tensor]:
     """Of bytes (n, h, w, channels): each code as Q reads it; how sure, or sigma: (n, codes)."""
     read = []
     for part in x.split(AT_ONCE):
-        p, mu, sigma = model.Q(to_floats(part, device=model.device))
+        p, mu, sigma = model.D.read(to_floats(part, device=model.device))
         sure, c_cat = p.max(2)
         read.append([torch.cat(pair, 1).cpu() for pair in ((c_cat, mu), (sure, sigma))])
     return tuple(map(torch.cat, zip(*read, strict=True)))
@@ -489,7 +489,8 @@ def sort(model: Model, args: Namespace) -> str:
         raise UserError(f"--out {out}: lies within --sort {args.sort}; give another folder")
     if root.is_file():
         raise UserError(f"--sort {args.sort}: must be a folder; --read takes single pictures")
-    x, _, files, *_ = load_pictures(args.sort, *model.shape, flag="--sort")
+    pictures = load_pictures(args.sort, *model.shape, flag="--sort")
+    x, files = pictures.x, pictures.names
     if args.sort in infogan.NAMED_SETS:
         classes = [str(label) for _, label in infogan.open_named_set(args.sort, "--sort")]
         labels = [classes[int(number)] for number in files]
@@ -537,10 +538,12 @@ def read(model: Model, args: Namespace) -> str:
     """A table of what Q reads from each picture; read.png: each beside what G draws of it."""
     spec, pixels, (size, channels, _) = model.spec, bytearray(), model.shape
     paths = [Path(os.path.expanduser(path)) for path in args.read]
-    for why, picture, _ in (infogan.read_picture(path, *model.shape) for path in paths):
-        if picture is None:
+    for path in paths:
+        picture = infogan.read_picture(path, *model.shape)
+        if picture.error:
+            why = f"{path} ({type(picture.error).__name__})"
             raise UserError(f"--read {why}: cannot be read as a picture; --sort takes a folder")
-        pixels += picture
+        pixels += picture.pixels
     x = torch.frombuffer(pixels, dtype=torch.uint8).view(-1, size, size, channels)
     values, doubts = read_codes(model, x)
     table = {"": [path.name for path in paths]}

@@ -36,12 +36,12 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import sys
 import time
 import warnings
 import zipfile
-import zlib
 from argparse import SUPPRESS, ArgumentParser, BooleanOptionalAction, Namespace
 from argparse import RawDescriptionHelpFormatter as RawHelp
 from collections import Counter
@@ -52,15 +52,16 @@ from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from functools import partial
 from importlib import import_module
-from itertools import count, cycle
+from itertools import cycle, product, zip_longest
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, TextIO
+from typing import BinaryIO, NamedTuple
 
-if __name__ == "__main__":  # Ctrl-C while torch is loading, which takes a second: no traceback
+if __name__ == "__main__":  # Ctrl-C while torch is loading: no traceback
     sys.excepthook = lambda kind, *e: kind is KeyboardInterrupt or sys.__excepthook__(kind, *e)
 
 import torch
 import torch.nn.functional as F
+from filelock import FileLock, Timeout
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
@@ -71,8 +72,7 @@ from tqdm import tqdm
 # what a flag, or a checkpoint from a stranger, may ask for: a range, or a list of choices
 LIMITS = {"n_cat": (0, 64), "cat_dim": (2, 1000), "n_cont": (0, 256), "z_dim": (0, 10_000)}
 LIMITS |= {"image_size": [16, 32, 64, 128, 256], "width": (1, 1024), "channels": [1, 3]}
-LIMITS |= {"upsample": ["nearest", "transposed"], "cont_at": [8, 4]}
-SHAPE = tuple(LIMITS)  # the flags that decide the networks
+LIMITS |= {"upsample": ["nearest", "transposed"], "cont_at": [8, 4]}  # these decide the networks
 
 
 class UserError(Exception):
@@ -213,7 +213,7 @@ def flatten_hwc(x: Tensor) -> Tensor:
 
 
 class Conv2dToPixel(nn.Conv2d):
-    """A convolution as large as its input: a matrix product, five times as fast on a CPU."""
+    """A convolution as large as its input: a matrix product, which is faster on a CPU."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(flatten_hwc(x), flatten_hwc(self.weight), self.bias)[:, :, None, None]
@@ -240,6 +240,9 @@ class UpsampleConv2d(nn.Conv2d):
         return kernel.flip(2, 3).transpose(0, 1)
 
 
+MAP_GAIN = 10  # with Adam's steps as they are, maps change ten times as fast as other weights
+
+
 class CodeMaps(ConvTranspose2dFromPixel):
     """The sum over k of c_k U_k, with a learned map U_k (channels, size, size) for each code.
 
@@ -248,7 +251,7 @@ class CodeMaps(ConvTranspose2dFromPixel):
     """
 
     def forward(self, c: Tensor) -> Tensor:
-        y = super().forward(c)
+        y = MAP_GAIN * super().forward(c)
         return y - y.mean((2, 3), keepdim=True)
 
 
@@ -316,8 +319,13 @@ class Discriminator(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, QOutput]:
         """D's logits (n,) and Q(c|x) of pictures in [-1, 1], in one pass of the trunk."""
-        h = self.trunk(x)  # (n, 8 width, 4, 4)
+        h = self.trunk(x)  # (n, channels, 4, 4)
         return self.d_logits(h), self.q_output(h)
+
+    def read(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """c_cat's probabilities (n, n_cat, cat_dim); c_cont's means and sigmas (n, n_cont)."""
+        q = self(x)[1]
+        return q.q_logits.softmax(2), q.q_mu, (q.q_logvar / 2).exp()
 
     def d_logits(self, h: Tensor) -> Tensor:
         """D's logits (n,) from the trunk's output."""
@@ -330,11 +338,10 @@ class Discriminator(nn.Module):
 
 @torch.no_grad()
 def init_weights(net: nn.Module, rng: torch.Generator) -> None:
-    """DCGAN's start: convolutions N(0, 0.02), batch norm N(1, 0.02), biases 0; CodeMaps larger."""
+    """DCGAN's start: convolutions N(0, 0.02), batch norm N(1, 0.02), biases 0."""
     for m in net.modules():
         if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d)):
-            std = 0.2 if isinstance(m, CodeMaps) else 0.02
-            m.weight.normal_(float(isinstance(m, nn.BatchNorm2d)), std, generator=rng)
+            m.weight.normal_(float(isinstance(m, nn.BatchNorm2d)), 0.02, generator=rng)
             if m.bias is not None:
                 m.bias.zero_()
 
@@ -424,7 +431,8 @@ def augment(x: Tensor, u: Tensor, strength: float) -> Tensor:
     u = strength * (2 * u - 1)
     warp = 0.3 * u[:, :6].unflatten(1, (2, 3))
     gain, light = (0.5 * u[:, 6:, None, None]).split(1, 1)
-    where = F.affine_grid(torch.eye(2, 3, device=x.device) + warp, x.shape, align_corners=False)
+    with torch.autocast(x.device.type, enabled=False):  # bfloat16 is too coarse for places
+        where = F.affine_grid(torch.eye(2, 3, device=x.device) + warp, x.shape, align_corners=False)
     edge = 1 - 1 / x.shape[3]  # clamped to the outermost pixels: just what padding_mode="border" is
     on = "cpu" if x.device.type == "mps" else x.device  # until torch 2.13 MPS has no gradient of it
     y = F.grid_sample(x.to(on), where.clamp(-edge, edge).to(on), align_corners=False).to(x.device)
@@ -435,32 +443,35 @@ def augment(x: Tensor, u: Tensor, strength: float) -> Tensor:
 
 @contextmanager
 def averages_stay(D: Discriminator) -> Iterator[None]:
-    """Batch norm's running averages stay: they are of G's pictures as Q sees them."""
+    """Batch norm's running averages stay."""
     norms = [m for m in D.modules() if isinstance(m, nn.BatchNorm2d)]
     for norm in norms:
         norm.momentum = 0.0
-    yield
-    for norm in norms:
-        norm.momentum = 0.1  # torch's default
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.momentum = 0.1  # torch's default
 
 
 def d_and_q(
-    D: Discriminator, x: Tensor, u: Tensor, max_shift: Tensor | None, strength: float
+    D: Discriminator, shifted: Tensor, x: Tensor, u: Tensor, strength: float
 ) -> tuple[Tensor, QOutput]:
-    """D's logits of shifted x, Q(c|x) of x as it is; in one pass where max_shift is None.
+    """D's logits of shifted x, Q(c|x) of x as it is; in one pass where both are the same tensor.
 
     If strength > 0, Q reads the categoricals from augmented x: what a category means must survive
-    that, so it is not pose, stroke or light. u (n, 10) says how x is shifted and augmented.
+    that, so it is not pose, stroke or light. u (n, 8) says how x is augmented. Batch norm's running
+    averages are of the pass of x as it is, which is what users of Q give it.
     """
-    if max_shift is None:
+    if shifted is x:
         d, q = D(x)
     else:
         with averages_stay(D):
-            d = D.d_logits(D.trunk(shift(x, u[:, :2], max_shift)))
+            d = D.d_logits(D.trunk(shifted))
         q = D.q_output(D.trunk(x))
     if strength and D.spec.n_cat:
         with averages_stay(D):
-            augmented = D.q_output(D.trunk(augment(x, u[:, 2:], strength)))
+            augmented = D.q_output(D.trunk(augment(x, u, strength)))
         q = q._replace(q_logits=augmented.q_logits)
     return d, q
 
@@ -470,7 +481,7 @@ def d_and_q(
 
 @dataclass
 class State:
-    """All that training changes, and so all that a checkpoint holds."""
+    """All that training changes."""
 
     spec: CodeSpec
     device: torch.device
@@ -482,14 +493,22 @@ class State:
     rng: torch.Generator  # the only randomness; on the CPU, as a run can change devices
     per_epoch: int = 1  # steps
     step: int = 0
+    changed: tuple[int, int] = (0, 0)  # the step and epoch from which per_epoch holds
     minutes: float = 0.0  # of training, over all starts
     sums: dict[str, Tensor] = field(default_factory=dict)  # of metrics, since the last row
-    rows: list[list[float]] = field(default_factory=list)  # of log.csv
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """The epoch, and the steps taken in it."""
+        step, epoch = self.changed
+        epochs, steps = divmod(self.step - step, self.per_epoch)
+        return epoch + epochs, steps
 
     @property
     def epochs(self) -> float:
         """Passes over the pictures so far."""
-        return self.step / self.per_epoch
+        epoch, steps = self.place
+        return epoch + steps / self.per_epoch
 
     def add(self, metrics: dict[str, Tensor]) -> None:
         """Adds up a step's metrics, on the device."""
@@ -498,17 +517,9 @@ class State:
         else:
             self.sums = {name: value.clone() for name, value in metrics.items()}
 
-    @property
-    def columns(self) -> list[str]:
-        """The names of what stands in a row of log.csv."""
-        return ["step", "epoch", "minutes", *METRICS, *self.spec.names]
 
-    def add_row(self) -> dict[str, float]:
-        """The next row of log.csv: the metrics' means over LOG_EVERY steps."""
-        means = torch.stack([*self.sums.values()]) / LOG_EVERY
-        self.rows.append([self.step, self.epochs, self.minutes, *means.tolist()])
-        self.sums = {}
-        return dict(zip(self.columns, self.rows[-1], strict=True))
+NETS, OPTIMISERS = ("G", "G_ema", "D"), ("opt_G", "opt_D")  # of State, in checkpoints as well
+COUNTS = ("per_epoch", "step", "changed", "minutes", "sums")
 
 
 N_U = 22  # uniform numbers that a step takes for each picture
@@ -525,30 +536,36 @@ class Batch(NamedTuple):
 
 
 # a new loss: its function under "objective", two lines in train_step (loss; values, in the same
-# place as its name here), and for its weight a line in FLAGS and its name in MAY_CHANGE
+# place as its name here), and for its weight a row in FLAGS
 METRICS = ("loss_D", "loss_G", "D_real", "D_fake", "R1", "identity")  # and each code's L_I
 
 
-def train_step(state: State, args: Namespace, batch: Batch) -> dict[str, Tensor]:
+def train_step(
+    state: State, args: Namespace, batch: Batch, kind: tuple[bool, bool] | None = None
+) -> dict[str, Tensor]:
     """One step of D, then of G, on n real pictures and n drawn codes; returns the metrics.
 
     L_I always trains G. It trains Q together with D's trunk in D's step (args.info_to "trunk", as
-    the paper's own code does), or Q's head alone in G's step ("head", the notebook).
+    the paper's own code does), or Q's head alone in G's step ("head", the notebook). kind says
+    whether the step has R1 and shifts; by default as it is its turn.
     """
     spec, G, D, to_trunk = state.spec, state.G, state.D, args.info_to == "trunk"
     x, codes, u, max_shift, beta = batch
     mixed = torch.autocast(x.device.type, torch.bfloat16, enabled=args.amp)
-    with_r1, shifted = variant(state, args)
-    u_real, u_fake, u_fake_G = u.split([2, 10, 10], 1)
-    max_shift = max_shift if shifted else None  # None: d_and_q takes one pass
+    with_r1, shifts = kind or variant(state, args)
+    shift_real, shift_D, augment_D, shift_G, augment_G = u.split([2, 2, 8, 2, 8], 1)
+
+    def shifted(x: Tensor, u: Tensor) -> Tensor:
+        return shift(x, u, max_shift) if shifts else x
 
     D.requires_grad_(True)
     with mixed:
         x_fake = G(spec.join(codes))  # drawn once, for both steps
-        x = (shift(x, u_real, max_shift) if shifted else x).detach().requires_grad_(with_r1)
+        x = shifted(x, shift_real).detach().requires_grad_(with_r1)
         with averages_stay(D):
             d_real = D.d_logits(D.trunk(x))
-        d_fake, q = d_and_q(D, x_fake.detach(), u_fake, max_shift, args.q_augment)
+        x_D = x_fake.detach()
+        d_fake, q = d_and_q(D, shifted(x_D, shift_D), x_D, augment_D, args.q_augment)
     loss_D = loss = d_loss(d_real, d_fake)
     if to_trunk:  # -V - lambda L_I, which trains Q and the trunk
         loss = loss - lambda_L_I(spec, mutual_information(spec, q, codes), args)
@@ -561,7 +578,7 @@ def train_step(state: State, args: Namespace, batch: Batch) -> dict[str, Tensor]
     D.requires_grad_(False)  # G's step needs no gradient of D's weights
     D.q_head.requires_grad_(not to_trunk)
     with mixed:
-        d_fake_G, q = d_and_q(D, x_fake, u_fake_G, max_shift, args.q_augment)
+        d_fake_G, q = d_and_q(D, shifted(x_fake, shift_G), x_fake, augment_G, args.q_augment)
     loss_G = g_loss(d_fake_G)
     L_I = mutual_information(spec, q, codes)
     # here L_I reaches G (Eq. 6); a continuous code that Q reads well need not grow further
@@ -609,9 +626,10 @@ def descend(opt: torch.optim.Optimizer, loss: Tensor) -> None:
 @torch.no_grad()
 def update_ema(G_ema: nn.Module, G: nn.Module, beta: Tensor) -> None:
     """G_ema = beta G_ema + (1 - beta) G, batch norm's statistics included."""
+    share = 1 - beta
     for average, new in zip(G_ema.state_dict().values(), G.state_dict().values(), strict=True):
         if average.is_floating_point():
-            average.lerp_(new, 1 - beta)
+            average.lerp_(new, share)
         else:
             average.copy_(new)
 
@@ -634,10 +652,11 @@ def new_state(args: Namespace, device: torch.device) -> State:
     with_G = [*G.parameters()]
     if args.info_to == "head":
         with_G += D.q_head.parameters()
-    adam = {"betas": (0.5, 0.999), "fused": device.type in ("cpu", "cuda")}
-    adam["capturable"] = args.cuda_graph
-    opt_G = torch.optim.Adam(with_G, args.lr_g, **adam)
-    opt_D = torch.optim.Adam(with_D, args.lr_d, **adam)
+    adam = partial(torch.optim.Adam, betas=(0.5, 0.999), fused=device.type in ("cpu", "cuda"))
+    opt_G, opt_D = (
+        adam(weights, lr, capturable=args.cuda_graph is True)
+        for weights, lr in ((with_G, args.lr_g), (with_D, args.lr_d))
+    )
     G_ema = copy.deepcopy(G).eval().requires_grad_(False)
     return State(G.spec, device, G, G_ema, D, opt_G, opt_D, rng)
 
@@ -648,26 +667,43 @@ def new_state(args: Namespace, device: torch.device) -> State:
 def pick_device(name: str) -> torch.device:
     """The fastest device for "auto", a GPU always with its number. Raises UserError if missing."""
     n_cuda = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    has_mps = torch.backends.mps.is_available()
-    if name == "auto":
-        name = "cuda" if n_cuda else "mps" if has_mps else "cpu"
-    if name == "cuda":
-        name = "cuda:0"  # set_device takes none without a number
-    there = ["cpu", "cpu:0", *(f"cuda:{i}" for i in range(n_cuda))]
-    there += ["mps", "mps:0"] if has_mps else []
-    if name not in there:
+    here = [f"cuda:{i}" for i in range(n_cuda)]
+    here += ["mps", "cpu"] if torch.backends.mps.is_available() else ["cpu"]
+    named = here if name == "auto" else [d for d in here if name in (d, d.partition(":")[0])]
+    if not named:
         raise UserError(f"--device {name}: not available here; use --device auto")
-    return torch.device(name)
+    return torch.device(named[0])  # "cuda" is cuda:0
 
 
 def speed_up(device: torch.device) -> bool:
-    """Turns on TF32 and a search for the fastest kernels; returns whether bfloat16 is fast too."""
+    """Prepares a device for training; returns whether it has fast bfloat16.
+
+    Raises UserError for a GPU that this build of torch cannot use.
+    """
     if device.type != "cuda":
         return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
     torch.cuda.set_device(device)
-    torch.set_float32_matmul_precision("high")
-    torch.backends.cudnn.benchmark = True
+    try:
+        torch.ones(1, device=device).add_(1).item()  # a GPU that is too old fails here
+    except RuntimeError as error:
+        why = str(error).splitlines()[0]
+        raise UserError(f"--device {device}: {why}; use --device cpu") from error
+    torch.set_float32_matmul_precision("high")  # TF32
+    torch.backends.cudnn.benchmark = True  # a search for the fastest kernels
     return torch.cuda.is_bf16_supported(including_emulation=False)  # since Ampere
+
+
+def choose_precision(args: Namespace, device: torch.device) -> None:
+    """Sets args.amp and args.cuda_graph where they are AUTO. Raises UserError if impossible."""
+    fast_bfloat16, on_cuda = speed_up(device), device.type == "cuda"
+    if args.cuda_graph is AUTO:
+        args.cuda_graph = on_cuda
+    if args.cuda_graph and not on_cuda:
+        raise UserError("--cuda-graph: needs a CUDA device; leave it out")
+    if args.amp is AUTO:  # on a GPU its casts are kernels too, which only a graph makes cheap
+        args.amp = fast_bfloat16 and (args.cuda_graph or not on_cuda)
+    if args.amp and on_cuda and not fast_bfloat16:
+        raise UserError("--amp: this GPU has no fast bfloat16; leave it out")
 
 
 def to_device_if_it_fits(x: Tensor, device: torch.device) -> Tensor:
@@ -682,75 +718,82 @@ def to_device(x: Tensor, device: torch.device) -> Tensor:
     return pinned.to(device, non_blocking=True)
 
 
-def describe(state: State, args: Namespace) -> str:
-    """What a run works with: "CPU, 2 threads, float32; G 1.2 M, D and Q 1.5 M parameters"."""
-    where = f"{state.device.type.upper()}, {torch.get_num_threads()} threads"
-    if state.device.type == "cuda":
-        where = torch.cuda.get_device_name(state.device)
-    how = "bfloat16" if args.amp else "float32"
-    how += ", CUDA graph" if args.cuda_graph else ""
-    G, D = (sum(p.numel() for p in net.parameters()) / 1e6 for net in (state.G, state.D))
-    return f"{where}, {how}; G {G:.1f} M, D and Q {D:.1f} M parameters"
+def tensors_of(state: State) -> list[Tensor]:
+    """All weights, batch norm's averages, then what the optimisers keep."""
+    tensors = [t for name in NETS for t in getattr(state, name).state_dict().values()]
+    kept = [[*opt.state.values()] for opt in (state.opt_G, state.opt_D)]
+    return tensors + tree_leaves(kept)
 
 
 class GraphedStep:
     """train_step as CUDA graphs, so that the GPU never waits for Python: the same arguments.
 
-    Each variant of the step runs eagerly three times, which lets cuDNN search for kernels. Then it
-    is captured, and from then on replayed on tensors that stay in their places.
+    The first call captures every variant of the step and puts all weights back. So memory is taken
+    and errors come at once, and no result changes. If a capture fails, steps go on one by one.
     """
 
     def __init__(self) -> None:
         self.batch: Batch | None = None  # the tensors that all graphs read
-        self.runs: Counter = Counter()  # of each variant
         self.graphs: dict = {}  # variant: the graph, and the metrics that it fills
 
     def __call__(self, state: State, args: Namespace, batch: Batch) -> dict[str, Tensor]:
-        self.batch = self.batch or tree_map(torch.clone, batch)
+        if self.batch is None:
+            self.batch = tree_map(torch.clone, batch)
+            self.capture_all(state, args)
+        key = variant(state, args)
+        if key not in self.graphs:
+            return train_step(state, args, batch)
         for fixed, new in zip(tree_leaves(self.batch), tree_leaves(batch), strict=True):
             fixed.copy_(new)
-        key = variant(state, args)
-        self.runs[key] += 1
-        if self.runs[key] <= 3:
-            return self.on_side_stream(state, args)
-        if key not in self.graphs:
-            try:
-                self.graphs[key] = self.capture(state, args)
-            except RuntimeError as error:
-                why = str(error).splitlines()[0]
-                raise UserError(
-                    f"--cuda-graph: {why}; the same command without it goes on"
-                ) from error
         graph, metrics = self.graphs[key]
         graph.replay()
         return metrics
 
-    def on_side_stream(self, state: State, args: Namespace) -> dict[str, Tensor]:
-        """An eager step, where capturing will be: not on the default stream."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            metrics = train_step(state, args, self.batch)
-        torch.cuda.current_stream().wait_stream(stream)
-        return metrics
+    def capture_all(self, state: State, args: Namespace) -> None:
+        """Captures each variant that the run can come to, and undoes the steps that this takes."""
+        before = [t.clone() for t in tensors_of(state)]
+        shifts = [False, True] if int(args.shift * args.image_size) else [False]
+        try:
+            for key in product([False, True] if args.r1 else [False], shifts):
+                self.graphs[key] = self.capture(state, args, key)
+        except RuntimeError as error:
+            self.graphs.clear()
+            while error.__context__:  # a capture that was broken off hides why
+                error = error.__context__
+            why = str(error).splitlines()[0]
+            print(f"no CUDA graph: {why}; slower steps do the same", file=sys.stderr)
+        with torch.no_grad():
+            for now, old in zip_longest(tensors_of(state), before):
+                now.zero_() if old is None else now.copy_(old)  # Adam's begin as zeros
 
-    def capture(self, state: State, args: Namespace) -> tuple[object, dict[str, Tensor]]:
-        """The graph of one step, which does not run it yet, and the metrics that it will fill."""
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            metrics = train_step(state, args, self.batch)
+    def capture(self, state: State, args: Namespace, key: tuple[bool, bool]) -> tuple[object, dict]:
+        """The graph of one variant, which runs nothing yet, and the metrics that it will fill."""
+        if not self.graphs:
+            self.stream, self.pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+        usual = torch.cuda.current_stream()
+        self.stream.wait_stream(usual)
+        try:
+            with torch.cuda.stream(self.stream):
+                for _ in range(3):  # cuDNN searches for kernels, which no graph can hold
+                    train_step(state, args, self.batch, key)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, self.pool, self.stream):
+                metrics = train_step(state, args, self.batch, key)
+        finally:
+            torch.cuda.set_stream(usual)  # torch.cuda.graph does not where a capture fails
+        usual.wait_stream(self.stream)
         return graph, metrics
 
 
 # pictures -----------------------------------------------------------------------------------------
 # load_pictures: find_pictures, then decode (read_picture, to_square for each), then the cache.
-# make_batch: bytes to floats.
+# next_batch: the pictures and codes of a step. make_batch: bytes to floats.
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "JPEG2000", "PPM", "ICO", "PCX", "SGI")
 FORMATS += ("QOI", "TGA", "AVIF")  # not all that Pillow knows: for EPS it starts a program
 MAX_PIXELS = 2**30 // 12  # of one file, Pillow's own limit: decoding takes up to 16 bytes for each
 DECODE_THREADS = 8  # what is larger than their share of MAX_PIXELS is decoded alone
-DECODER_VERSION = 4  # counts up whenever decode changes its result
+DECODER_VERSION = 5  # counts up whenever decode changes its result
 CROPS = {"centre": 0.5, "top": 0.0}  # how much of what a tall picture loses lies above the square
 HIDDEN = r"(?is)\..*|@eadir|[@#$]recycle(\.bin)?|recycler|#snapshot|__macosx|lost\+found|lost\.dir"
 HIDDEN += r"|found\.000|system volume information|desktop\.ini|thumbs(\.db)?"  # of systems too
@@ -764,52 +807,62 @@ NAMED_SETS = {  # torchvision's class, its file; digits and clothes: 32x32, neve
 }
 
 
-class Pictures(NamedTuple):
+@dataclass
+class Pictures:
     """A training set, decoded once."""
 
-    x: Tensor  # uint8 (N, size, size, channels), mapped from a file and read as needed
+    x: Tensor  # uint8 (N, size, size, channels), mapped from a file, or on the GPU
     fingerprint: str  # of the files' bytes, whatever their names, and the crop: a run keeps it
     names: list[str]  # paths, or numbers in a named set
     order: Tensor  # int64 (N,), the order that runs take them in: by their hashes
+    is_grey: bool  # all of them
+    summary: str  # what was left out, in words
+    shuffled: tuple[int, Tensor] | None = None  # the order of the epoch that was asked for last
+
+    def rows(self, epoch: int, seed: int) -> Tensor:
+        """The order (N,) of an epoch."""
+        if self.shuffled is None or self.shuffled[0] != epoch:
+            rng = torch.Generator().manual_seed((1_000_003 * seed + epoch) % 2**63)
+            self.shuffled = epoch, self.order[torch.randperm(len(self.x), generator=rng)]
+        return self.shuffled[1]
 
 
-def first_ten(texts: list[str]) -> str:
+def first_ten(texts: Sequence[str]) -> str:
     """Ten at most, in one line that every terminal can show."""
     return ascii(", ".join(texts if len(texts) <= 10 else [*texts[:10], "..."]))[1:-1]
 
 
-def find_pictures(folder: Path) -> tuple[list[Path], str]:
-    """All picture files below a folder, sorted, and in words what else is there.
+def find_pictures(root: Path) -> tuple[list[Path], Counter]:
+    """All picture files below a folder, sorted, and how often what else was passed over.
 
     Linked folders are followed, each once; what cannot be opened counts as a file.
     """
-    files, others, formats = [], Counter(), Image.registered_extensions()
-    visited, fail = {*map(str, folder.parents)}, lambda error: files.append(Path(error.filename))
-    for here, folders, names in os.walk(folder, followlinks=True, onerror=fail):
-        path, real, below = Path(here), os.path.realpath(here), folders.copy()
-        folders.clear()
-        if real in visited:
+    files, passed_over, visited = [], Counter(), set()
+    suffixes = {end for end, name in Image.registered_extensions().items() if name in FORMATS}
+    for here, folders, names in os.walk(
+        root, followlinks=True, onerror=lambda error: files.append(Path(error.filename))
+    ):
+        folder, real = Path(here), Path(os.path.realpath(here))
+        is_ours = folder != root and any(marks <= {*names} for marks in OUR_FOLDERS)
+        if is_ours:
+            passed_over[f"folder {folder.name} (a run, or by generate.py)"] += 1
+        around = real != root and root.is_relative_to(real)  # a link to a folder that holds the set
+        if is_ours or around or real in visited:
+            folders.clear()
             continue
         visited.add(real)
-        if path != folder and any(marks <= {*names} for marks in OUR_FOLDERS):
-            others[f"folder {path.name} (a run, or by generate.py)"] += 1
-            continue
-        for name in below:
-            if re.fullmatch(HIDDEN, name):
-                others[f"folder {name}"] += 1
-            else:
-                folders.append(name)
-        folders.sort(key=lambda name: (path.joinpath(name).is_symlink(), name))
-        for file in map(path.joinpath, names):
+        hidden = [name for name in folders if re.fullmatch(HIDDEN, name)]
+        passed_over.update(f"folder {name}" for name in hidden)
+        folders[:] = sorted({*folders} - {*hidden}, key=lambda f: (Path(here, f).is_symlink(), f))
+        for file in map(folder.joinpath, names):
             suffix = re.split("[?:_]", file.suffix.lower())[0]  # .jpg?w=400 and .jpg_large too
-            is_picture = formats.get(suffix) in FORMATS
-            if file.name[0] == ".":
-                others["hidden"] += is_picture
-            elif is_picture or not os.path.exists(file):
+            if file.name.startswith("."):
+                passed_over["hidden"] += suffix in suffixes
+            elif suffix in suffixes or not file.exists():
                 files.append(file)
             else:
-                others[f"of {suffix or 'no suffix'}"] += 1
-    return sorted(files), first_ten([f"{n:,} {kind}" for kind, n in others.most_common() if n])
+                passed_over[f"of {suffix or 'no suffix'}"] += 1
+    return sorted(files), +passed_over
 
 
 def open_named_set(name: str, flag: str) -> Collection[tuple]:
@@ -817,7 +870,7 @@ def open_named_set(name: str, flag: str) -> Collection[tuple]:
     kind, file = NAMED_SETS[name]
     path = DATA / file
     try:
-        from torchvision import datasets  # takes a second, so only here
+        from torchvision import datasets  # only here: few runs need it
 
         return getattr(datasets, kind)(DATA, download=not path.exists())
     except Exception as error:  # of any kind: torchvision and scipy raise them
@@ -841,13 +894,19 @@ def to_square(image: Image.Image, size: int, channels: int, crop: str = "centre"
     return ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR, 0, (0.5, CROPS[crop]))
 
 
+class Decoded(NamedTuple):
+    """A picture as a run sees it, or the error that its file gave."""
+
+    hash: str = ""  # of the file's bytes
+    pixels: bytes = b""  # (size, size, channels)
+    is_cut: bool = False  # whether the crop takes a third or more
+    error: Exception | None = None
+
+
 def read_picture(
     item: Path | Image.Image, size: int, channels: int, crop: str = "centre", most: int = MAX_PIXELS
-) -> tuple[str, bytes | None, bool]:
-    """A picture's hash, its (size, size, channels) bytes, whether the crop takes a third or more.
-
-    What cannot be read, or has more than `most` pixels: what is wrong with it, None, False.
-    """
+) -> Decoded:
+    """Decodes a file of up to `most` pixels, or a picture."""
     try:
         if isinstance(item, Image.Image):
             raw, image = item.tobytes(), item
@@ -862,63 +921,78 @@ def read_picture(
         image.draft(None, (2 * size, 2 * size))  # a JPEG is decoded at 1/2, 1/4 or 1/8
         if math.prod(whole if "progressive" in image.info else image.size) > most:
             raise Image.DecompressionBombError
-        x = to_square(image, size, channels, crop).tobytes()
-        return hashlib.sha256(raw).hexdigest(), x, 3 * min(whole) <= 2 * max(whole)
-    except Exception as error:  # decoders raise anything; decode tells it
-        return f"{item} ({type(error).__name__})", None, False
+        pixels = to_square(image, size, channels, crop).tobytes()
+        return Decoded(hashlib.sha256(raw).hexdigest(), pixels, 3 * min(whole) <= 2 * max(whole))
+    except Exception as error:  # decoders raise anything
+        return Decoded(error=error)
 
 
-def decode(where: str, items: list, how: tuple[int, int, str]) -> dict:
-    """Decodes paths or pictures (how: size, channels, crop): x, and facts about the set."""
-    places, unreadable, raw, n_cut, is_grey = {}, [], bytearray(), 0, True  # places: by hash
-    (size, channels, crop), share = how, MAX_PIXELS // DECODE_THREADS
+def decode(flag: str, items: list, size: int, channels: int, crop: str) -> dict:
+    """Decodes paths or pictures: the values of Pictures. flag, with its value, names the set."""
+    first, unreadable, raw, n_cut, is_grey = {}, [], bytearray(), 0, True  # first: by hash
+    few = MAX_PIXELS // DECODE_THREADS
     Image.init()  # loads Pillow's formats, which threads must not do at the same time
     with warnings.catch_warnings(), ThreadPoolExecutor(DECODE_THREADS) as pool:
         warnings.simplefilter("ignore")  # Pillow's, about files that it can read all the same
-        read = pool.map(lambda item: read_picture(item, *how, share), items)  # without the GIL
+        read = pool.map(lambda item: read_picture(item, size, channels, crop, few), items)
         read = tqdm(read, "pictures", len(items), leave=False, disable=None)
-        for i, (hash_or_why, x, is_cut) in enumerate(read):
-            if x is None and "(DecompressionBomb" in hash_or_why:  # too large for several at once
-                hash_or_why, x, is_cut = read_picture(items[i], *how)
-            if x is None:
-                unreadable.append(hash_or_why)
-            elif hash_or_why not in places:
-                places[hash_or_why] = i
-                n_cut += is_cut
+        for i, picture in enumerate(read):
+            if isinstance(picture.error, Image.DecompressionBombError):  # too large for eight
+                picture = read_picture(items[i], size, channels, crop)
+            x = picture.pixels
+            if picture.error:
+                unreadable.append(f"{items[i]} ({type(picture.error).__name__})")
+            elif picture.hash not in first:
+                first[picture.hash] = i
+                n_cut += picture.is_cut
                 is_grey = is_grey and all(x[::channels] == x[c::channels] for c in range(channels))
                 raw += x
-    n, hashes, summary = len(places), sorted(places), ""
+    n, hashes, summary = len(first), [*first], ""
     if copies := len(items) - len(unreadable) - n:
         summary += f", {copies:,} exact {'copy' if copies == 1 else 'copies'} dropped"
     if unreadable:
-        kind = "file" if len(unreadable) == 1 else "files"
-        summary += f", {len(unreadable):,} unreadable {kind} skipped: {first_ten(unreadable)}"
+        files = "file" if len(unreadable) == 1 else "files"
+        summary += f", {len(unreadable):,} unreadable {files} skipped: {first_ten(unreadable)}"
     if n < 2:
-        why = f"{n} pictures{summary}, at least 2 are needed"
-        raise UserError(f"{where}: {why}; {GET_PICTURES}")
+        raise UserError(f"{flag}: {n} pictures{summary}, at least 2 are needed; {GET_PICTURES}")
     if crop == "centre" and n_cut > n / 10:
         summary += f"\n{n_cut:,} of them lose a third of their area or more: their middle is taken;"
         summary += " infogan.py --crop top takes the upper part of tall ones"
-    facts = {"summary": summary, "grey": is_grey, "checksum": zlib.crc32(raw)}
-    facts["x"] = torch.frombuffer(raw, dtype=torch.uint8).view(n, size, size, channels)
-    facts["fingerprint"] = hashlib.sha256("".join([crop, *hashes]).encode()).hexdigest()[:16]
-    facts["names"] = [str(items[i] if isinstance(items[i], Path) else i) for i in places.values()]
-    return facts | {"order": torch.tensor(sorted(range(n), key=[*places].__getitem__))}
+    names = [str(items[i] if isinstance(items[i], Path) else i) for i in first.values()]
+    return {
+        "x": torch.frombuffer(raw, dtype=torch.uint8).view(n, size, size, channels),
+        "fingerprint": hashlib.sha256("".join([crop, *sorted(hashes)]).encode()).hexdigest()[:16],
+        "names": names,
+        "order": torch.tensor(sorted(range(n), key=hashes.__getitem__)),
+        "is_grey": is_grey,
+        "summary": summary,
+    }
 
 
 def cache_folder() -> Path:
     """The user's own: a folder of pictures may be read-only, or shared."""
-    path = os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
-    return Path(os.devnull if path[0] == "~" else path) / "infogan"  # no home: caches nothing
+    path = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(os.devnull if path.startswith("~") else path, "infogan")  # no home: no cache
 
 
-def read_cache(path: Path, key: str) -> dict | None:
-    """What decode returned, with x mapped into memory; None where it is damaged or out of date."""
+def read_cache(path: Path) -> Pictures | None:
+    """What write_cache has written, x mapped into memory; None where it is missing or damaged."""
     with suppress(Exception):  # torch raises anything for a damaged file
-        facts = torch.load(path, mmap=True, weights_only=True)
-        if facts["key"] == key and facts["checksum"] == zlib.crc32(facts["x"].numpy()):
-            return facts
+        return Pictures(**torch.load(path, mmap=True, weights_only=True))
     return None
+
+
+def write_cache(path: Path, values: dict) -> None:
+    """Writes the values of Pictures, in place of those of the set before it changed."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for old in path.parent.glob(f"{path.stem[:16]}-*"):
+            old.unlink()
+        with replacing(path) as file:
+            torch.save(values, file)
+    except (OSError, RuntimeError) as error:  # torch calls a full disk an internal error
+        why = getattr(error, "strerror", None) or error
+        print(f"{path}: {why}; not cached, each start decodes the pictures")
 
 
 def load_pictures(
@@ -936,36 +1010,28 @@ def load_pictures(
         open_named_set(data, flag)  # downloads it
     elif not named and not root.is_dir():
         raise UserError(f"{flag} {data}: no such folder; {GET_PICTURES}")
-    root = root.resolve()  # one set, however its path is written
-    files, others = ([root], "") if named else find_pictures(root)
-    if others:
-        print(f"passed over in {data}: {others}")
-    stamp = hashlib.sha256(str(DECODER_VERSION).encode())  # changes with every name, size and time
+    root, form = root.resolve(), (size, channels or 3, crop)  # one set, however its path is written
+    files, passed_over = ([root], Counter()) if named else find_pictures(root)
+    if passed_over:
+        most = [f"{n:,} {what}" for what, n in passed_over.most_common()]
+        print(f"passed over in {data}: {first_ten(most)}")
+    place = hashlib.sha256(os.fsencode(f"{DECODER_VERSION} {form} {root}"))
+    stamp = hashlib.sha256()  # changes with every name, size and time
     for path in files:
         stamp.update(os.fsencode(path))
         with suppress(OSError):  # an unreadable one counts by its name
             stamp.update(f" {path.stat().st_size} {path.stat().st_mtime_ns}\0".encode())
-    key, place = stamp.hexdigest(), hashlib.sha256(os.fsencode(root)).hexdigest()[:16]
-    for depth in (3, 1):  # a cache for each way to decode; one of 3 channels tells if all are grey
-        path = cache_folder() / f"{place}-{size}x{size}x{depth}-{crop}.pixels"
-        cached = read_cache(path, key)
-        if channels != 1 or (cached and cached["grey"]):
-            break
-    if not cached:
-        pictures = [x for x, _ in open_named_set(data, flag)] if named else files
-        cached = decode(f"{flag} {data}", pictures, (size, depth, crop)) | {"key": key}
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(path) as file:
-                torch.save(cached, file)
-            cached = read_cache(path, key) or cached
-        except (OSError, RuntimeError) as error:  # torch calls a full disk an internal error
-            why = getattr(error, "strerror", None) or error
-            print(f"{path}: {why}; not cached, each start decodes the pictures")
-    x = cached["x"]
-    print(f"{len(x):,} pictures in {data}{cached['summary']}")
-    x = x[..., :1] if cached["grey"] and channels != 3 else x
-    return Pictures(x, cached["fingerprint"], cached["names"], cached["order"])
+    path = cache_folder() / f"{place.hexdigest()[:16]}-{stamp.hexdigest()[:16]}.pixels"
+    pictures = read_cache(path)
+    if not pictures:
+        items = [x for x, _ in open_named_set(data, flag)] if named else files
+        values = decode(f"{flag} {data}", items, *form)
+        write_cache(path, values)
+        pictures = read_cache(path) or Pictures(**values)
+    print(f"{len(pictures.x):,} pictures in {data}{pictures.summary}")
+    if pictures.is_grey and channels is None:
+        pictures.x = pictures.x[..., :1]
+    return pictures
 
 
 def make_batch(x: Tensor, flip: bool, rng: torch.Generator, device: torch.device) -> Tensor:
@@ -975,13 +1041,26 @@ def make_batch(x: Tensor, flip: bool, rng: torch.Generator, device: torch.device
         mirrored = torch.rand(len(x), 1, 1, 1, generator=rng) < 0.5
         x = torch.where(to_device(mirrored, device), x.flip(2), x)
     x = x.contiguous().permute(0, 3, 1, 2).float()  # moved as bytes; its layout is channels_last
-    return torch.add(x.new_full((), -1.0), x, alpha=1 / 127.5, out=x)  # x / 127.5 - 1 in one pass
+    return torch.add(torch.tensor(-1.0), x, alpha=1 / 127.5)  # x / 127.5 - 1 in one pass
+
+
+def next_batch(state: State, args: Namespace, pictures: Pictures) -> Batch:
+    """What the state's step takes: the next pictures of its epoch, codes, chance."""
+    n, device, x = min(args.batch_size, len(pictures.x)), state.device, pictures.x
+    epoch, i = state.place
+    rows = to_device(pictures.rows(epoch, args.seed)[i * n : (i + 1) * n], x.device)
+    real = make_batch(x.index_select(0, rows), args.flip, state.rng, device)
+    codes = state.spec.sample(n, state.rng)
+    codes = pair(codes) if args.lam_identity else codes
+    u = torch.rand(n, N_U, generator=state.rng)
+    numbers = float(max_shift_at(state, args)), beta_at(state, args)
+    numbers = [torch.full((), v, device=device) for v in numbers]
+    return Batch(real, *tree_map(lambda t: to_device(t, device), (codes, u)), *numbers)
 
 
 # checkpoint ---------------------------------------------------------------------------------------
 
 FORMAT = 2
-NETS, OPTIMISERS = ("G", "G_ema", "D"), ("opt_G", "opt_D")  # names in State and in the file
 LOWER_LR = "last.pt is the last good one, if saved. Lower --lr-g and --lr-d"
 NEW_RUN = "another --out starts a new run"
 BROKEN = (AttributeError, EOFError, KeyError, OSError, RuntimeError, TypeError, ValueError)
@@ -1004,16 +1083,26 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             part.unlink()
 
 
+def write_file(path: Path, raw: bytes | memoryview) -> None:
+    """Writes a file, complete or not at all."""
+    with replacing(path) as file:
+        file.write(raw)
+
+
+def to_bytes(values: dict) -> memoryview:
+    """A dict as torch.load takes it."""
+    buffer = io.BytesIO()  # written to a file, torch.save calls a full disk an internal error
+    torch.save(values, buffer)
+    return buffer.getbuffer()
+
+
 def save_file(path: Path, values: dict) -> None:
     """Writes a dict for torch.load, complete or not at all."""
-    buffer = io.BytesIO()  # torch.save reports a full disk as an internal error
-    torch.save(values, buffer)
-    with replacing(path) as file:
-        file.write(buffer.getbuffer())
+    write_file(path, to_bytes(values))
 
 
 def load_checkpoint(path: str | Path) -> dict:
-    """A checkpoint on the CPU: "args" (a dict of the flags), "spec", "step", "G_ema", …
+    """A checkpoint on the CPU: "args" (a dict of the flags), "step", "G_ema", "D", …
 
     Runs no code from the file. Raises UserError for a file that is not a checkpoint of ours.
     """
@@ -1061,23 +1150,10 @@ def load_generator(path: str | Path | dict, device: str = "cpu") -> tuple[Genera
     return G, G.spec
 
 
-class Encoder(nn.Module):
-    """Q for users: reads codes from pictures in [-1, 1]."""
-
-    def __init__(self, D: Discriminator):
-        super().__init__()
-        self.D = D
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """c_cat's probabilities (n, n_cat, cat_dim); c_cont's means and sigmas (n, n_cont)."""
-        q = self.D(x)[1]
-        return q.q_logits.softmax(2), q.q_mu, (q.q_logvar / 2).exp()
-
-
-def load_encoder(path: str | Path | dict, device: str = "cpu") -> tuple[Encoder, CodeSpec]:
-    """(Q, spec): reads codes from pictures in [-1, 1], see Encoder."""
+def load_encoder(path: str | Path | dict, device: str = "cpu") -> tuple[Callable, CodeSpec]:
+    """(Q, spec): Q reads codes from pictures in [-1, 1], see Discriminator.read."""
     D = load_net(path, "D", device)
-    return Encoder(D).eval(), D.spec
+    return D.read, D.spec
 
 
 def check_finite(step: int, metrics: dict[str, float]) -> None:
@@ -1087,21 +1163,23 @@ def check_finite(step: int, metrics: dict[str, float]) -> None:
             raise Diverged(f"step {step}: {name} is {value}; {LOWER_LR}")
 
 
-def gather_checkpoint(state: State, args: Namespace, fingerprint: str) -> dict:
-    """All that a run needs to resume bit for bit."""
+def gather_checkpoint(
+    state: State, args: Namespace, fingerprint: str, rows: Sequence[Sequence[float]] = ()
+) -> dict:
+    """All that a run needs to resume bit for bit; rows are those of log.csv."""
     check_finite(state.step, state.sums)
     ckpt = {name: getattr(state, name).state_dict() for name in NETS + OPTIMISERS}
     for name in NETS:
         if not all(w.isfinite().all() for w in ckpt[name].values()):
             raise Diverged(f"step {state.step}: {name} has weights that are not finite; {LOWER_LR}")
-    ckpt |= {name: getattr(state, name) for name in ("sums", "step", "minutes")}
-    ckpt["rows"] = torch.tensor(state.rows, dtype=torch.float64)
-    ckpt |= {"format": FORMAT, "spec": asdict(state.spec), "args": vars(args)}
-    return ckpt | {"rng": state.rng.get_state(), "fingerprint": fingerprint}
+    ckpt |= {name: getattr(state, name) for name in COUNTS}
+    ckpt |= {"format": FORMAT, "args": vars(args), "fingerprint": fingerprint}
+    return ckpt | {"rng": state.rng.get_state(), "rows": torch.tensor(rows, dtype=torch.float64)}
 
 
-def restore(state: State, ckpt: dict, path: Path, weights_only: bool = False) -> None:
-    """Puts a checkpoint, read from path, into state. Raises UserError where it does not fit."""
+def restore(state: State, ckpt: dict, weights_only: bool = False) -> None:
+    """Puts a checkpoint into state. Raises UserError where it does not fit."""
+    path, per_epoch = ckpt["path"], state.per_epoch
     if "opt_G" not in ckpt and not weights_only:
         why = "its checkpoint is for generate.py only (by --shrink); --init begins a run with it"
         raise UserError(f"{path}: {why}, {NEW_RUN}")
@@ -1113,24 +1191,25 @@ def restore(state: State, ckpt: dict, path: Path, weights_only: bool = False) ->
         for name in OPTIMISERS:
             opt = getattr(state, name)  # with the learning rates of today's flags
             opt.load_state_dict({**ckpt[name], "param_groups": opt.state_dict()["param_groups"]})
-        state.step, state.minutes = int(ckpt["step"]), float(ckpt["minutes"])
-        state.sums = {name: v.to(state.device) for name, v in ckpt["sums"].items()}
-        state.rows = ckpt["rows"].tolist()
-        if any(len(row) != len(state.columns) for row in state.rows):
+        for name in COUNTS:
+            setattr(state, name, ckpt.get(name, getattr(state, name)))
+        state.sums = {name: v.to(state.device) for name, v in state.sums.items()}
+        if state.sums and [*state.sums] != [*METRICS, *state.spec.names]:
             raise ValueError("METRICS has changed")
         state.rng.set_state(ckpt["rng"].clone())  # torch reads beside a part of a tensor
     except BROKEN as error:
         cure = "give another --init" if weights_only else NEW_RUN
-        raise UserError(f"{path}: training cannot go on from its checkpoint; {cure}") from error
+        why = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UserError(f"{path}: training cannot go on from it ({why}); {cure}") from error
+    if state.per_epoch != per_epoch:  # other pictures or another batch: the next epoch begins
+        state.changed = state.step, math.ceil(state.epochs)
+        state.per_epoch = per_epoch
 
 
 # run folder ---------------------------------------------------------------------------------------
 
-MUST_MATCH = {*SHAPE, "info_to", "batch_size", "crop"}  # must match to resume; pictures too: train
-MAY_CHANGE = {"flip", "recipe", "lam_cat", "lam_cont", "cap_cont", "lam_identity", "q_augment"}
-MAY_CHANGE |= {"r1", "r1_from", "shift", "ema", "lr_g", "lr_d", "seed", "init"}  # it is told
 IGNORED = HIDDEN + r"|.*\.(txt|log|out|err|sh|[oe]\d+)|logs"  # in a run's folder
-SIGNALS = ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"]
+SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")  # the last by batch systems, also repeatedly
 SIGNALS = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
 
 
@@ -1141,42 +1220,46 @@ def locked(out: Path) -> Iterator[None]:
     others = [name for name in names if not re.fullmatch(IGNORED, name)]
     if others and not any(re.fullmatch(r"args\.json|last\.pt|epoch_.*\.pt", n) for n in others):
         raise UserError(f"--out {out}: has {others[0]} but no run in it; give another folder")
-    is_new = not out.exists()
+    is_new, lock = not out.exists(), FileLock(out / ".lock", timeout=0)
     out.mkdir(parents=True, exist_ok=True)
-    with open(out / ".lock", "w") as file:
-        try:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.fstat(file.fileno()).st_nlink == 0:  # a run that has just ended removed it
-                raise BlockingIOError
-        except BlockingIOError:
-            raise UserError(f"--out {out}: another process is training there") from None
-        except (ImportError, OSError) as error:  # Windows and some network drives have no locks
-            print(f"{out}: cannot be locked ({error}); start no second run there")
-        for part in [*out.glob(".*.part"), *out.glob("samples/.*.part")]:
-            part.unlink()  # from a process that was killed while it wrote
-        try:
-            yield
-        finally:
-            with suppress(OSError):
-                Path(file.name).unlink()
-                if is_new:
-                    out.rmdir()  # only if it is empty: a start that failed
+    try:
+        lock.acquire()
+    except Timeout:
+        raise UserError(f"--out {out}: another process is training there") from None
+    except (OSError, NotImplementedError) as error:  # as on some network drives
+        print(f"{out}: cannot be locked ({error}); start no second run there")
+    for part in [*out.glob(".*.part"), *out.glob("samples/.*.part")]:
+        part.unlink()  # from a process that was killed while it wrote
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            Path(lock.lock_file).unlink()
+            if is_new:
+                out.rmdir()  # only if it is empty: a start that failed
+        lock.release()
 
 
 def differences(args: Namespace, before: dict, names: Collection[str]) -> list[str]:
-    """ "--r1 0.3, not 1.0" for each flag that is not as before."""
-    pairs = [(name, before.get(name), getattr(args, name)) for name in sorted(names)]
-    changed = [(name, old, new) for name, old, new in pairs if new is not None and new != old]
-    return [f"--{name.replace('_', '-')} {old}, not {new}" for name, old, new in changed]
+    """ "--r1 0.3, not --r1 1.0" for each flag that is not as before."""
+    pairs = [(name, before.get(name), getattr(args, name)) for name in names]
+    changed = [(name, old, new) for name, old, new in pairs if new not in (None, AUTO, old)]
+    return [f"{as_typed(name, old)}, not {as_typed(name, new)}" for name, old, new in changed]
 
 
-def check_same(args: Namespace, changes: list[str]) -> None:
-    """A run resumes with the same networks, codes, batch and pictures: else raises UserError."""
-    if changes and not args.allow_changes:
-        why = f"{args.out} was started with {', '.join(changes)}"
-        raise UserError(f"{why}; --allow-changes goes on all the same, {NEW_RUN}")
+def as_typed(name: str, value: object) -> str:
+    """A flag as one gives it: "--lam-cat 1.0", "--flip", "--no-flip"."""
+    flag = name.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{flag}" if value else f"--no-{flag}"
+    return f"--{flag} {value}"
+
+
+def refuse(args: Namespace, changes: list[str], for_good: bool = False) -> None:
+    """Raises UserError for changes of a run, but where --allow-changes takes them."""
+    if changes and (for_good or not args.allow_changes):
+        advice = "" if for_good else "--allow-changes goes on all the same, "
+        raise UserError(f"{args.out} was started with {', '.join(changes)}; {advice}{NEW_RUN}")
 
 
 def find_checkpoint(args: Namespace) -> dict | None:
@@ -1190,9 +1273,11 @@ def find_checkpoint(args: Namespace) -> dict | None:
         except UserError as error:
             print(error, file=sys.stderr)
             continue
-        check_same(args, differences(args, ckpt["args"], MUST_MATCH))
+        before = ckpt["args"]
+        refuse(args, differences(args, before, flags_that(SAME)), for_good=True)
+        refuse(args, differences(args, before, flags_that(ALLOWED)))
         print(f"resuming from {path}, step {ckpt['step']:,}")
-        if changes := differences(args, ckpt["args"], MAY_CHANGE):
+        if changes := differences(args, before, flags_that(TOLD)):
             print(f"until now it had {', '.join(changes)}")
         return ckpt
     if paths:
@@ -1207,7 +1292,7 @@ def caught_signals() -> Iterator[list[int]]:
 
     def note(number: int, _frame: object) -> None:
         caught.append(number)
-        if number in SIGNALS[:3]:  # XCPU comes every second
+        if number in SIGNALS[:3]:
             signal.signal(number, before[number])
 
     for number in SIGNALS:
@@ -1241,96 +1326,93 @@ def make_grid(x: Tensor, columns: int = 8, gap: int = 2) -> Tensor:
     return F.pad(rows.flatten(3).flatten(1, 2), (0, gap, 0, gap), value=-1.0)
 
 
-def save_picture(path: Path, image: Image.Image, **how: object) -> None:
+def save_picture(path: Path, image: Image.Image, **options: object) -> None:
     """A PNG or a GIF, by the path's ending, complete or not at all."""
     with replacing(path) as file:
-        image.save(file, path.suffix[1:], **how)
+        image.save(file, path.suffix[1:], **options)
 
 
 def save_animation(out: Path) -> None:
     """training.gif: at most 60 of the run's grids with their epochs; the last stays longer."""
     paths = [p for p in out.glob("samples/epoch_*.png") if p.stem[6:].isdecimal()]
-    grids, frames = sorted((int(path.stem[6:]), path) for path in paths), []
-    for i in torch.linspace(0, len(grids) - 1, min(len(grids), 60)).round().int():
-        epoch, path = grids[i]
-        grid = ImageOps.contain(Image.open(path).convert("RGB"), (530, 530))
+    paths, frames = sorted(paths, key=lambda p: int(p.stem[6:])), []
+    for i in torch.linspace(0, len(paths) - 1, min(len(paths), 60)).round().int():
+        grid = ImageOps.contain(Image.open(paths[i]).convert("RGB"), (530, 530))
         frame, font = ImageOps.expand(grid, (0, 28, 0, 0), "white"), ImageFont.load_default(16)
-        ImageDraw.Draw(frame).text((6, 4), f"epoch {epoch}", "black", font)
-        palette = frame.reduce(4).quantize(128)  # ten times as fast as from all pixels, as good
-        frames.append(frame.quantize(palette=palette, dither=Image.Dither.NONE))
+        ImageDraw.Draw(frame).text((6, 4), f"epoch {int(paths[i].stem[6:])}", "black", font)
+        frames.append(frame.quantize(128, Image.Quantize.FASTOCTREE))
     if len(frames) > 1:
-        how = {"duration": [250] * (len(frames) - 1) + [2000], "loop": 0, "save_all": True}
-        save_picture(out / "training.gif", frames[0], append_images=frames[1:], **how)
+        duration = [250] * (len(frames) - 1) + [2000]  # milliseconds
+        rest = {"save_all": True, "append_images": frames[1:], "loop": 0, "duration": duration}
+        save_picture(out / "training.gif", frames[0], **rest)
 
 
 class Log:
-    """log.csv, curves.png and TensorBoard's events of a run, from the rows in its checkpoints."""
+    """log.csv, curves.png and TensorBoard's events of a run, from its rows."""
 
-    def __init__(self, out: Path, state: State):
-        self.path, self.state, self.failed = out / "log.csv", state, set()
-        self.attempt("log.csv", self.keep_edited)
-        tb = self.attempt("TensorBoard", import_module, "torch.utils.tensorboard")  # takes a second
-        where = (str(out), "", state.step + 1)
-        self.board = tb and self.attempt("TensorBoard", tb.SummaryWriter, *where)
+    def __init__(self, out: Path, spec: CodeSpec, rows: list[list[float]], step: int):
+        self.out, self.spec, self.rows, self.failed = out, spec, rows, set()
+        self.columns = ["step", "epoch", "minutes", *METRICS, *spec.names]
+        tb = self.attempt("TensorBoard", import_module, "torch.utils.tensorboard")
+        self.board = tb and self.attempt("TensorBoard", tb.SummaryWriter, str(out), "", step + 1)
 
     def attempt(self, what: str, job: Callable, *args: object) -> object:
         """What job returns. A failure is told once, and training goes on, which is worth more."""
         try:
             return job(*args)
         except Exception as error:  # viewers, full disks, old packages raise anything
-            where, why = (getattr(error, name, None) for name in ("filename", "strerror"))
+            name, why = (getattr(error, name, None) for name in ("filename", "strerror"))
             if what not in self.failed:
-                print(f"{where or what}: {why or error}; training goes on", file=sys.stderr)
+                print(f"{name or what}: {why or error}; training goes on", file=sys.stderr)
             self.failed.add(what)
 
-    def text(self) -> str:
-        rows = [[f"{round(value, 5):.12g}" for value in row] for row in self.state.rows]
-        return "".join(",".join(row) + "\n" for row in [self.state.columns, *rows])
+    def add(self, state: State) -> dict[str, float]:
+        """The next row: the means of the metrics over LOG_EVERY steps. Returns it."""
+        means = torch.stack([*state.sums.values()]) / LOG_EVERY
+        self.rows.append([state.step, state.epochs, state.minutes, *means.tolist()])
+        state.sums = {}
+        row = dict(zip(self.columns, self.rows[-1], strict=True))
+        if self.board:
+            self.attempt("TensorBoard", self.add_to_board, row)
+        return row
 
-    def keep_edited(self) -> None:
-        """A log.csv that somebody has edited is renamed before this run writes its own."""
-        edited = self.path.read_text(errors="replace") if self.path.exists() else ""
-        if not edited.startswith(self.text()) and not self.text().startswith(edited):
-            number = next(i for i in count(1) if not Path(f"{self.path}.old-{i}").exists())
-            aside = self.path.rename(f"{self.path}.old-{number}")
-            print(f"{self.path}: has other lines than this run's; as it was it is now {aside}")
+    def add_to_board(self, row: dict[str, float]) -> None:
+        """One event for the whole row: one for each value takes as long as a GPU's step."""
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        tags = {f"GAN/{name}": row[name] for name in METRICS}
+        tags |= {f"L_I/{name}": row[name] for name in self.spec.names}
+        values = [{"tag": tag, "simple_value": value} for tag, value in tags.items()]
+        self.board.file_writer.add_summary(Summary(value=values), row["step"])
 
     def save(self) -> None:
-        with replacing(self.path) as file:
-            file.write(self.text().encode())
-
-    def add(self, row: dict[str, float]) -> None:
-        for group, names in {"GAN": METRICS, "L_I": self.state.spec.names}.items():
-            for name in names:
-                self.to_board("add_scalar", f"{group}/{name}", row[name], self.state.step)
-
-    def to_board(self, method: str, *what: object) -> None:
-        """A call of TensorBoard's writer, where there is one."""
-        if self.board:
-            self.attempt("TensorBoard", getattr(self.board, method), *what)
+        rows = [[f"{round(value, 5):.12g}" for value in row] for row in self.rows]
+        text = "".join(",".join(row) + "\n" for row in [self.columns, *rows])
+        write_file(self.out / "log.csv", text.encode())
 
     def draw(self) -> None:
         """curves.png: losses, D's mean probabilities, and each code's L_I below its ceiling."""
-        spec, rows = self.state.spec, self.state.rows
+        rows = [row for row in self.rows if all(map(math.isfinite, row))]
         if len(rows) < 2:
             return
         panels = [("losses of D (blue) and G (red)", ["loss_D", "loss_G"], 0.0)]
         panels += [("D(x) (blue) and D(G(z, c)) (red)", ["D_real", "D_fake"], 1.0)]
-        for kind, place in spec.kinds.items():
-            top = spec.ceilings[place][0]
-            panels.append((f"L_I of {kind}, nats, at most {top:.2f}", spec.names[place], top))
+        for kind, place in self.spec.kinds.items():
+            top = self.spec.ceilings[place][0]
+            panels.append((f"L_I of {kind}, nats, at most {top:.2f}", self.spec.names[place], top))
         page = Image.new("RGB", (640, 200 * len(panels)), "white")
         shown = rows[:: -(-len(rows) // 1000)]  # more than the page has pixels for
-        values = dict(zip(self.state.columns, zip(*shown, strict=True), strict=True))
+        values = dict(zip(self.columns, zip(*shown, strict=True), strict=True))
         for i, (title, names, top) in enumerate(panels):
             lines = [values[name] for name in names]
             page.paste(draw_panel(title, values["epoch"], lines, top), (0, 200 * i))
-        save_picture(self.path.with_name("curves.png"), page)
+        save_picture(self.out / "curves.png", page)
 
     def close(self) -> None:
         self.attempt("curves.png", self.draw)
         self.attempt("log.csv", self.save)
-        self.to_board("close")
+        if self.board:
+            self.attempt("TensorBoard", self.board.close)
 
 
 def draw_panel(
@@ -1366,183 +1448,241 @@ def describe_row(spec: CodeSpec, row: dict[str, float]) -> str:
     return text
 
 
-# train --------------------------------------------------------------------------------------------
+class Every:
+    """Says when something is due: at each n-th epoch, and once in so many seconds."""
+
+    def __init__(self, seconds: float, epochs: int = 0):
+        self.seconds, self.epochs, self.last = seconds, epochs, time.monotonic()
+
+    def is_due(self, state: State) -> bool:
+        (epoch, steps), now = state.place, time.monotonic()
+        within = self.epochs and (steps or epoch % self.epochs)
+        if within or now - self.last < self.seconds:
+            return False
+        self.last = now
+        return True
+
 
 LOG_EVERY = R1_EVERY  # steps between two rows of log.csv, each with one R1; no wait between them
 SAVE_SECONDS = 60.0  # between two saves of last.pt
-RETRY_SECONDS = 300.0  # in which a save that failed is tried again
-SAVE_STEPS = 100  # shorter epochs count together for grids and for checkpoints that are kept
+SHOW_SECONDS = 30.0  # between two grids, two kept checkpoints, two lines of progress in a file
+GIVE_UP_SECONDS = 300.0  # without a save that succeeds
 
 
-def batches(state: State, args: Namespace, pictures: Pictures, B: int) -> Iterator[Batch]:
-    """Endless batches of B pictures, each epoch in a new order."""
-    spec, device, x = state.spec, state.device, pictures.x
-    while True:
-        epoch, done = divmod(state.step, state.per_epoch)
-        rng = torch.Generator().manual_seed((args.seed + epoch) % 2**63)  # to resume in an epoch
-        order = pictures.order[torch.randperm(len(x), generator=rng)]
-        for i in range(done, state.per_epoch):
-            rows = to_device(order[i * B : (i + 1) * B], x.device)
-            real = make_batch(x.index_select(0, rows), args.flip, state.rng, device)
-            codes = spec.sample(B, state.rng)
-            codes = pair(codes) if args.lam_identity else codes
-            codes = Codes(*(to_device(c, device) for c in codes))
-            u = to_device(torch.rand(B, N_U, generator=state.rng), device)
-            numbers = float(max_shift_at(state, args)), beta_at(state, args)
-            yield Batch(real, codes, u, *(torch.full((), v, device=device) for v in numbers))
+class Recorder:
+    """What a run shows and saves while it trains: progress, log.csv, grids, checkpoints."""
+
+    def __init__(
+        self,
+        state: State,
+        args: Namespace,
+        pictures: Pictures,
+        log: Log,
+        last_step: int,
+        end: float,
+    ):
+        self.state, self.args, self.fingerprint = state, args, pictures.fingerprint
+        self.log, self.last_step, self.end, self.row = log, last_step, end, {}
+        rng = torch.Generator().manual_seed(args.seed)  # the same pictures and z at each start
+        chosen = pictures.order[torch.randperm(len(pictures.x), generator=rng)[:64]]
+        self.latents = state.spec.join(state.spec.sample(64, rng)).to(state.device)
+        self.draw("real", make_batch(pictures.x[chosen], False, rng, state.device))
+        if state.step == 0:
+            self.draw("epoch_0000")
+        self.in_terminal = bool(sys.stderr) and sys.stderr.isatty()
+        self.shown = Every(0.5 if self.in_terminal else SHOW_SECONDS)
+        self.saved, (self.drawn, self.kept) = (
+            Every(SAVE_SECONDS),
+            (
+                Every(SHOW_SECONDS, epochs) if given is AUTO else Every(0, given)
+                for given, epochs in ((args.sample_every, 5), (args.save_every, 25))
+            ),
+        )
+        self.began = self.last_save = time.monotonic()
+        self.first_step, self.minutes_before = state.step, state.minutes
+
+    def after_step(self, is_asked_to_stop: bool) -> bool:
+        """Shows and saves what is due; returns whether the run stops here, with all saved."""
+        state, now = self.state, time.monotonic()
+        state.minutes = self.minutes_before + (now - self.began) / 60
+        finished = state.step == self.last_step
+        stops, is_first = finished or is_asked_to_stop or now > self.end, not self.row
+        n = state.step % LOG_EVERY
+        if n == 0:
+            self.row = self.log.add(state)
+            check_finite(state.step, self.row)
+        elif is_first:  # something to read soon, however slow the steps are
+            self.row = {name: value.item() / n for name, value in state.sums.items()}
+        if self.shown.is_due(state) or is_first or stops:
+            with suppress(OSError):  # whoever read this is gone
+                self.show(stops)
+        if self.drawn.is_due(state):
+            self.draw(f"epoch_{state.place[0]:04d}")
+            self.log.attempt("curves.png", self.log.draw)
+        if finished:  # before last.pt: a start that finds the run finished draws nothing
+            self.finish()
+        keeps = self.kept.is_due(state)
+        if self.saved.is_due(state) or keeps or stops:
+            self.save(keeps, stops)
+        if stops and not finished:  # after last.pt: a second signal may end us
+            self.finish()
+        return stops
+
+    def show(self, stops: bool) -> None:
+        """The line of progress: in a terminal one that changes, in a file a new one."""
+        state, steps = self.state, self.last_step - self.state.step
+        now, epochs = time.monotonic(), round(state.epochs + steps / state.per_epoch, 1)
+        speed = (state.step - self.first_step) / (now - self.began)  # steps a second
+        left = timedelta(seconds=max(0, round(min(steps / speed, self.end - now, 1e10))))
+        text = f"epoch {state.epochs:.1f}/{epochs:.12g}  {describe_row(state.spec, self.row)}"
+        text += f"  {speed * self.args.batch_size:,.0f} img/s  eta {left}"
+        if self.in_terminal:
+            width = shutil.get_terminal_size().columns - 1
+            text = f"\r{text:<{width}.{width}}"
+        print(text, end="" if self.in_terminal and not stops else "\n", file=sys.stderr, flush=True)
+
+    @torch.no_grad()
+    def draw(self, name: str, x: Tensor | None = None) -> None:
+        """Saves a grid of x, or of what G draws from the run's latents."""
+        search, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
+        if x is None:  # in parts, as large pictures take much memory
+            x = torch.cat([self.state.G_ema(part) for part in self.latents.split(16)])
+        torch.backends.cudnn.benchmark = search  # for kernels, which pays only in training
+        path = self.log.out / f"samples/{name}.png"
+        self.log.attempt("samples", save_picture, path, to_image(make_grid(x)))
+
+    def save(self, keeps: bool, stops: bool) -> None:
+        """Saves last.pt, after a copy that is kept, so that no kill leaves out the copy."""
+        path, log = self.log.out / "last.pt", self.log
+        raw = to_bytes(gather_checkpoint(self.state, self.args, self.fingerprint, log.rows))
+        log.attempt("log.csv", log.save)
+        if keeps:
+            kept = path.with_name(f"epoch_{self.state.place[0]:04d}.pt")
+            log.attempt("checkpoint", write_file, kept, raw)
+        try:
+            write_file(path, raw)
+            self.last_save = time.monotonic()
+        except OSError as error:
+            if stops or time.monotonic() - self.last_save > GIVE_UP_SECONDS:
+                raise
+            print(f"{path}: {error.strerror}; training goes on and tries again", file=sys.stderr)
+
+    def finish(self) -> None:
+        """The last grid, training.gif, log.csv and curves.png."""
+        self.draw("last")
+        self.log.attempt("training.gif", save_animation, self.log.out)
+        self.log.close()
+
+
+# train --------------------------------------------------------------------------------------------
 
 
 def train(args: Namespace) -> int:
     """Trains until --epochs, --max-steps, --max-minutes or a signal; returns the exit code."""
     end = time.monotonic() + 60 * (args.max_minutes or math.inf)
     device, out = pick_device(args.device), Path(args.out)
-    fast = speed_up(device)
-    if args.cuda_graph and device.type != "cuda":
-        raise UserError("--cuda-graph: needs a CUDA device; leave it out")
+    choose_precision(args, device)
     with locked(out):
         ckpt = find_checkpoint(args)
-        init = load_checkpoint(args.init) if args.init and not ckpt else None
-        channels = args.channels or (ckpt and ckpt["args"]["channels"])
-        pictures = load_pictures(args.data, args.image_size, channels, args.crop)
-        if ckpt and ckpt.get("fingerprint", pictures.fingerprint) != pictures.fingerprint:
-            check_same(args, ["other pictures"])
-        # on a GPU bfloat16 is faster only inside a graph: its casts are kernels too
-        fast = fast and (device.type != "cuda" or args.cuda_graph)
-        resolved = {"channels": pictures.x.shape[3], "amp": fast if args.amp is None else args.amp}
-        resolved["init"] = args.init or (ckpt and ckpt["args"]["init"])
-        args, n = Namespace(**{**vars(args), **resolved}), len(pictures.x)
-        state = new_state(args, device)
-        if source := ckpt or init:
-            restore(state, source, Path(args.init) if init else out, weights_only=bool(init))
-
-        B = min(args.batch_size, n)
-        state.per_epoch = n // B
-        total = min(args.epochs * state.per_epoch, args.max_steps or sys.maxsize)
-        if state.step >= total:
+        pictures = open_pictures(args, ckpt)
+        state = open_state(args, ckpt, device, len(pictures.x))
+        step, epoch = state.changed
+        last_step = step + (args.epochs - epoch) * state.per_epoch
+        last_step = min(last_step, args.max_steps or last_step)
+        if state.step >= last_step:
             print(f"{out} is finished, {state.step:,} steps; raise --epochs or --max-steps")
             return 0
-        if args.recipe == "notebook":
-            print("--recipe notebook: the notebook's settings and its defects, to compare with")
-        if total < 1000 and not args.max_minutes:
-            print(f"{total} steps are too few to learn from; raise --epochs or --max-steps")
-        if args.batch_size > B:
-            print(f"--batch-size {args.batch_size}: there are only {n} pictures, so a batch is {B}")
-        print(f"{describe(state, args)}, {state.per_epoch:,} steps an epoch")
-        with replacing(out / "args.json") as file:  # first: it makes the folder a run's
-            file.write(json.dumps(vars(args), indent=2).encode() + b"\n")
+        describe(state, args, len(pictures.x), last_step)
+        write_file(out / "args.json", json.dumps(vars(args), indent=2).encode() + b"\n")
         (out / "samples").mkdir(exist_ok=True)
-        stopped_by, row = loop(state, args, pictures, B, total, end)
+        log = Log(out, state.spec, ckpt["rows"].tolist() if ckpt else [], state.step)
+        recorder = Recorder(state, args, pictures, log, last_step, end)
+        stopped_by = loop(state, args, pictures, recorder)
+    return report(state, recorder, stopped_by)
 
-    finished = state.step >= total
-    bad = {k: v for k, v in row.items() if abs(v) > 50 and k.startswith(("loss", "cat", "cont"))}
+
+def open_pictures(args: Namespace, ckpt: dict | None) -> Pictures:
+    """The run's pictures; sets args.channels. Raises UserError where they are not those of ckpt."""
+    channels = ckpt["args"]["channels"] if ckpt else args.channels
+    pictures = load_pictures(
+        args.data, args.image_size, None if channels is AUTO else channels, args.crop
+    )
+    if ckpt and ckpt["fingerprint"] != pictures.fingerprint:
+        refuse(args, ["other pictures"])
+    args.channels = pictures.x.shape[3]
+    return pictures
+
+
+def open_state(args: Namespace, ckpt: dict | None, device: torch.device, n: int) -> State:
+    """A new run's state for n pictures, or that of ckpt; --init begins with another's weights."""
+    init = load_checkpoint(args.init) if args.init and not ckpt else None
+    args.init = args.init or (ckpt and ckpt["args"].get("init"))
+    state = new_state(args, device)
+    state.per_epoch = n // min(args.batch_size, n)
+    if ckpt or init:
+        restore(state, ckpt or init, weights_only=bool(init))
+    return state
+
+
+def describe(state: State, args: Namespace, n: int, last_step: int) -> None:
+    """Prints what the run works with, and what is unusual about it."""
+    if args.recipe == "notebook":
+        print("--recipe notebook: the notebook's settings and its defects, to compare with")
+    if last_step < 1000 and not args.max_minutes:
+        print(f"{last_step} steps are too few to learn from; raise --epochs or --max-steps")
+    if args.batch_size > n:
+        print(f"--batch-size {args.batch_size}: there are only {n} pictures, so a batch is {n}")
+    text = f"{state.device.type.upper()}, {torch.get_num_threads()} threads"
+    if state.device.type == "cuda":
+        text = torch.cuda.get_device_name(state.device)
+    text += f", {'bfloat16' if args.amp else 'float32'}{', CUDA graph' * args.cuda_graph}"
+    G, D = (sum(p.numel() for p in net.parameters()) / 1e6 for net in (state.G, state.D))
+    text += f"; G {G:.1f} M, D and Q {D:.1f} M parameters, {state.per_epoch:,} steps an epoch"
+    print(text)
+
+
+def loop(state: State, args: Namespace, pictures: Pictures, recorder: Recorder) -> int | None:
+    """Steps until the recorder says that the run stops; returns the signal that asked for it."""
+    step_once, stops = GraphedStep() if args.cuda_graph else train_step, False
+    pictures.x = to_device_if_it_fits(pictures.x, state.device)
+    try:
+        with caught_signals() as caught:
+            while not stops:
+                state.add(step_once(state, args, next_batch(state, args, pictures)))
+                state.step += 1
+                stops = recorder.after_step(bool(caught))
+    except Diverged:
+        recorder.log.close()  # it shows how it came to this
+        raise
+    finally:
+        if recorder.in_terminal and not stops:
+            print(file=sys.stderr)  # what is told next has its own line
+    return next(iter(caught), None)
+
+
+def report(state: State, recorder: Recorder, stopped_by: int | None) -> int:
+    """Prints how a start has ended; returns the exit code. Raises Diverged for a useless run."""
+    path, finished = recorder.log.out / "last.pt", state.step == recorder.last_step
     steps = f"{state.step:,} steps, {state.epochs:.1f} epochs, {state.minutes:.1f} minutes in all"
-    if finished and bad:
-        name = max(bad, key=lambda k: abs(bad[k]))
+    losses = {k: v for k, v in recorder.row.items() if k.startswith(("loss", "cat", "cont"))}
+    far_off = [f"{k} is {v:.0f}" for k, v in losses.items() if abs(v) > 50]
+    if finished and far_off:
         cure = "it has learned nothing; give another --out, and smaller --lr-g and --lr-d"
-        raise Diverged(f"{steps}, but {name} is {bad[name]:.0f}: {cure}")
-    why, do = "time is up", "the same command resumes"
+        raise Diverged(f"{steps}, but {far_off[0]}: {cure}")
+    why, advice = "time is up", "the same command resumes"
     if finished:
-        why, do = "finished", f"see python generate.py --ckpt {out / 'last.pt'}"
+        why, advice = "finished", f"see python generate.py --ckpt {path}"
     elif stopped_by:
         why = signal.Signals(stopped_by).name
-    print(f"{why}: {steps}. {out / 'last.pt'} is saved; {do}")
+    print(f"{why}: {steps}. {path} is saved; {advice}")
     return 128 + stopped_by if stopped_by and not finished else 0
-
-
-def loop(
-    state: State, args: Namespace, pictures: Pictures, B: int, total: int, end: float
-) -> tuple[int, dict[str, float]]:
-    """Steps until `total`, the time `end` or a signal: returns that, and the last row of the log.
-
-    Saves last.pt and log.csv each minute and when it stops, epoch_*.pt each --save-every epochs,
-    samples/ and curves.png each --sample-every epochs, training.gif at the end.
-    """
-    out, spec, per_epoch = Path(args.out), state.spec, state.per_epoch
-    rng = torch.Generator().manual_seed(args.seed)  # the same pictures and z at each start
-    shown = pictures.x[pictures.order[torch.randperm(len(pictures.x), generator=rng)[:64]]]
-    latents = Codes(*(c.to(state.device) for c in spec.sample(64, rng)))
-    log, step_once = Log(out, state), GraphedStep() if args.cuda_graph else train_step
-    began, first_step = time.monotonic(), state.step
-    start, next_save, row = began - 60 * state.minutes, began + SAVE_SECONDS, {}
-    tty, next_shown = sys.stderr.isatty(), began  # a file gets lines, a terminal one that changes
-    together = -(-SAVE_STEPS // per_epoch)  # epochs
-    draw_every, keep_every = args.sample_every or 5 * together, args.save_every or 25 * together
-
-    def save_samples(name: str, x: Tensor | None = None) -> Tensor:
-        grid = make_grid(state.G_ema(spec.join(latents)) if x is None else x)
-        log.attempt("samples", save_picture, out / f"samples/{name}.png", to_image(grid))
-        return grid
-
-    def finish() -> None:
-        save_samples("last")
-        log.attempt("training.gif", save_animation, out)
-        log.close()
-
-    save_samples("real", make_batch(shown, False, rng, state.device))
-    if state.step == 0:
-        save_samples("epoch_0000")
-    pictures = pictures._replace(x=to_device_if_it_fits(pictures.x, state.device))
-    with caught_signals() as caught:
-        for batch in batches(state, args, pictures, B):
-            state.add(step_once(state, args, batch))
-            state.step += 1
-            now, done = time.monotonic(), state.step == total
-            state.minutes = (now - start) / 60
-            ends = done or now > end or bool(caught)
-            epoch, rest = divmod(state.step, per_epoch)
-
-            if state.step % LOG_EVERY == 0:
-                row = state.add_row()
-                check_finite(state.step, row)
-                log.add(row)
-            if row and (now >= next_shown or ends):
-                next_shown = now + (0.5 if tty else 30.0)
-                speed = (state.step - first_step) / (now - began)  # steps a second
-                left = max(0, round(min((total - state.step) / speed, end - now, 1e10)))
-                text = (
-                    f"epoch {state.epochs:.1f}/{total / per_epoch:.4g}  {describe_row(spec, row)}"
-                )
-                text += f"  {speed * B:,.0f} img/s  eta {timedelta(seconds=left)}"
-                text = f"\r{text:<110}" if tty else text
-                print(text, end="" if tty and not ends else "\n", file=sys.stderr, flush=True)
-            if rest == 0 and epoch % draw_every == 0:
-                grid = save_samples(f"epoch_{epoch:04d}").cpu().add(1).div(2).clamp(0, 1)
-                log.to_board("add_image", "samples", grid, epoch)
-                log.attempt("curves.png", log.draw)
-            if done:  # before last.pt: a start that finds the run finished draws nothing
-                finish()
-            keep = rest == 0 and epoch % keep_every == 0
-            if keep or ends or now > next_save:
-                ckpt = gather_checkpoint(state, args, pictures.fingerprint)
-                log.attempt("log.csv", log.save)
-                if keep:
-                    log.attempt("checkpoint", save_file, out / f"epoch_{epoch:04d}.pt", ckpt)
-                save_last(out / "last.pt", ckpt, caught)  # last: a kill before it repeats the rest
-                next_save = time.monotonic() + SAVE_SECONDS
-            if ends:
-                break
-        if not done:  # last.pt first: a second signal may end us
-            finish()
-    return next(iter(caught), 0), row
-
-
-def save_last(path: Path, ckpt: dict, caught: list[int]) -> None:
-    """Saves last.pt. A drive that is away is waited for, unless a signal asks to stop."""
-    patience = time.monotonic() + RETRY_SECONDS
-    for attempt in count():
-        try:
-            return save_file(path, ckpt)
-        except OSError as error:
-            if caught or time.monotonic() >= patience:
-                raise
-            if attempt == 0:
-                minutes = f"{RETRY_SECONDS / 60:.0f} minutes"
-                print(f"{path}: {error.strerror or error}; tried again for {minutes}")
-        time.sleep(min(5.0, RETRY_SECONDS))
 
 
 # flags --------------------------------------------------------------------------------------------
 
+AUTO = "auto"  # a default that follows from other flags, the pictures or the device
+SAME, ALLOWED, TOLD, FREE = "same", "allowed", "told", "free"  # when a run resumes, a flag must be
+# the same; or must be, but for --allow-changes; may change, which is told; may change
 # fmt: off
 RECIPES = {  # what differs from the defaults in FLAGS
 "default": {},
@@ -1552,61 +1692,71 @@ RECIPES = {  # what differs from the defaults in FLAGS
 "mnist": dict(upsample="transposed", cont_at=4, width=32, batch_size=64, lr_g=1e-3, z_dim=16,
     r1=0.1, lam_identity=0.0, q_augment=1.0, shift=0.0),
 }
-AUTO = None  # a default that derived computes
-FLAGS = {  # by group: flag, default, limits or choices or kind, meaning
+FLAGS = {  # by group: flag, default, limits or choices or kind, when a run resumes, meaning
 "pictures": [
-    ("--data", "data/anime", "FOLDER", f"a folder, or {', '.join(NAMED_SETS)}"),
-    ("--image-size", 64, LIMITS["image_size"], "width and height; named sets 32"),
-    ("--channels", None, LIMITS["channels"], "1 grey, 3 colour (default: what the set has)"),
-    ("--flip", True, bool, "mirror half of them; digits and clothes: off"),
-    ("--crop", "centre", ["centre", "top"], "what is kept of pictures that are not square"),
+    ("--data", "data/anime", "FOLDER", FREE, f"a folder, or {', '.join(NAMED_SETS)}"),
+    ("--image-size", 64, LIMITS["image_size"], SAME, "width and height; named sets 32"),
+    ("--channels", AUTO, LIMITS["channels"], SAME, "1 grey, 3 colour (default: what the set has)"),
+    ("--flip", True, bool, TOLD, "mirror half of them; digits and clothes: off"),
+    ("--crop", "centre", [*CROPS], ALLOWED, "what is kept of pictures that are not square"),
 ], "codes": [
-    ("--n-cat", 1, LIMITS["n_cat"], "categorical codes, 0 to 64"),
-    ("--cat-dim", 10, LIMITS["cat_dim"], "categories of each, 2 to 1000"),
-    ("--n-cont", 2, LIMITS["n_cont"], "continuous codes in [-1, 1], 0 to 256"),
-    ("--z-dim", 100, LIMITS["z_dim"], "noise, 0 to 10000"),
+    ("--n-cat", 1, LIMITS["n_cat"], SAME, "categorical codes, 0 to 64"),
+    ("--cat-dim", 10, LIMITS["cat_dim"], SAME, "categories of each, 2 to 1000"),
+    ("--n-cont", 2, LIMITS["n_cont"], SAME, "continuous codes in [-1, 1], 0 to 256"),
+    ("--z-dim", 100, LIMITS["z_dim"], SAME, "noise, 0 to 10000"),
 ], "networks and objective": [
-    ("--recipe", None, [*RECIPES], "notebook: its settings and faults (default: by --data)"),
-    ("--width", 64, LIMITS["width"], "channels of D's first and G's last layer"),
-    ("--upsample", "nearest", LIMITS["upsample"], "G's layers: nearest neighbours and 3x3"
+    ("--recipe", AUTO, [*RECIPES], TOLD, "notebook: its settings and faults (default: by --data)"),
+    ("--width", 64, LIMITS["width"], SAME, "channels of D's first and G's last layer"),
+    ("--upsample", "nearest", LIMITS["upsample"], SAME, "G's layers: nearest neighbours and 3x3"
      " convolutions, or transposed 4x4 ones"),
-    ("--cont-at", 8, LIMITS["cont_at"], "size of the layer of G that the continuous codes enter:"
+    ("--cont-at", 8, LIMITS["cont_at"], SAME, "size of the layer of G that continuous codes enter:"
      " 8, where they move and reshape, or 4, the first, where z and categoricals enter"),
-    ("--lam-cat", 1.0, (0.0, 1000.0), "lambda of each categorical code's L_I"),
-    ("--lam-cont", AUTO, (0.0, 1000.0), "of each continuous code's (default 3 / n_cont, max 0.3)"),
-    ("--cap-cont", AUTO, (0.0, 3.0), "G is rewarded for a continuous code's L_I up to X nats"
-     " (default 1.4; with up to 5 codes 3, which is no limit)"),
-    ("--lam-identity", 2.0, (0.0, 1000.0), "of the identity loss: pictures of the same categories"
-     " must have the same colours in the same places"),
-    ("--info-to", "trunk", ["trunk", "head"], "L_I trains Q with D's trunk, or Q's head"),
-    ("--q-augment", 0.0, (0.0, 3.0), "how strongly pictures are moved, turned, blurred and"
+    ("--lam-cat", 1.0, (0.0, 1000.0), TOLD, "lambda of each categorical code's L_I"),
+    ("--lam-cont", AUTO, (0.0, 1000.0), TOLD,
+     "of each continuous code's (default 3 / n_cont, max 0.3)"),
+    ("--cap-cont", AUTO, (0.0, 3.0), TOLD, "G is rewarded for a continuous code's L_I up to X nats"
+     " (default 1.4; with up to 5 codes 3, more than a code can reach)"),
+    ("--lam-identity", 2.0, (0.0, 1000.0), TOLD, "of the identity loss: pictures of the same"
+     " categories must have the same colours in the same places"),
+    ("--info-to", "trunk", ["trunk", "head"], SAME, "L_I trains Q with D's trunk, or Q's head"),
+    ("--q-augment", 0.0, (0.0, 3.0), TOLD, "how strongly pictures are moved, turned, blurred and"
      " relit before Q reads categorical codes; mnist 1"),
-    ("--shift", AUTO, (0.0, 0.5), "D sees pictures shifted by up to this share of their width,"
-     f" growing over {SHIFT_EPOCHS} epochs (default 0.125; below 64 pixels 0.0625)"),
-    ("--r1", AUTO, (0.0, 1e3), "D's gradient penalty (default 0.3; below 64 pixels 0.01)"),
-    ("--r1-from", AUTO, (0, 10**9), "the epoch from which it acts (default 0; below 64 pixels, if"
-     " --r1 is not given, 75)"),
-    ("--ema", 0.03, (0.0, 1.0), "half-life of G's average, as a share of its steps"),
+    ("--shift", AUTO, (0.0, 0.5), TOLD, "D sees pictures shifted by up to this share of their"
+     f" width, growing over {SHIFT_EPOCHS} epochs (default 0.125; below 64 pixels 0.0625)"),
+    ("--r1", AUTO, (0.0, 1e3), TOLD, "D's gradient penalty (default 0.3; below 64 pixels 0.01)"),
+    ("--r1-from", AUTO, (0, 10**9), TOLD, "the epoch from which it acts (default 0; below 64"
+     " pixels, if --r1 is not given, 75)"),
+    ("--ema", 0.03, (0.0, 1.0), TOLD, "half-life of G's average, as a share of its steps"),
 ], "training": [
-    ("--epochs", 150, (1, 10**9), "passes over the pictures"),
-    ("--batch-size", 128, (2, 65_536), "pictures in a step"),
-    ("--lr-g", 2e-4, (0.0, 1.0), "G's learning rate"),
-    ("--lr-d", 2e-4, (0.0, 1.0), "D's learning rate"),
-    ("--init", None, "FILE", "begin with the weights, codes and networks of this checkpoint"),
-    ("--seed", 0, (0, 2**63 - 1), "seed of all random numbers"),
-    ("--device", "auto", "DEVICE", "cpu, cuda, cuda:1, mps; auto takes the fastest"),
-    ("--amp", None, bool, "bfloat16 convolutions (default: where they are faster)"),
-    ("--cuda-graph", False, bool, "replay the step as a CUDA graph, so that no kernel waits"),
-    ("--max-steps", None, (1, 10**12), "finish after N steps in all"),
-    ("--max-minutes", None, (0.001, 1e7), "stop this call after X minutes; repeat it to resume"),
+    ("--epochs", 150, (1, 10**9), FREE, "passes over the pictures"),
+    ("--batch-size", 128, (2, 65_536), ALLOWED, "pictures in a step"),
+    ("--lr-g", 2e-4, (0.0, 1.0), TOLD, "G's learning rate"),
+    ("--lr-d", 2e-4, (0.0, 1.0), TOLD, "D's learning rate"),
+    ("--init", None, "FILE", TOLD, "begin with the weights, codes and networks of a checkpoint"),
+    ("--seed", 0, (0, 2**63 - 1), TOLD, "seed of all random numbers"),
+    ("--device", "auto", "DEVICE", FREE, "cpu, cuda, cuda:1, mps; auto takes the fastest"),
+    ("--amp", AUTO, bool, FREE, "bfloat16 convolutions (default: where they are faster)"),
+    ("--cuda-graph", AUTO, bool, FREE, "replay the step as a CUDA graph, so that a GPU never waits"
+     " for Python (default: on CUDA)"),
+    ("--max-steps", None, (1, 10**12), FREE, "finish after N steps in all"),
+    ("--max-minutes", None, (0.001, 1e7), FREE, "stop this call after X minutes; repeat it to"
+     " resume"),
 ], "output": [
-    ("--out", AUTO, "FOLDER", "the run's folder (default checkpoint/cat1-cont2, by its codes)"),
-    ("--save-every", None, (1, 10**9),
-     "epochs between checkpoints that are kept (default 25; more if they are short)"),
-    ("--sample-every", None, (1, 10**9), "epochs between grids (default 5; more if short)"),
-    ("--allow-changes", False, bool, "go on though pictures or flags are not those of the run"),
+    ("--out", AUTO, "FOLDER", FREE, "the run's folder (default checkpoint/cat1-cont2, by its"
+     " codes)"),
+    ("--save-every", AUTO, (1, 10**9), FREE, "epochs between checkpoints that are kept (default"
+     " 25, and at least 30 seconds)"),
+    ("--sample-every", AUTO, (1, 10**9), FREE, "epochs between grids (default 5, and at least 30"
+     " seconds)"),
+    ("--allow-changes", False, bool, FREE, "go on though pictures, --crop or --batch-size are not"
+     " those of the run"),
 ]}
 # fmt: on
+
+
+def flags_that(resume: str) -> list[str]:
+    """The names in args of the flags that are SAME, ALLOWED, TOLD or FREE when a run resumes."""
+    return [dest(flag) for rows in FLAGS.values() for flag, _, _, on, _ in rows if on == resume]
 
 
 def derived(args: dict) -> dict:
@@ -1618,9 +1768,9 @@ def derived(args: dict) -> dict:
     values["cap_cont"] = 3.0 if few else 1.4  # else they go on growing, and categoricals fade
     large = args["image_size"] >= 64
     values["r1"] = 0.3 if large else 0.01  # without it D wins
-    values["r1_from"] = 0 if large or args["r1"] is not None else 75  # small: not before
+    values["r1_from"] = 0 if large or args["r1"] is not AUTO else 75  # small: not before
     values["shift"] = 0.125 if large else 0.0625  # small pictures lose variety with more
-    if args["recipe"] == "notebook":  # its defect: the loss of 20 continuous codes was never added
+    if args["recipe"] == "notebook":  # its defect: of its v3 the loss of 20 codes was never added
         values["lam_cont"] = 0.0 if n_cont == 20 else 0.1
     return values
 
@@ -1632,7 +1782,7 @@ def resolve(given: dict, shape: dict) -> Namespace:
     recipe = given.get("recipe") or ("mnist" if data == "mnist" else "default")
     named = {"image_size": 32, "flip": False} if data in NAMED_SETS else {}
     flags |= {**named, **RECIPES[recipe], **shape, **given, "recipe": recipe}
-    rest = {k: v for k, v in derived(flags).items() if flags[k] is None}
+    rest = {name: value for name, value in derived(flags).items() if flags[name] is AUTO}
     return Namespace(**flags | rest)
 
 
@@ -1647,24 +1797,27 @@ def dest(flag: str) -> str:
 
 
 class Parser(ArgumentParser):
-    """Flags from a table like FLAGS; errors in one line, where argparse would print the usage."""
+    """Flags from a table like FLAGS, of every program here; errors in one line, without the usage.
 
-    def __init__(self, program: str, about: str | None, flags: dict):
+    more: argparse's own settings of some flags, by their names in args.
+    """
+
+    def __init__(self, program: str, about: str | None, flags: dict, more: dict | None = None):
         super().__init__(program, None, about, allow_abbrev=False, argument_default=SUPPRESS)
         self.formatter_class, self.defaults = RawHelp, {}
         for title, rows in flags.items():
             group = self.add_argument_group(title)
-            for flag, default, kind, meaning in rows:
+            for flag, default, kind, *_, meaning in rows:
                 if kind is bool:
                     how = {"action": "store_true" if default is False else BooleanOptionalAction}
                 elif isinstance(kind, list):
                     how = {"choices": kind, "type": type(kind[0])}
                 else:
-                    kinds = {int: "N", float: "X", str: kind}
                     how = {"type": partial(self.value, flag, kind)}
-                    how["metavar"] = kinds[type(kind[0])]
-                meaning += "" if default is None or default is False else f" (default {default})"
-                group.add_argument(flag, help=meaning, **how)
+                    how["metavar"] = kind if isinstance(kind, str) else "N"
+                if not any(default is value for value in (None, False, AUTO)):
+                    meaning += f" (default {default})"
+                group.add_argument(flag, help=meaning, **how | (more or {}).get(dest(flag), {}))
                 self.defaults[dest(flag)] = default
 
     @staticmethod
@@ -1690,16 +1843,15 @@ class Parser(ArgumentParser):
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
-    """All flags of a run; only --channels and --amp wait for pictures and device."""
+    """All flags of a run; --channels, --amp and --cuda-graph wait for pictures and device."""
     given = Parser("infogan.py", (__doc__ or "").split("\nSections")[0], FLAGS).given(argv)
     shape = {}
-    if "init" in given:  # a run that is there has codes and networks too, should the file be gone
-        paths = [given["init"], f"{resolve(given, {}).out}/last.pt"]
-        for path in [path for path in paths if os.path.isfile(path)][:1]:
-            before = load_checkpoint(path)["args"]
-            shape = {flag: before[flag] for flag in SHAPE}
-            if other := differences(Namespace(**{**shape, **given}), shape, SHAPE):
-                raise UserError(f"--init {path} has {other[0]}; leave this flag out")
+    if init := given.get("init"):
+        run = Path(given.get("out", ""), "last.pt")  # has them too, should the file be gone
+        before = load_checkpoint(run if "out" in given and not os.path.isfile(init) else init)
+        shape = {name: before["args"][name] for name in LIMITS}
+        if other := differences(Namespace(**{**shape, **given}), shape, [*LIMITS]):
+            raise UserError(f"--init {init} has {other[0]}; leave this flag out")
     args = resolve(given, shape)
     spec_of(args)
     return args
@@ -1707,26 +1859,15 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
 
 # program ------------------------------------------------------------------------------------------
 
-
-class Output:
-    """A stream that survives its reader: a closed terminal must not end a run."""
-
-    def __init__(self, stream: TextIO):
-        self.stream = stream
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self.stream, name)
-
-    def write(self, text: str) -> None:
-        with suppress(OSError):
-            self.stream.write(text)
-
-    def flush(self) -> None:
-        with suppress(OSError):
-            self.stream.flush()
+# of what torch says of a GPU's memory, in small letters
+NO_MEMORY = ("allocate", "out of memory", "alloc_failed", "unable to find an engine")
 
 
-def run(program: str, job: Callable[[], int]) -> int:
+def run(
+    program: str,
+    job: Callable[[], int],
+    if_out_of_memory: str = "lower --batch-size, --width or --image-size",
+) -> int:
     """The job's exit code; an error that the user can fix is one line on stderr and exit code 2."""
     try:
         return job()
@@ -1736,8 +1877,10 @@ def run(program: str, job: Callable[[], int]) -> int:
         text, code = f"{error.filename or 'a file'}: {error.strerror or error}; fix this", 2
         text += " or give another --out, and run it again; saved files are unchanged"
     except (MemoryError, RuntimeError) as error:
-        text, code = "out of memory; lower --batch-size, --width or --image-size", 2
-        if not isinstance(error, MemoryError) and "allocate" not in str(error):
+        text, code = f"out of memory; {if_out_of_memory}", 2
+        if not isinstance(error, MemoryError) and not any(
+            words in str(error).lower() for words in NO_MEMORY
+        ):
             raise
     except KeyboardInterrupt:
         text, code = "stopped", 130
@@ -1746,10 +1889,10 @@ def run(program: str, job: Callable[[], int]) -> int:
 
 
 def as_program(main: Callable[[], int]) -> None:
-    """Runs main and ends the process, with streams that take any letter and survive."""
+    """Runs main and ends the process, with streams that take any letter."""
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")
-    sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
+        if hasattr(stream, "reconfigure"):  # not those of a notebook
+            stream.reconfigure(errors="backslashreplace")
     sys.exit(main())
 
 

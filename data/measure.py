@@ -48,7 +48,6 @@ from generate import edge_map, effect, low_high, tint
 from infogan import (
     Codes,
     CodeSpec,
-    Encoder,
     Parser,
     QOutput,
     UserError,
@@ -181,7 +180,7 @@ def read_factors(folder: Path) -> tuple[list[Path], dict[str, Tensor]]:
 
 @torch.no_grad()
 def read_codes(
-    Q: Encoder, files: list[Path], channels: int, size: int, device: str
+    Q: Callable, files: list[Path], channels: int, size: int, device: str
 ) -> tuple[Tensor, Tensor]:
     """The likeliest categories (n, n_cat) and the means (n, n_cont) that Q reads from faces."""
     read, mode = [], "L" if channels == 1 else "RGB"

@@ -356,13 +356,13 @@ def test_what_is_ours_is_written_again(ckpt, faces, tmp_path):
 def test_the_included_models_are_small_and_Q_reads_what_G_was_told(name, n_cat, n_cont, most):
     path = HERE / f"checkpoint/animefaces-{name}.pt"
     assert path.stat().st_size < most
-    (G, spec), (Q, _) = infogan.load_generator(path), infogan.load_encoder(path)
+    G, spec = infogan.load_generator(path)
     assert (spec.n_cat, spec.cat_dim, spec.n_cont) == (n_cat, 10, n_cont)
     assert {*infogan.load_checkpoint(path)["names"]} <= {*spec.names}
     codes = spec.sample(100, seeded())
     x = G(spec.join(codes))
     assert x.shape == (100, 3, 64, 64)
-    L_I = infogan.mutual_information(spec, Q.D(x)[1], codes)
+    L_I = infogan.mutual_information(spec, infogan.load_net(path, "D", "cpu")(x)[1], codes)
     assert L_I[:n_cat].min() > 2 and L_I[n_cat:].mean() > 1
 
 
@@ -657,7 +657,7 @@ def test_Q_reads_a_picture_of_one_s_own_and_G_draws_it_again(ckpt, tmp_path, cap
     draws([*read, *mine], tmp_path / "out")
     told = capsys.readouterr().out
     Q, spec = infogan.load_encoder(ckpt)
-    x = [infogan.read_picture(path, 16, 3)[1] for path in mine]
+    x = [infogan.read_picture(path, 16, 3).pixels for path in mine]
     x = torch.frombuffer(bytearray(b"".join(x)), dtype=torch.uint8).view(2, 16, 16, 3)
     p, mu, sigma = Q(infogan.make_batch(x, False, seeded(), CPU))
     for i in range(2):
