@@ -230,6 +230,9 @@ class ConvTranspose2dFromPixel(nn.ConvTranspose2d):
 class UpsampleConv2d(nn.Conv2d):
     """Nearest neighbours to twice the size, then a 3x3 convolution."""
 
+    def __init__(self, n_in: int, n_out: int, bias: bool = False):
+        super().__init__(n_in, n_out, 3, padding=1, bias=bias)
+
     def forward(self, x: Tensor) -> Tensor:
         return F.conv_transpose2d(x, self.folded(), self.bias, stride=2, padding=1)
 
@@ -274,17 +277,17 @@ class Generator(nn.Module):
         super().__init__()
         check_limits({"image_size": image_size, "width": width, "channels": channels})
         widths = layer_widths(image_size, width)[::-1]
-        double = {"nearest": (UpsampleConv2d, 3, 1, 1), "transposed": (nn.ConvTranspose2d, 4, 2, 1)}
-        conv, *shape = double[upsample]
+        transposed = partial(nn.ConvTranspose2d, kernel_size=4, stride=2, padding=1)
+        double = UpsampleConv2d if upsample == "nearest" else transposed
         self.spec = spec
         n_maps = spec.n_cont if cont_at == 8 and spec.dim > spec.n_cont else 0
         layers = [ConvTranspose2dFromPixel(spec.dim - n_maps, widths[0], 4, bias=False)]
         for n_in, n_out in zip(widths, [*widths[1:], width], strict=True):
-            layers += [nn.BatchNorm2d(n_in), nn.ReLU(True), conv(n_in, n_out, *shape, bias=False)]
+            layers += [nn.BatchNorm2d(n_in), nn.ReLU(True), double(n_in, n_out, bias=False)]
         if upsample == "nearest" and image_size >= 64:  # at 32x32 this layer made pictures worse
             layers += [nn.BatchNorm2d(width), nn.ReLU(True), nn.Conv2d(width, channels, 3, 1, 1)]
         else:
-            layers[-1] = conv(width, channels, *shape)
+            layers[-1] = double(width, channels, bias=True)
         self.layers = nn.Sequential(*layers, nn.Tanh())
         self.maps = CodeMaps(n_maps, widths[1], 8, bias=False) if n_maps else None
 
@@ -653,10 +656,8 @@ def new_state(args: Namespace, device: torch.device) -> State:
     if args.info_to == "head":
         with_G += D.q_head.parameters()
     adam = partial(torch.optim.Adam, betas=(0.5, 0.999), fused=device.type in ("cpu", "cuda"))
-    opt_G, opt_D = (
-        adam(weights, lr, capturable=args.cuda_graph is True)
-        for weights, lr in ((with_G, args.lr_g), (with_D, args.lr_d))
-    )
+    adam = partial(adam, capturable=args.cuda_graph is True)
+    opt_G, opt_D = adam(with_G, args.lr_g), adam(with_D, args.lr_d)
     G_ema = copy.deepcopy(G).eval().requires_grad_(False)
     return State(G.spec, device, G, G_ema, D, opt_G, opt_D, rng)
 
@@ -666,8 +667,7 @@ def new_state(args: Namespace, device: torch.device) -> State:
 
 def pick_device(name: str) -> torch.device:
     """The fastest device for "auto", a GPU always with its number. Raises UserError if missing."""
-    n_cuda = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    here = [f"cuda:{i}" for i in range(n_cuda)]
+    here = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     here += ["mps", "cpu"] if torch.backends.mps.is_available() else ["cpu"]
     named = here if name == "auto" else [d for d in here if name in (d, d.partition(":")[0])]
     if not named:
@@ -930,11 +930,11 @@ def read_picture(
 def decode(flag: str, items: list, size: int, channels: int, crop: str) -> dict:
     """Decodes paths or pictures: the values of Pictures. flag, with its value, names the set."""
     first, unreadable, raw, n_cut, is_grey = {}, [], bytearray(), 0, True  # first: by hash
-    few = MAX_PIXELS // DECODE_THREADS
     Image.init()  # loads Pillow's formats, which threads must not do at the same time
     with warnings.catch_warnings(), ThreadPoolExecutor(DECODE_THREADS) as pool:
         warnings.simplefilter("ignore")  # Pillow's, about files that it can read all the same
-        read = pool.map(lambda item: read_picture(item, size, channels, crop, few), items)
+        most = MAX_PIXELS // DECODE_THREADS
+        read = pool.map(lambda item: read_picture(item, size, channels, crop, most), items)
         read = tqdm(read, "pictures", len(items), leave=False, disable=None)
         for i, picture in enumerate(read):
             if isinstance(picture.error, Image.DecompressionBombError):  # too large for eight
@@ -1466,7 +1466,7 @@ class Every:
 LOG_EVERY = R1_EVERY  # steps between two rows of log.csv, each with one R1; no wait between them
 SAVE_SECONDS = 60.0  # between two saves of last.pt
 SHOW_SECONDS = 30.0  # between two grids, two kept checkpoints, two lines of progress in a file
-GIVE_UP_SECONDS = 300.0  # without a save that succeeds
+MOST_FAILED_SAVES = 5  # one after the other
 
 
 class Recorder:
@@ -1498,7 +1498,7 @@ class Recorder:
                 for given, epochs in ((args.sample_every, 5), (args.save_every, 25))
             ),
         )
-        self.began = self.last_save = time.monotonic()
+        self.began, self.failed_saves = time.monotonic(), 0
         self.first_step, self.minutes_before = state.step, state.minutes
 
     def after_step(self, is_asked_to_stop: bool) -> bool:
@@ -1561,9 +1561,10 @@ class Recorder:
             log.attempt("checkpoint", write_file, kept, raw)
         try:
             write_file(path, raw)
-            self.last_save = time.monotonic()
+            self.failed_saves = 0
         except OSError as error:
-            if stops or time.monotonic() - self.last_save > GIVE_UP_SECONDS:
+            self.failed_saves += 1
+            if stops or self.failed_saves > MOST_FAILED_SAVES:
                 raise
             print(f"{path}: {error.strerror}; training goes on and tries again", file=sys.stderr)
 
