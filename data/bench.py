@@ -182,7 +182,7 @@ def bench_steps(device: torch.device) -> float:
         print(f"step, {name:26} {B / took[name]:10.1f} pictures/s, {times:.2f} times the loop")
     without = took["eager float32, shifted"]
     r1 = (took["R1"] - without) / infogan.R1_EVERY / without
-    print(f"R1, once in {infogan.R1_EVERY} steps, adds to them {r1:14.1%}")
+    print(f"R1, once in {infogan.R1_EVERY} steps, adds to them{r1:15.1%}")
     name = "notebook's mathematics"
     bench_flops(jobs[name], took[name], took["product"])
     bench_profile(jobs[name], device)
