@@ -57,17 +57,7 @@ def plain_step(G, D, opt_G, opt_D, x, codes, spec):
     return loss.item()
 
 
-def rate(job, n: int, seconds: float = 2.0) -> float:
-    """Pictures a second of job, which handles n, after one call to warm up."""
-    job()
-    calls, start = 0, time.perf_counter()
-    while time.perf_counter() - start < seconds or not calls:
-        job()
-        calls += 1
-    return n * calls / (time.perf_counter() - start)
-
-
-def seconds_of(job, device: torch.device) -> float:
+def seconds_of(job: Callable, device: torch.device) -> float:
     """Of one call, until the device has done it all."""
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     wait()
@@ -75,6 +65,15 @@ def seconds_of(job, device: torch.device) -> float:
     job()
     wait()
     return time.perf_counter() - start
+
+
+def rate(job: Callable, n: int, device: torch.device, seconds: float = 2.0) -> float:
+    """Pictures a second of job, which handles n, after one call to warm up."""
+    job()
+    took = []
+    while sum(took) < seconds:
+        took.append(seconds_of(job, device))
+    return n * len(took) / sum(took)
 
 
 def bench_pictures(folder: str, device: torch.device) -> None:
@@ -90,19 +89,19 @@ def bench_pictures(folder: str, device: torch.device) -> None:
         for which in shuffled:
             infogan.make_batch(x.index_select(0, which.to(x.device)), False, rng, device)
 
-    ours = rate(epoch, B * len(shuffled))
+    ours = rate(epoch, B * len(shuffled), device)
     print(f"input path, ours                       {ours:10,.0f} pictures/s")
     known = [transforms.Resize(64), transforms.ToTensor(), transforms.Normalize(0.5, 0.5)]
     images = datasets.ImageFolder(folder, transforms.Compose(known))
     for workers in (0, 2):
         loader = DataLoader(images, B, True, num_workers=workers)
-        theirs = rate(lambda data=loader: [y.to(device) for y, _ in data], len(images), 1)
+        theirs = rate(lambda data=loader: [y.to(device) for y, _ in data], len(images), device, 1)
         told = f"{theirs:10,.0f} pictures/s, ours {ours / theirs:.0f} times that"
         print(f"  ImageFolder, DataLoader, {workers} workers    {told}")
 
 
 def random_batch(spec: CodeSpec, device: torch.device) -> Batch:
-    """What a step takes, shifted by up to 8 pixels, which is most that there is."""
+    """What a step takes, shifted by up to 8 pixels, the most that there is."""
     rng = torch.Generator().manual_seed(0)
     x = torch.rand(B, 3, 64, 64, generator=rng) * 2 - 1
     x = x.contiguous(memory_format=torch.channels_last)
