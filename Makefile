@@ -93,7 +93,7 @@ test-browser: $(READY) browser  ## the explorer in headless Chromium, Debian's w
 
 # kills, garbled files by the ten thousand, memory; under fifteen minutes
 torture: $(READY)  ## the long tests of what a run survives
-	$(PY) -m pytest -q $(TESTS) -o "python_functions=torture_*" $(ARGS)
+	TORTURE=1 $(PY) -m pytest -q -rP data/test_torture.py $(ARGS)
 
 # start, input path and whole steps as ratios in one run, and where a step's time goes; three minutes
 bench: $(READY)  ## speed on this machine, GPU or not

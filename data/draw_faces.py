@@ -150,106 +150,146 @@ def oval(x: float, y: float, rx: float, ry: float) -> Points:
     return [(x + rx * math.cos(a), y + ry * math.sin(a)) for a in turns]
 
 
-def draw_face(factors: dict[str, int | float], size: int = 64) -> Image.Image:
-    """Draw the face with a value for each of FACTORS: an RGB picture of size x size pixels."""
-    f = factors
-    hair = list(HAIR_COLOURS.values())[int(f["hair_colour"])]
-    iris = list(EYE_COLOURS.values())[int(f["eye_colour"])]
-    paper = list(BACKGROUNDS.values())[int(f["background"])]
-    style = HAIR_STYLES[int(f["hair_style"])]
-    hair_dark, hair_line = mix(hair, INK, 0.32), mix(hair, INK, 0.62)
-    skin = mix((255, 231, 212), (242, 200, 168), (f["skin"] + 1) / 2)
-    skin_dark, skin_line = mix(skin, (214, 120, 110), 0.35), mix(skin, (120, 50, 50), 0.7)
+class Drawing:
+    """A face in the making: its factors, its colours and the picture so far."""
 
-    scale = max(3, math.ceil(256 / size))
-    half = size * scale / 2
-    unit = half / 99
-    image = Image.new("RGB", (size * scale, size * scale), paper)
-    pen = ImageDraw.Draw(image)
-    left, top = half * (1 + 0.16 * f["x"]), half * (1.06 + 0.12 * f["y"])
-    cos, sin = (unit * turn(math.radians(20 * f["tilt"])) for turn in (math.cos, math.sin))
+    def __init__(self, factors: dict[str, int | float], size: int):
+        self.factors = factors
+        self.style = HAIR_STYLES[int(factors["hair_style"])]
+        self.paper = list(BACKGROUNDS.values())[int(factors["background"])]
+        self.iris = list(EYE_COLOURS.values())[int(factors["eye_colour"])]
+        self.hair = list(HAIR_COLOURS.values())[int(factors["hair_colour"])]
+        self.hair_dark, self.hair_line = mix(self.hair, INK, 0.32), mix(self.hair, INK, 0.62)
+        self.skin = mix((255, 231, 212), (242, 200, 168), (factors["skin"] + 1) / 2)
+        self.skin_dark = mix(self.skin, (214, 120, 110), 0.35)
+        self.skin_line = mix(self.skin, (120, 50, 50), 0.7)
 
-    def head(points: Points) -> Points:
-        return [(left + cos * x - sin * y, top + sin * x + cos * y) for x, y in points]
+        self.scale = max(3, math.ceil(256 / size))  # drawn larger, then reduced: smooth edges
+        half = size * self.scale / 2
+        self.unit = half / 99
+        self.image = Image.new("RGB", (size * self.scale, size * self.scale), self.paper)
+        self.pen = ImageDraw.Draw(self.image)
+        self.left = half * (1 + 0.16 * factors["x"])
+        self.top = half * (1.06 + 0.12 * factors["y"])
+        tilt = math.radians(20 * factors["tilt"])
+        self.cos, self.sin = self.unit * math.cos(tilt), self.unit * math.sin(tilt)
 
-    def body(points: Points) -> Points:
-        return [(left + unit * x, top + unit * y) for x, y in points]
+    def head(self, points: Points) -> Points:
+        """Where points of the head, which is tilted, are in the picture."""
+        cos, sin = self.cos, self.sin
+        return [(self.left + cos * x - sin * y, self.top + sin * x + cos * y) for x, y in points]
 
-    def line(points: Points, colour: Colour, width: float = 2.6) -> None:
-        pen.line(points, colour, max(1, round(width * unit)))
+    def body(self, points: Points) -> Points:
+        """Where points of the body, which stays upright, are in the picture."""
+        return [(self.left + self.unit * x, self.top + self.unit * y) for x, y in points]
 
-    def fill(points: Points, colour: Colour, edge: Colour | None = None) -> None:
-        pen.polygon(points, colour)
+    def line(self, points: Points, colour: Colour, width: float = 2.6) -> None:
+        self.pen.line(points, colour, max(1, round(width * self.unit)))
+
+    def fill(self, points: Points, colour: Colour, edge: Colour | None = None) -> None:
+        self.pen.polygon(points, colour)
         if edge:
-            line(points + points[:2], edge)
+            self.line(points + points[:2], edge)
 
-    def eye(side: int) -> None:
-        wake = (f["eye_openness"] + 1) / 2
+    def draw_background(self) -> None:
+        half = self.image.width / 2
+        box = [half * k for k in (0.16, 0.16, 1.84, 1.84)]
+        self.pen.ellipse(box, mix(self.paper, WHITE, 0.55))
+
+    def draw_hair_behind(self) -> None:
+        """The hair behind the head, and its tails with their ribbons."""
+        behind, _, *tails = map(path, HAIR[self.style])
+        self.fill(self.head(behind), self.hair_dark, self.hair_line)
+        for tail in tails:
+            self.fill(self.head(tail), self.hair, self.hair_line)
+        for x, y in TIES.get(self.style, ()):
+            self.fill(self.head(oval(x, y, 8, 10)), RIBBON, mix(RIBBON, INK, 0.5))
+
+    def draw_body(self) -> None:
+        self.fill(self.body(path(BODY)), (250, 250, 255), INK)
+        neck = self.head([(-15, 40), (15, 40)]) + self.body([(17, 84), (0, 100), (-17, 84)])
+        self.fill(neck, self.skin_dark)
+        self.fill(self.body(path(COLLAR)), (70, 84, 140), INK)
+        self.fill(self.body(path(BOW)), RIBBON, mix(RIBBON, INK, 0.5))
+
+    def draw_head(self) -> None:
+        """Ears, face, cheeks and nose."""
+        for side in (-1, 1):
+            self.fill(self.head(oval(54 * side, 16, 8, 13)), self.skin, self.skin_line)
+        self.fill(self.head(path(FACE)), self.skin, self.skin_line)
+        if self.factors["blush"]:
+            for side in (-1, 1):
+                cheek = self.head(oval(34 * side, 37, 10, 6))
+                self.fill(cheek, mix(self.skin, (255, 100, 115), 0.5))
+        self.fill(self.head([(-1, 33), (3, 38), (-2, 38)]), self.skin_dark)
+
+    def draw_mouth(self) -> None:
+        mouth = self.factors["mouth"]
+        smile, wide = max(0.0, mouth), 13 + 7 * abs(mouth)
+        arc = [(t / 6, 1 - (t / 6) ** 2) for t in range(-6, 7)]
+        lip = [(wide * t, 49 + 12 * mouth * (b - 0.6) - 4 * smile) for t, b in arc]
+        jaw = [(x * 0.96, y + 15 * smile * b) for (x, y), (_, b) in zip(lip, arc, strict=True)]
+        self.fill(self.head(lip + jaw[::-1]), (168, 44, 62))
+        for edge in (lip, jaw):
+            self.line(self.head(edge), self.skin_line, 3.2)
+
+    def draw_hair(self) -> None:
+        """The hair in front of the face, and the shadow of its fringe."""
+        front = path(HAIR[self.style][1])
+        # of the fringe alone: below and beside it there is no face to throw a shadow on
+        shadow = [(x, y + 5 if y < 20 and abs(x) < 52 else y) for x, y in front]
+        self.fill(self.head(shadow), self.skin_dark)
+        self.fill(self.head(front), self.hair, self.hair_line)
+        for strand in STRANDS:
+            self.line(self.head(path(strand)), self.hair_dark, 2)
+        self.fill(self.head(path(SHINE)), mix(self.hair, WHITE, 0.42))
+
+    def draw_eye(self, side: int) -> None:
+        """The left eye (side -1) or the right one (1), with its lashes and its brow."""
+        middle, wake = 27 * side, (self.factors["eye_openness"] + 1) / 2
         rise, drop, level = 33 * wake**0.7 - 5, 9 + 4 * wake, 16 - 3 * wake
-        middle = 27 * side
 
         def lids(x: float) -> tuple[float, float]:
+            """How high the upper and the lower lid are at x."""
             bulge = 1 - min(1, abs(x - middle) / 20) ** 2.5
             base = level + (x - middle) * side / 9
             return base - rise * bulge, base + drop * bulge
 
-        def clip(points: Points, colour: Colour) -> None:
+        def between_lids(points: Points, colour: Colour) -> None:
             inside = [(max(middle - 20, min(middle + 20, x)), y) for x, y in points]
-            fill(head([(x, max(lids(x)[0], min(lids(x)[1], y))) for x, y in inside]), colour)
+            inside = [(x, max(lids(x)[0], min(lids(x)[1], y))) for x, y in inside]
+            self.fill(self.head(inside), colour)
 
-        clip(oval(middle, 13, 60, 60), WHITE)
-        at = middle + 9 * f["gaze"]
-        clip(oval(at, 11, 14, 20), mix(iris, INK, 0.5))
-        clip(oval(at, 14, 12, 16), iris)
-        clip(oval(at, 22, 9, 7), mix(iris, WHITE, 0.5))
-        clip(oval(at, 11, 5.5, 8), mix(iris, INK, 0.85))
-        clip(oval(at - 6, 3, 5, 5.5), WHITE)
-        clip(oval(at + 6, 21, 2.5, 3), WHITE)
+        at = middle + 9 * self.factors["gaze"]
+        between_lids(oval(middle, 13, 60, 60), WHITE)
+        between_lids(oval(at, 11, 14, 20), mix(self.iris, INK, 0.5))
+        between_lids(oval(at, 14, 12, 16), self.iris)
+        between_lids(oval(at, 22, 9, 7), mix(self.iris, WHITE, 0.5))
+        between_lids(oval(at, 11, 5.5, 8), mix(self.iris, INK, 0.85))  # the pupil
+        between_lids(oval(at - 6, 3, 5, 5.5), WHITE)
+        between_lids(oval(at + 6, 21, 2.5, 3), WHITE)
         steps = [t / 8 for t in range(-8, 9)]
         upper = [(middle + 20 * t, lids(middle + 20 * t)[0]) for t in steps]
         lash = [(x + 3 * t, y - 4.5 - t * side) for (x, y), t in zip(upper, steps, strict=True)]
-        fill(head(upper + lash[::-1]), INK)
-        line(head([(x, lids(x)[1]) for x, _ in upper[4:13]]), mix(skin_line, INK, 0.3), 2)
+        self.fill(self.head(upper + lash[::-1]), INK)
+        lower = [(x, lids(x)[1]) for x, _ in upper[4:13]]
+        self.line(self.head(lower), mix(self.skin_line, INK, 0.3), 2)
         brow = [(middle + 14 * t, -30 - 6 * wake + 3 * t * t + 2 * t * side) for t in steps[::2]]
-        line(head(brow), hair_line, 3.4)
+        self.line(self.head(brow), self.hair_line, 3.4)
 
-    pen.ellipse([half * k for k in (0.16, 0.16, 1.84, 1.84)], mix(paper, WHITE, 0.55))
-    behind, front, *tails = map(path, HAIR[style])
-    fill(head(behind), hair_dark, hair_line)
-    for tail in tails:
-        fill(head(tail), hair, hair_line)
-    for x, y in TIES.get(style, ()):
-        fill(head(oval(x, y, 8, 10)), RIBBON, mix(RIBBON, INK, 0.5))
-    fill(body(path(BODY)), (250, 250, 255), INK)
-    fill(head([(-15, 40), (15, 40)]) + body([(17, 84), (0, 100), (-17, 84)]), skin_dark)
-    fill(body(path(COLLAR)), (70, 84, 140), INK)
-    fill(body(path(BOW)), RIBBON, mix(RIBBON, INK, 0.5))
+
+def draw_face(factors: dict[str, int | float], size: int = 64) -> Image.Image:
+    """Draw the face with a value for each of FACTORS: an RGB picture of size x size pixels."""
+    drawing = Drawing(factors, size)
+    drawing.draw_background()
+    drawing.draw_hair_behind()
+    drawing.draw_body()
+    drawing.draw_head()
+    drawing.draw_mouth()
+    drawing.draw_hair()
     for side in (-1, 1):
-        fill(head(oval(54 * side, 16, 8, 13)), skin, skin_line)
-    fill(head(path(FACE)), skin, skin_line)
-    if f["blush"]:
-        for side in (-1, 1):
-            fill(head(oval(34 * side, 37, 10, 6)), mix(skin, (255, 100, 115), 0.5))
-    fill(head([(-1, 33), (3, 38), (-2, 38)]), skin_dark)
-
-    grin = max(0.0, f["mouth"])
-    wide = 13 + 7 * abs(f["mouth"])
-    arc = [(t / 6, 1 - (t / 6) ** 2) for t in range(-6, 7)]
-    lip = [(wide * t, 49 + 12 * f["mouth"] * (b - 0.6) - 4 * grin) for t, b in arc]
-    jaw = [(x * 0.96, y + 15 * grin * b) for (x, y), (_, b) in zip(lip, arc, strict=True)]
-    fill(head(lip + jaw[::-1]), (168, 44, 62))
-    for edge in (lip, jaw):
-        line(head(edge), skin_line, 3.2)
-
-    # The shadow of the fringe alone: below and beside it there is no face to throw one on.
-    fill(head([(x, y + 5 if y < 20 and abs(x) < 52 else y) for x, y in front]), skin_dark)
-    fill(head(front), hair, hair_line)
-    for strand in STRANDS:
-        line(head(path(strand)), hair_dark, 2)
-    fill(head(path(SHINE)), mix(hair, WHITE, 0.42))
-    for side in (-1, 1):
-        eye(side)
-    return image.reduce(scale)
+        drawing.draw_eye(side)
+    return drawing.image.reduce(drawing.scale)
 
 
 def face(i: int, seed: int, only: Sequence[str]) -> tuple[str, dict[str, int | float]]:
