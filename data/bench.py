@@ -130,10 +130,7 @@ def our_step(
 ) -> Callable:
     """A step of infogan.py with these flags, late in a run; with R1, or without."""
     args = infogan.parse_args([*V3, *flags])
-    if args.amp is None:
-        args.amp = infogan.speed_up(device)
-    if args.cuda_graph is None:
-        args.cuda_graph = device.type == "cuda"
+    infogan.choose_precision(args, device)
     state = infogan.new_state(args, device)
     state.step = 1000 * infogan.R1_EVERY + (not r1)
     step = infogan.GraphedStep() if args.cuda_graph else infogan.train_step
