@@ -414,11 +414,13 @@ def r1_penalty(d_real: Tensor, x: Tensor) -> Tensor:
     return gradient.square().sum((1, 2, 3)).mean() / 2
 
 
-def shift(x: Tensor, u: Tensor, max_shift: Tensor) -> Tensor:
+def shift(x: Tensor, u: Tensor, max_shift: Tensor | None) -> Tensor:
     """Pictures moved by up to max_shift whole pixels in x and y, on grey (DiffAugment).
 
-    u (n, 2) says how far each goes, uniform in [0, 1).
+    u (n, 2) says how far each goes, uniform in [0, 1). Without max_shift: x itself.
     """
+    if max_shift is None:
+        return x
     by = ((2 * max_shift + 1) * u).floor() - max_shift
     i = torch.arange(x.shape[3], device=x.device)  # Y[n, row, source] is 1 where row takes source
     Y, X = (i[:, None] + by[:, :, None, None] == i).to(x.dtype).unbind(1)  # (n, size, size): 0, 1
@@ -538,37 +540,42 @@ class Batch(NamedTuple):
     beta: Tensor  # (): the share of G_ema that stays
 
 
+Metrics = dict[str, Tensor]  # by METRICS' names and the codes', each a number
+
+
+class Variant(NamedTuple):
+    """What a step computes: a CUDA graph has no branches."""
+
+    with_r1: bool
+    with_shifts: bool  # of the pictures that D sees
+
+
 # a new loss: its function under "objective", two lines in train_step (loss; values, in the same
 # place as its name here), and for its weight a row in FLAGS
 METRICS = ("loss_D", "loss_G", "D_real", "D_fake", "R1", "identity")  # and each code's L_I
 
 
-def train_step(
-    state: State, args: Namespace, batch: Batch, kind: tuple[bool, bool] | None = None
-) -> dict[str, Tensor]:
-    """One step of D, then of G, on n real pictures and n drawn codes; returns the metrics.
+def train_step(state: State, args: Namespace, batch: Batch, kind: Variant | None = None) -> Metrics:
+    """One step of D, then of G, of a kind (by default whose turn it is); returns the metrics.
 
     L_I always trains G. It trains Q together with D's trunk in D's step (args.info_to "trunk", as
-    the paper's own code does), or Q's head alone in G's step ("head", the notebook). kind says
-    whether the step has R1 and shifts; by default as it is its turn.
+    the paper's own code does), or Q's head alone in G's step ("head", the notebook).
     """
     spec, G, D, to_trunk = state.spec, state.G, state.D, args.info_to == "trunk"
     x, codes, u, max_shift, beta = batch
     mixed = torch.autocast(x.device.type, torch.bfloat16, enabled=args.amp)
-    with_r1, shifts = kind or variant(state, args)
+    with_r1, with_shifts = kind or variant(state, args)
     shift_real, shift_D, augment_D, shift_G, augment_G = u.split([2, 2, 8, 2, 8], 1)
-
-    def shifted(x: Tensor, u: Tensor) -> Tensor:
-        return shift(x, u, max_shift) if shifts else x
+    max_shift = max_shift if with_shifts else None
 
     D.requires_grad_(True)
     with mixed:
         x_fake = G(spec.join(codes))  # drawn once, for both steps
-        x = shifted(x, shift_real).detach().requires_grad_(with_r1)
+        x = shift(x, shift_real, max_shift).detach().requires_grad_(with_r1)
         with averages_stay(D):
             d_real = D.d_logits(D.trunk(x))
         x_D = x_fake.detach()
-        d_fake, q = d_and_q(D, shifted(x_D, shift_D), x_D, augment_D, args.q_augment)
+        d_fake, q = d_and_q(D, shift(x_D, shift_D, max_shift), x_D, augment_D, args.q_augment)
     loss_D = loss = d_loss(d_real, d_fake)
     if to_trunk:  # -V - lambda L_I, which trains Q and the trunk
         loss = loss - lambda_L_I(spec, mutual_information(spec, q, codes), args)
@@ -581,7 +588,8 @@ def train_step(
     D.requires_grad_(False)  # G's step needs no gradient of D's weights
     D.q_head.requires_grad_(not to_trunk)
     with mixed:
-        d_fake_G, q = d_and_q(D, shifted(x_fake, shift_G), x_fake, augment_G, args.q_augment)
+        shifted = shift(x_fake, shift_G, max_shift)
+        d_fake_G, q = d_and_q(D, shifted, x_fake, augment_G, args.q_augment)
     loss_G = g_loss(d_fake_G)
     L_I = mutual_information(spec, q, codes)
     # here L_I reaches G (Eq. 6); a continuous code that Q reads well need not grow further
@@ -599,10 +607,10 @@ def train_step(
     return {k: v.detach() for k, v in zip([*METRICS, *spec.names], values, strict=True)}
 
 
-def variant(state: State, args: Namespace) -> tuple[bool, bool]:
-    """Whether this step has R1, and whether D sees shifted pictures."""
+def variant(state: State, args: Namespace) -> Variant:
+    """The kind of step whose turn it is."""
     with_r1 = args.r1 > 0 and state.epochs >= args.r1_from and state.step % R1_EVERY == 0
-    return with_r1, max_shift_at(state, args) > 0
+    return Variant(with_r1, max_shift_at(state, args) > 0)
 
 
 SHIFT_EPOCHS = 40  # D remembers only what it has seen often: shifts grow until then
@@ -736,7 +744,7 @@ class GraphedStep:
         self.batch: Batch | None = None  # the tensors that all graphs read
         self.graphs: dict = {}  # variant: the graph, and the metrics that it fills
 
-    def __call__(self, state: State, args: Namespace, batch: Batch) -> dict[str, Tensor]:
+    def __call__(self, state: State, args: Namespace, batch: Batch) -> Metrics:
         if self.batch is None:
             self.batch = tree_map(torch.clone, batch)
             self.capture_all(state, args)
@@ -755,7 +763,7 @@ class GraphedStep:
         shifts = [False, True] if int(args.shift * args.image_size) else [False]
         try:
             for key in product([False, True] if args.r1 else [False], shifts):
-                self.graphs[key] = self.capture(state, args, key)
+                self.graphs[key] = self.capture(state, args, Variant(*key))
         except RuntimeError as error:
             self.graphs.clear()
             while error.__context__:  # a capture that was broken off hides why
@@ -766,7 +774,7 @@ class GraphedStep:
             for now, old in zip_longest(tensors_of(state), before):
                 now.zero_() if old is None else now.copy_(old)  # Adam's begin as zeros
 
-    def capture(self, state: State, args: Namespace, key: tuple[bool, bool]) -> tuple[object, dict]:
+    def capture(self, state: State, args: Namespace, kind: Variant) -> tuple[object, dict]:
         """The graph of one variant, which runs nothing yet, and the metrics that it will fill."""
         if not self.graphs:
             self.stream, self.pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
@@ -775,10 +783,10 @@ class GraphedStep:
         try:
             with torch.cuda.stream(self.stream):
                 for _ in range(3):  # cuDNN searches for kernels, which no graph can hold
-                    train_step(state, args, self.batch, key)
+                    train_step(state, args, self.batch, kind)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, self.pool, self.stream):
-                metrics = train_step(state, args, self.batch, key)
+                metrics = train_step(state, args, self.batch, kind)
         finally:
             torch.cuda.set_stream(usual)  # torch.cuda.graph does not where a capture fails
         usual.wait_stream(self.stream)
