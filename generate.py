@@ -78,7 +78,9 @@ def folded(G: Generator) -> Generator:
             G.layers[i - 1] = fuse_conv_bn_eval(conv, m, isinstance(conv, nn.ConvTranspose2d))
             G.layers[i] = nn.Identity()
             if i == 4 and G.maps:  # they are added before this batch norm
-                G.maps.weight *= (m.weight / (m.running_var + m.eps).sqrt())[:, None, None]
+                U = G.maps.weight - G.maps.weight.mean((2, 3), keepdim=True)
+                U *= (m.weight / (m.running_var + m.eps).sqrt())[:, None, None]
+                G.maps.weight = nn.Parameter(U)
         elif isinstance(m, (infogan.UpsampleConv2d, infogan.ConvTranspose2dFromPixel)):
             up, bias = isinstance(m, infogan.UpsampleConv2d), m.bias
             weight = nn.Parameter(m.folded() if up else m.weight)
@@ -566,12 +568,12 @@ def read(model: Model, args: Namespace) -> str:
 def explorer(model: Model, args: Namespace) -> str:
     """One HTML file that draws by itself, from --set on; its first z are those of the sheets."""
     spec, weights, scales = model.spec, [], []
-    convs = [m for m in model.G.layers if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d))]
+    convs = [m for m in model.G.modules() if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d))]
     for m in convs:  # 8 bits a weight, with a scale for each channel that it makes
         w = m.weight if isinstance(m, nn.ConvTranspose2d) else m.weight.transpose(0, 1)
         scale = w.abs().amax((0, 2, 3)).clamp(min=1e-12) / 127
         weights.append((w / scale[:, None, None]).round().to(torch.int8).flatten())
-        scales += [scale, m.bias]
+        scales += [scale, torch.zeros_like(scale) if m.bias is None else m.bias]
     rows, codes = measure(model, args.seed), []
     print_rows(rows, args.names)
     reach = [*args.range, *(v for code, v in args.set.items() if code.startswith("cont"))]
@@ -589,7 +591,10 @@ def explorer(model: Model, args: Namespace) -> str:
         "range": [min(reach), max(reach)],
         "at": "#" + "&".join(f"{code}={value:g}" for code, value in args.set.items()),
         "seeds": [*args.seeds],
-        "layers": [{"outputs": m.out_channels, "kernel": m.kernel_size[0]} for m in convs],
+        "layers": [
+            {"inputs": m.in_channels, "outputs": m.out_channels, "kernel": m.kernel_size[0]}
+            for m in convs
+        ],
         "codes": codes,
         "z": [[round(v, 4) for v in z] for z in sample_seeds(spec, args.seeds, {}).z.tolist()],
         "weights": encode(torch.cat(weights).cpu().numpy().tobytes()),
