@@ -754,7 +754,9 @@ DECODER_VERSION = 4  # counts up whenever decode changes its result
 CROPS = {"centre": 0.5, "top": 0.0}  # how much of what a tall picture loses lies above the square
 HIDDEN = r"(?is)\..*|@eadir|[@#$]recycle(\.bin)?|recycler|#snapshot|__macosx|lost\+found|lost\.dir"
 HIDDEN += r"|found\.000|system volume information|desktop\.ini|thumbs(\.db)?"  # of systems too
-OUR_FOLDERS = [{"args.json", "log.csv"}, {"last.pt"}, {"codes.csv"}, {"table.csv", "overview.png"}]
+MARK = ".generated"  # generate.py leaves it in each folder that it makes: what G draws is no data
+OUR_FOLDERS = [{"args.json", "log.csv"}, {"last.pt"}, {MARK}, {"codes.csv"}]
+OUR_FOLDERS += [{"table.csv", "overview.png"}]
 GET_PICTURES = "give a folder of pictures; `make data` downloads faces, `make demo` draws some"
 DATA, IDX = Path("data"), "raw/train-images-idx3-ubyte"  # where torchvision keeps named sets
 NAMED_SETS = {  # torchvision's class, its file; digits and clothes: 32x32, never mirrored
@@ -1647,9 +1649,12 @@ def dest(flag: str) -> str:
 
 
 class Parser(ArgumentParser):
-    """Flags from a table like FLAGS; errors in one line, where argparse would print the usage."""
+    """Flags from a table like FLAGS; errors in one line, where argparse would print the usage.
 
-    def __init__(self, program: str, about: str | None, flags: dict):
+    more: what else add_argument is given for a flag, by the flag's name in args.
+    """
+
+    def __init__(self, program: str, about: str | None, flags: dict, more: dict | None = None):
         super().__init__(program, None, about, allow_abbrev=False, argument_default=SUPPRESS)
         self.formatter_class, self.defaults = RawHelp, {}
         for title, rows in flags.items():
@@ -1664,6 +1669,7 @@ class Parser(ArgumentParser):
                     how = {"type": partial(self.value, flag, kind)}
                     how["metavar"] = kinds[type(kind[0])]
                 meaning += "" if default is None or default is False else f" (default {default})"
+                how |= (more or {}).get(dest(flag), {})
                 group.add_argument(flag, help=meaning, **how)
                 self.defaults[dest(flag)] = default
 
@@ -1726,7 +1732,11 @@ class Output:
             self.stream.flush()
 
 
-def run(program: str, job: Callable[[], int]) -> int:
+def run(
+    program: str,
+    job: Callable[[], int],
+    if_out_of_memory: str = "lower --batch-size, --width or --image-size",
+) -> int:
     """The job's exit code; an error that the user can fix is one line on stderr and exit code 2."""
     try:
         return job()
@@ -1736,7 +1746,7 @@ def run(program: str, job: Callable[[], int]) -> int:
         text, code = f"{error.filename or 'a file'}: {error.strerror or error}; fix this", 2
         text += " or give another --out, and run it again; saved files are unchanged"
     except (MemoryError, RuntimeError) as error:
-        text, code = "out of memory; lower --batch-size, --width or --image-size", 2
+        text, code = f"out of memory; {if_out_of_memory}", 2
         if not isinstance(error, MemoryError) and "allocate" not in str(error):
             raise
     except KeyboardInterrupt:
