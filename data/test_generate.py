@@ -29,7 +29,7 @@ from PIL import Image, ImageChops
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from test_infogan import (  # noqa: F401, I001 (it settles the threads before torch is loaded)
-    CPU, HERE, cache, ckpt, faces, few_pictures, free_port, kill, said_one_line, seeded,
+    CPU, HERE, TINY, cache, ckpt, faces, few_pictures, free_port, kill, said_one_line, seeded,
     stopped_tests_clean_up, tiny, tiny_state, wait_until,
 )  # fmt: skip
 
@@ -51,6 +51,12 @@ def sheets(ckpt, tmp_path_factory) -> Path:
     return out
 
 
+def draws(argv: list[object], out: Path) -> dict[str, bytes]:
+    """What generate.py leaves in out, by name."""
+    assert generate.main([*map(str, argv), "--out", str(out)]) == 0
+    return {path.name: path.read_bytes() for path in out.iterdir()}
+
+
 def lively(path: Path, *flags: str) -> None:
     """A checkpoint whose codes change pictures, with no batch statistic as at its start."""
     args = infogan.parse_args(["--channels", "3", *flags])
@@ -60,36 +66,29 @@ def lively(path: Path, *flags: str) -> None:
     infogan.save_file(path, infogan.gather_checkpoint(state, args, ""))
 
 
-def test_every_code_has_a_sheet_and_a_loop(sheets):
+def table_of(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_every_code_has_a_sheet_and_a_loop_the_same_each_time(ckpt, sheets, tmp_path):
     names = ["cat0", "cat1", "cont0", "cont1", "cont2"]
-    expected = {f"{n}.{kind}" for n in names for kind in ("png", "gif")} | {"table.csv"}
+    expected = {f"{n}.{kind}" for n in names for kind in ("png", "gif")}
     expected |= {f"{n}.png" for n in ("all-categoricals", "overview", "samples")}
-    assert {p.name for p in sheets.iterdir()} == expected
+    assert {p.name for p in sheets.iterdir()} == expected | {"table.csv", infogan.MARK}
     sheet = Image.open(sheets / "cont0.png")
     assert sheet.width >= 6 * 64 and sheet.height >= 3 * 64, "five faces and where they change"
+    again = draws(["--ckpt", ckpt, *SHEETS], tmp_path)
+    assert again == {path.name: path.read_bytes() for path in sheets.iterdir()}
 
 
-def test_sheets_are_the_same_each_time(ckpt, sheets, tmp_path, capsys):
-    assert generate.main(["--ckpt", str(ckpt), "--out", str(tmp_path), *SHEETS]) == 0
-    assert "cont0" in capsys.readouterr().out
-    for path in sheets.iterdir():
-        assert path.read_bytes() == (tmp_path / path.name).read_bytes(), path.name
-
-
-def test_the_table_has_the_strongest_codes_first(sheets):
-    with open(sheets / "table.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert [r["code"] for r in rows[:3]] == ["z", "cat", "cont"]
-    assert sorted(r["code"] for r in rows[3:]) == ["cat0", "cat1", "cont0", "cont1", "cont2"]
-    strengths = [float(r["effect"]) for r in rows[3:]]
+def test_the_table_has_the_strongest_codes_first_and_the_tint_of_codes_alone(sheets):
+    groups, codes = (rows := table_of(sheets / "table.csv"))[:3], rows[3:]
+    assert [(r["code"], r["tint"]) for r in groups] == [("z", ""), ("cat", ""), ("cont", "")]
+    assert sorted(r["code"] for r in codes) == ["cat0", "cat1", "cont0", "cont1", "cont2"]
+    assert all(0 <= float(r["tint"]) <= 1 for r in codes)
+    strengths = [float(r["effect"]) for r in codes]
     assert strengths == sorted(strengths, reverse=True) and strengths[0] > 0
-
-
-def test_the_table_tells_the_tint_of_codes_alone(sheets):
-    with open(sheets / "table.csv", newline="") as file:
-        tints = {r["code"]: r["tint"] for r in csv.DictReader(file)}
-    assert [tints.pop(group) for group in ("z", "cat", "cont")] == [""] * 3
-    assert len(tints) == 5 and all(0 <= float(tint) <= 1 for tint in tints.values())
 
 
 def test_a_heat_map_is_red_where_a_code_changes_the_mean_face():
@@ -109,7 +108,9 @@ def test_low_and_high_differ_in_one_code():
     codes = spec.sample(50, seeded())
     low, high = generate.low_high(spec, codes, "cont1", seeded(1))
     assert (low.c_cont[:, 1] == -0.8).all() and (high.c_cont[:, 1] == 0.8).all()
-    assert low.c_cont[:, 0].equal(high.c_cont[:, 0]) and low.c_cat.equal(codes.c_cat)
+    assert all(
+        spec.join(spec.replace(x, "cont1", codes)).equal(spec.join(codes)) for x in (low, high)
+    )
     low, high = generate.low_high(spec, codes, "cat0", seeded(1))
     assert low.c_cat.equal(codes.c_cat) and (low.c_cat[:, 0] != high.c_cat[:, 0]).all()
     assert high.c_cat.max() == 2 and low.c_cat[:, 1].equal(high.c_cat[:, 1])
@@ -141,17 +142,14 @@ def test_values_of_training_are_marked_and_overview_has_each_codes_best_face(tmp
     lively(tmp_path / "last.pt", "--image-size", "16", "--width", "8", "--n-cont", "3")
     assert generate.main(["--ckpt", str(tmp_path), *SHEETS]) == 0
     page, overview = (Image.open(sheets / f"{name}.png") for name in ("cont0", "overview"))
-    marked = [x for x in range(page.width) if page.getpixel((x, 51)) == (0x2F, 0x62, 0xC9)]
-    assert marked[-1] - marked[0] in (175, 176, 177), "-1 to 1 of -1.5 to 1.5: of 4 columns of 66"
-    with open(sheets / "table.csv", newline="") as file:
-        codes = [r["code"] for r in csv.DictReader(file) if r["tint"]]
-    row = 54 + 66 * codes.index("cont0")
-    corner, where = (
-        next(x for x in range(image.width) if image.getpixel((x, y)) != (255,) * 3)
-        for image, y in ((page, 54), (overview, row))
-    )
-    shown = torch.stack([tile(overview, where + 66 * (1 + k), row) for k in range(5)])
-    rows = [[tile(page, corner + 66 * k, 54 + 66 * j) for k in range(5)] for j in range(3)]
+    codes = [r["code"] for r in table_of(sheets / "table.csv") if r["tint"]]
+    row, corners = 54 + 66 * codes.index("cont0"), []
+    for image, y in ((page, 54), (overview, row)):
+        marked = [x for x in range(image.width) if image.getpixel((x, 51)) == (0x2F, 0x62, 0xC9)]
+        assert marked[-1] - marked[0] in (175, 176, 177), "-1 to 1 of -1.5 to 1.5: 4 columns of 66"
+        corners.append(next(x for x in range(image.width) if image.getpixel((x, y)) != (255,) * 3))
+    shown = torch.stack([tile(overview, corners[1] + 66 * (1 + k), row) for k in range(5)])
+    rows = [[tile(page, corners[0] + 66 * k, 54 + 66 * j) for k in range(5)] for j in range(3)]
     rows = torch.stack([torch.stack(row) for row in rows])
     best = rows.var(1).sum((1, 2, 3)).argmax()
     assert shown.equal(rows[best])
@@ -160,10 +158,11 @@ def test_values_of_training_are_marked_and_overview_has_each_codes_best_face(tmp
 def test_zoom_enlarges_whole_sheets_and_labels_fit():
     x = torch.rand(2, 3, 3, 32, 32, generator=seeded()) * 2 - 1
     for above, left, title in (
-        (["a"] * 3, ["one\ntwo", "a long label"], "t"),
+        (["a", -3.0, 3.0], ["one\ntwo", "a long label"], "t"),
         ([""] * 3, [""] * 2, "t" * 90),
     ):
-        small, large = (generate.sheet(title, x, above, left, zoom) for zoom in (1, 2))
+        rows = [*zip(left, x, strict=True)]
+        small, large = (generate.sheet(title, rows, above, zoom) for zoom in (1, 2))
         assert abs(large.width - 2 * small.width) < 5 and large.height == 2 * small.height
         for page in (small, large):  # nothing touches the edge, so nothing is cut
             ink = ImageChops.invert(page.convert("L")).getbbox()
@@ -174,18 +173,20 @@ def test_zoom_enlarges_whole_sheets_and_labels_fit():
 NAMES = '{"cont1": "tilt", "cat0": "</script>"}'
 
 
-def test_names_of_codes_are_told_and_in_the_table(ckpt, tmp_path, capsys):
+def test_names_of_codes_are_told_in_the_table_and_on_sheets(ckpt, tmp_path, capsys):
+    """A file of names may serve two checkpoints; blanks after the commas of --codes are none."""
     shutil.copy(ckpt, tmp_path / "last.pt")
-    (tmp_path / "names.json").write_text(NAMES)
-    command = ["--ckpt", str(tmp_path / "last.pt"), "--rows", "2", "--steps", "3"]
-    assert generate.main(command) == 0
+    table = b'\xef\xbb\xbf{"cont1": "tilt", "cont77": "of the other run"}'  # a byte-order mark
+    (tmp_path / "names.json").write_bytes(table)
+    few = ["--ckpt", tmp_path, "--rows", 1, "--steps", 2, "--codes", "cat0, cont1"]
+    named = draws(few, tmp_path / "traversals")
     assert re.search("cont1 .* tilt\n", capsys.readouterr().out)
-    with open(tmp_path / "traversals/table.csv", newline="") as file:
-        assert {r["code"]: r["name"] for r in csv.DictReader(file)}["cont1"] == "tilt"
-    plain = (tmp_path / "traversals/cont1.png").read_bytes()
+    names = {r["code"]: r["name"] for r in table_of(tmp_path / "traversals/table.csv")}
+    assert names["cont1"] == "tilt" and names["cat0"] == ""
+    assert {name for name in named if re.match("c.*[0-9].png", name)} == {"cat0.png", "cont1.png"}
     (tmp_path / "names.json").unlink()
-    assert generate.main(command) == 0
-    assert (tmp_path / "traversals/cont1.png").read_bytes() != plain
+    plain = draws(few, tmp_path / "traversals")
+    assert plain["cont1.png"] != named["cont1.png"] and plain["cat0.png"] == named["cat0.png"]
 
 
 def test_names_go_with_a_shrunken_checkpoint_into_the_explorer(ckpt, tmp_path):
@@ -199,42 +200,25 @@ def test_names_go_with_a_shrunken_checkpoint_into_the_explorer(ckpt, tmp_path):
     assert '"name": "tilt"' in page and page.count("</script>") == 1
 
 
-def test_names_beside_two_checkpoints_serve_both_and_a_blank_after_a_comma_is_no_code(
-    ckpt, tmp_path, capsys
-):
-    shutil.copy(ckpt, tmp_path / "last.pt")
-    table = b'\xef\xbb\xbf{"cont1": "tilt", "cont77": "of the other run"}'  # a byte-order mark
-    (tmp_path / "names.json").write_bytes(table)
-    few = ["--rows", "1", "--steps", "2", "--codes", "cat0, cont1"]
-    assert generate.main(["--ckpt", str(tmp_path), *few]) == 0
-    assert " tilt" in capsys.readouterr().out
-    sheets = {path.name for path in (tmp_path / "traversals").glob("c*[0-9].png")}
-    assert sheets == {"cat0.png", "cont1.png"}
-    (tmp_path / "names.json").write_text('{"kont1": "tilt"}')
-    assert generate.main(["--ckpt", str(tmp_path), *few]) == 2
-    said_one_line(capsys, "names.json", "kont1")
-
-
-def test_names_in_other_scripts_take_a_font_that_has_them_or_the_code_alone(
-    ckpt, tmp_path, monkeypatch, capsys
-):
+def test_names_in_other_scripts_take_the_first_font_that_has_their_letters(monkeypatch):
     generate.font_for.cache_clear()
-    font = generate.font_for("cat0 (Rötlich é)\nL_I", 12)
-    if font.getname() != generate.font_for("cat0", 12).getname():  # where this system has one
-        masks = [bytes(font.getmask(letter)) for letter in "cat0Röé\U0010fffd"]
-        assert masks[-1] not in masks[:-1] and b"" not in masks
-    monkeypatch.setattr(generate, "FONTS", ["no such font"])
-    generate.font_for.cache_clear()
-    (tmp_path / "names.json").write_text('{"cat0": "髪の色", "cont1": "tilt"}', encoding="utf-8")
-    flags = ["--names", str(tmp_path / "names.json"), "--out", str(tmp_path), "--rows", "1"]
-    monkeypatch.setitem(
-        generate.MODES, "sheets", (lambda m, a: str(a.labels), "", "names out rows")
-    )
-    assert generate.main(["--ckpt", str(ckpt), *flags]) == 0
-    said = capsys.readouterr().out.splitlines()
-    assert said[0] == "no font here has the letters of cat0: pictures show the codes alone"
-    assert "'cat0': 'cat0'" in said[1] and "'cont1': 'cont1 (tilt)'" in said[1]
-    monkeypatch.undo()
+    plain = generate.font_for("cat0", 12)
+    font = generate.font_for("cat0 (Ж é)\nL_I", 12)
+    if font.getname() != plain.getname():  # where this system has one
+        masks = [bytes(font.getmask(letter)) for letter in "cat0Жé\U0010fffd"]
+        assert masks[-1] not in masks[:-1]
+
+    class Font:
+        def __init__(self, letters: str, *_, **__):
+            self.letters = letters
+
+        def getmask(self, letter: str) -> bytes:
+            return letter.encode() if letter in self.letters else b"a box"
+
+    monkeypatch.setattr(generate, "FONTS", ["latin", "cat0 髪の色"])
+    monkeypatch.setattr(generate.ImageFont, "truetype", Font)
+    assert generate.font_for("cat0\n髪の", 12).letters == "cat0 髪の色"
+    assert generate.font_for("cat0 한", 12).letters not in generate.FONTS, "boxes, if none has them"
     generate.font_for.cache_clear()
 
 
@@ -243,11 +227,11 @@ BAD_NAMES = {
     "no such file": None,
     "not json": "{cont1",
     "list": "[]",
-    "code": '{"kont9": "a"}',
     "number": '{"cont1": 3}',
     "empty": '{"cont1": ""}',
     "lines": '{"cont1": "a\\nb"}',
     "deep": "[" * 10**5,
+    "typing error": '{"kont1": "tilt"}',
 }
 
 
@@ -264,24 +248,21 @@ def test_a_shrunken_checkpoint_is_a_quarter_and_draws_and_reads_as_before(ckpt, 
     small = tmp_path / "small.pt"
     assert generate.main(["--ckpt", str(ckpt), "--shrink", str(small)]) == 0
     assert small.stat().st_size < ckpt.stat().st_size / 4
+    args = infogan.load_checkpoint(small)["args"]
+    assert args["data"] == args["out"] == "" and args["image_size"] == 16, "no folder of its maker"
     (G, spec), (G_small, _) = (infogan.load_generator(p) for p in (ckpt, small))
     (Q, _), (Q_small, _) = (infogan.load_encoder(p) for p in (ckpt, small))
-    assert all(p.dtype == torch.float32 for p in (*G_small.parameters(), *Q_small.parameters()))
-    for net, small in ((G, G_small), (Q, Q_small)):  # variances can be too small for half
-        norms = [b for b in small.state_dict() if "running" in b]
+    for net, small in ((G, G_small), (Q, Q_small)):
+        assert all(p.dtype == torch.float32 for p in small.parameters())
+        norms = [b for b in small.state_dict() if "running" in b]  # too small for half precision
         assert norms and all(net.state_dict()[b].equal(small.state_dict()[b]) for b in norms)
     x = G(spec.join(spec.sample(20, seeded())))
     assert x.allclose(G_small(spec.join(spec.sample(20, seeded()))), atol=0.01)
-    for a, b in zip(Q(x), Q_small(x), strict=True):
+    p, mu, sigma = Q(x)
+    assert p.shape == (20, 2, 3) and p.sum(2).allclose(torch.ones(20, 2))
+    assert mu.shape == sigma.shape == (20, 3) and (sigma >= infogan.SIGMA_MIN * 0.999).all()
+    for a, b in zip((p, mu, sigma), Q_small(x), strict=True):
         assert a.allclose(b, atol=0.01)
-
-
-def test_a_shrunken_checkpoint_names_no_folder_of_its_maker(ckpt, tmp_path):
-    small = tmp_path / "small.pt"
-    assert generate.main(["--ckpt", str(ckpt), "--shrink", str(small)]) == 0
-    for path in (small, HERE / "checkpoint/animefaces-v3.pt"):
-        args = infogan.load_checkpoint(path)["args"]
-        assert args["data"] == args["out"] == "" and args["image_size"] in (16, 64)
 
 
 def test_no_run_goes_on_from_a_shrunken_checkpoint(ckpt, faces, tmp_path, capsys):
@@ -299,57 +280,47 @@ def test_no_run_goes_on_from_a_shrunken_checkpoint(ckpt, faces, tmp_path, capsys
     said_one_line(capsys, "for generate.py only", "another --out")
 
 
-def test_nothing_of_the_user_s_is_overwritten(ckpt, faces, tmp_path, capsys):
-    photos = tmp_path / "photos"
-    photos.mkdir()
-    for name in ("000000.png", "cat0.png"):
-        shutil.copy(faces / "000000.png", photos / name)
-        shutil.copy(faces / "000001.png", photos / f"b{name}")
-    before = {path.name: path.read_bytes() for path in photos.iterdir()}
-    for mode in (["--samples", "9"], ["--sort", str(photos)]):
-        for out in (photos, photos / "more") if mode[0] == "--sort" else (photos,):
-            assert generate.main(["--ckpt", str(ckpt), *mode, "--out", str(out)]) == 2
-            said_one_line(capsys, str(out))
-    assert before == {p.name: p.read_bytes() for p in photos.iterdir() if p.is_file()}
+def modes_of(ckpt: Path, tmp_path: Path) -> dict[str, list[object]]:
+    """The flags of each mode that writes into --out, and of pictures of their own."""
+    faces = few_pictures(tmp_path / "few")
+    modes = {"sheets": ["--gif", "--rows", 1, "--steps", 2], "--samples": ["--samples", 3]}
+    modes |= {"--explorer": ["--explorer"], "--versus": ["--versus", ckpt]}
+    modes |= {"--read": ["--read", faces / "0.png"], "--sort": ["--sort", faces]}
+    modes |= {"--onnx": ["--onnx"], "--walk": ["--walk"]}
+    assert modes.keys() | {"--shrink"} == generate.MODES.keys()
+    return modes
 
 
-def test_nothing_that_is_not_ours_is_overwritten(ckpt, sheets, tmp_path, capsys, monkeypatch):
-    """One file of another origin under a name of ours, for each name of each mode."""
+def test_nothing_is_overwritten_that_is_not_ours(ckpt, tmp_path, capsys):
+    """Into a folder of others goes no picture, and no file over one of theirs."""
+    names = {"--explorer": "explorer.html", "--onnx": "generator.onnx", "--walk": "walk.gif"}
+    for mode, flags in modes_of(ckpt, tmp_path).items():
+        mine = tmp_path / "mine" / names.get(mode, "photo.jpg")
+        mine.parent.mkdir()
+        mine.write_bytes(b"mine")
+        out = mine if mode == "--walk" else mine.parent
+        assert generate.main([*map(str, ["--ckpt", ckpt, *flags, "--out", out])]) == 2, mode
+        said_one_line(capsys, str(mine if mode in names else mine.parent), "is there")
+        assert [path.read_bytes() for path in mine.parent.iterdir()] == [b"mine"]
+        shutil.rmtree(mine.parent)
+    inside = ["--sort", str(tmp_path / "few"), "--out", str(tmp_path / "few/sorted")]
+    assert generate.main(["--ckpt", str(ckpt), *inside]) == 2
+    said_one_line(capsys, "lies within --sort")
+
+
+def test_what_is_ours_is_written_again_and_never_trained_on(ckpt, tmp_path, monkeypatch):
     monkeypatch.setattr(generate, "N_MEASURED", 8)
-    monkeypatch.setattr(generate, "N_MOVED", 4)
-    mine = {"sheets": [path.name for path in sheets.iterdir()]}
-    mine |= {"--explorer": ["explorer.html"], "--walk": ["walk.gif"], "--onnx": ["generator.onnx"]}
-    mine |= {"--samples": ["000002.png", "codes.csv"], "--versus": ["comparison.png"]}
-    mine |= {"--read": ["read.png"], "--sort": ["codes.csv", "cat1.png"]}
-    picture = tmp_path / "me.png"
-    Image.new("RGB", (20, 20), "red").save(picture)
-    faces = str(few_pictures(tmp_path / "few"))
-    value = {"--samples": "3", "--versus": str(ckpt), "--read": str(picture), "--sort": faces}
-    if not HAS_ONNX:
-        del mine["--onnx"]
-    assert mine.keys() | {"--shrink", "--onnx"} == generate.MODES.keys()
-    for mode, names in mine.items():
-        for name in names:
-            out = tmp_path / "out"
-            out.mkdir()
-            (out / name).write_bytes(b"file,mine\n")
-            flags = ["--gif", "--rows", "1", "--steps", "2"] if mode == "sheets" else [mode]
-            flags += [value[mode]] if mode in value else []
-            flags += ["--out", str(out / name if mode == "--walk" else out)]
-            assert generate.main(["--ckpt", str(ckpt), *flags]) == 2, (mode, name)
-            said_one_line(capsys, name, "is there")
-            assert (out / name).read_bytes() == b"file,mine\n"
-            shutil.rmtree(out)
-
-
-def test_what_is_ours_is_written_again(ckpt, faces, tmp_path):
-    few = few_pictures(tmp_path / "few")
-    read, rows = ["--read", few / "0.png"], ["--rows", 1, "--steps", 2]
-    for mode in (rows, ["--samples", 2], ["--sort", few], ["--explorer"], read):
-        out = tmp_path / mode[0].strip("-")
-        assert draws(["--ckpt", ckpt, *mode], out) == draws(["--ckpt", ckpt, *mode], out)
-    (tmp_path / "samples/000001.png").write_bytes(b"")  # of a call that was killed
-    draws(["--ckpt", ckpt, "--samples", 2], tmp_path / "samples")
+    modes, faces = modes_of(ckpt, tmp_path), tmp_path / "few"
+    del modes["--onnx"], modes["--sort"], modes["--walk"]
+    modes["--samples"] += ["--data", faces]
+    before, _ = infogan.find_pictures(faces)
+    for mode, flags in modes.items():
+        out, command = faces / "ours" / mode, ["--ckpt", ckpt, *flags]
+        assert draws(command, out) == draws(command, out)
+    (faces / "ours/--samples/000001.png").write_bytes(b"")  # by a call that was killed
+    draws(command, out)
+    assert (faces / "ours/--samples-real/000001.png").exists()
+    assert infogan.find_pictures(faces)[0] == before
 
 
 @pytest.mark.parametrize("name, n_cat, n_cont, most", [("v3", 10, 20, 12e6), ("v1", 1, 2, 5e6)])
@@ -388,23 +359,25 @@ def test_real_pictures_are_sorted_by_what_Q_reads(ckpt, faces, tmp_path, capsys)
         (sets / str(i % 2)).mkdir(parents=True, exist_ok=True)
         shutil.copy(faces / f"{i:06d}.png", sets / str(i % 2) / f"{i}, a.png")
     shutil.copy(faces / "000000.png", sets / "1/copy.png")
-    assert generate.main(["--ckpt", str(ckpt), "--out", str(out), *SORT, str(sets)]) == 0
+    made = draws(["--ckpt", ckpt, *SORT, sets], out)
     told = capsys.readouterr().out
     assert told.count("NMI") == 2 and "1 exact copy dropped" in told
     names = ["cat0", "cat1", "cont0", "cont1", "cont2"]
-    assert {p.name for p in out.iterdir()} == {"codes.csv", *(f"{name}.png" for name in names)}
-    with open(out / "codes.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
+    assert made.keys() == {"codes.csv", infogan.MARK, *(f"{name}.png" for name in names)}
+    rows = table_of(out / "codes.csv")
     assert len(rows) == 40 and list(rows[0])[:6] == ["file", *names]
-    Q, _ = infogan.load_encoder(ckpt)
     for row in rows[::9]:
-        x = infogan.to_square(Image.open(sets / row["file"]), 16, 3)
-        x = torch.frombuffer(bytearray(x.tobytes()), dtype=torch.uint8).view(1, 16, 16, 3)
-        p, mu, sigma = Q(infogan.make_batch(x, False, seeded(), CPU))
-        assert int(row["cat1"]) == p[0, 1].argmax()
-        assert float(row["cat1_p"]) == pytest.approx(p[0, 1].max().item(), abs=1e-3)
-        assert float(row["cont2"]) == pytest.approx(mu[0, 2].item(), abs=1e-3)
-        assert float(row["cont2_sigma"]) == pytest.approx(sigma[0, 2].item(), abs=1e-3)
+        p, mu, sigma = read_by_Q(ckpt, sets / row["file"])
+        assert int(row["cat1"]) == p[1].argmax()
+        for name, v in {"cat1_p": p[1].max(), "cont2": mu[2], "cont2_sigma": sigma[2]}.items():
+            assert float(row[name]) == pytest.approx(v.item(), abs=1e-3)
+
+
+def read_by_Q(ckpt: Path, picture: Path) -> list[torch.Tensor]:
+    """c_cat's probabilities, c_cont's means and sigmas of a picture."""
+    x = torch.frombuffer(bytearray(infogan.read_picture(picture, 16, 3)[1]), dtype=torch.uint8)
+    batch = infogan.make_batch(x.view(1, 16, 16, 3), False, seeded(), CPU)
+    return [part[0] for part in infogan.load_encoder(ckpt)[0](batch)]
 
 
 def test_a_label_is_the_folder_of_a_picture_and_figures_never_vanish(ckpt, faces, tmp_path, capsys):
@@ -422,9 +395,12 @@ def test_a_label_is_the_folder_of_a_picture_and_figures_never_vanish(ckpt, faces
     assert said.count("NMI") == 2 and "labels: 2, 1 pictures without one left out" in said
 
 
-def test_sorting_a_folder_that_is_none_is_one_line(ckpt, tmp_path, capsys):
+def test_sorting_says_what_is_missing_and_needs_no_codes(ckpt, faces, tmp_path, capsys):
     assert generate.main(["--ckpt", str(ckpt), *SORT, str(tmp_path / "none")]) == 2
     assert "--data" not in said_one_line(capsys, "--sort", "none")
+    lively(tmp_path / "last.pt", *TINY, "--n-cat", "0", "--n-cont", "0")
+    sort = ["--ckpt", tmp_path, *SORT, faces]
+    assert draws(sort, tmp_path / "out") == draws(sort, tmp_path / "out")
 
 
 def test_sorting_takes_as_floats_a_batch_at_a_time(ckpt, faces, tmp_path, monkeypatch):
@@ -469,34 +445,39 @@ def test_onnx_draws_the_same(ckpt, tmp_path):
     assert generate.main(["--ckpt", str(ckpt), "--out", str(tmp_path), "--onnx"]) == 0, "again"
 
 
-@pytest.mark.parametrize("cont_at", ["8", "4"])
-def test_folding_batch_norm_changes_nothing(tmp_path, cont_at):
-    lively(tmp_path / "a.pt", "--width", "4", "--n-cont", "3", "--cont-at", cont_at)
+@pytest.mark.parametrize("flags", [[], ["--cont-at", "4", "--upsample", "transposed"]])
+def test_the_explorers_layers_are_those_of_G_with_batch_norm_in_them(tmp_path, flags):
+    lively(tmp_path / "a.pt", "--width", "4", "--n-cont", "3", *flags)
     G, spec = infogan.load_generator(tmp_path / "a.pt")
-    codes, plain = spec.sample(9, seeded()), generate.folded(G)
-    joined = spec.join(codes._replace(c_cont=30 * codes.c_cont))  # in so small a net too
-    assert plain(joined).allclose(G(joined), atol=1e-5)
-    assert (plain(joined) - plain(spec.join(codes))).std() > 1e-3
-    assert not [m for m in plain.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    codes = spec.sample(9, seeded())
+    codes = spec.join(codes._replace(c_cont=30 * codes.c_cont))[:, :, None, None]  # so small a net
+    layers, n_maps = generate.folded(G), 0 if flags else 3
+    x, c_cont = codes.split([spec.dim - n_maps, n_maps], 1)
+    U = layers.pop()[0] if n_maps else torch.zeros(0, layers[1][1].shape[0], 8, 8)
+    for i, (weight, bias) in enumerate(layers):
+        doubles = {"stride": 2, "padding": 1} if i and weight.shape[2] == 4 else {}
+        same = torch.nn.functional.conv2d
+        x = x.relu() if i else x
+        if weight.shape[2] == 3:
+            x = same(x, weight.transpose(0, 1), bias, padding=1)
+        else:
+            x = torch.nn.functional.conv_transpose2d(x, weight, bias, **doubles)
+        if i == 1 and n_maps:
+            x = x + torch.nn.functional.conv_transpose2d(c_cont, U)
+    assert x.tanh().allclose(G(codes[:, :, 0, 0]), atol=1e-5)
 
 
 def test_traversals_move_one_code_and_nothing_else():
     spec = CodeSpec(2, 3, 2, 4)
     base = spec.sample(2, seeded())
-    for name, values in (("cat1", [0, 1, 2]), ("cont0", [-1.0, 0.0, 1.0]), ("cat", [0, 1, 2])):
-        moved = spec.traverse(base, name, values)
-        where, columns = {
-            "cat1": ("c_cat", [1]),
-            "cont0": ("c_cont", [0]),
-            "cat": ("c_cat", [0, 1]),
-        }[name]
-        for field in Codes._fields:
-            rows = getattr(moved, field).unflatten(0, (2, 3))
-            fixed = getattr(base, field)[:, None].expand_as(rows).clone()
-            if field == where:
-                assert (rows[:, :, columns] == torch.tensor(values)[None, :, None]).all()
-                fixed[:, :, columns] = rows[:, :, columns]
-            assert rows.equal(fixed)
+    for name, columns in (("cat1", [5]), ("cont0", [6]), ("cat", [4, 5])):  # of z, c_cat, c_cont
+        before, after = (
+            torch.cat(codes, 1) for codes in (base, spec.traverse(base, name, [0, 1, 2]))
+        )
+        rows = after.unflatten(0, (2, 3))
+        assert (rows[:, :, columns] == torch.tensor([0, 1, 2])[None, :, None]).all()
+        rows[:, :, columns] = before[:, None, columns]
+        assert rows.equal(before[:, None].expand_as(rows))
 
 
 def test_effect_has_its_closed_form():
@@ -530,7 +511,7 @@ def test_two_runs_are_compared_in_a_table_and_a_picture(ckpt, faces, tmp_path, c
     told = capsys.readouterr().out
     for words in (a, b, "z  ", "cat1", "cont1", "L_I", "nearest neighbour"):
         assert str(words) in told
-    assert Image.open(tmp_path / "a/traversals/comparison.png").width > 800
+    assert Image.open(tmp_path / "a/traversals/comparison.png").height > 64 * 2 * (1 + 2 * 8)
     assert not (tmp_path / "a/traversals/table.csv").exists()
 
 
@@ -549,19 +530,17 @@ def test_runs_without_codes_are_compared_too(tmp_path):
     assert (tmp_path / "traversals/comparison.png").exists()
 
 
-def draws(argv: list[object], out: Path) -> dict[str, bytes]:
-    """What generate.py leaves in out, by name."""
-    assert generate.main([*map(str, argv), "--out", str(out)]) == 0
-    return {path.name: path.read_bytes() for path in out.iterdir()}
-
-
 def test_a_seed_is_the_same_picture_whatever_comes_with_it(tmp_path):
     draw = ["--ckpt", HERE / "checkpoint/animefaces-v3.pt", "--samples"]
     many = draws([*draw, 40], tmp_path / "many")
     few = draws([*draw, 30, "--seed", 2], tmp_path / "few")
     some = draws([*draw, "--seeds", "7, 39,3-5"], tmp_path / "some")
-    assert few.keys() == {"codes.csv", *(f"{seed:06d}.png" for seed in range(2, 32))}
-    assert some.keys() == {"codes.csv", *(f"{seed:06d}.png" for seed in (3, 4, 5, 7, 39))}
+    assert few.keys() == {"codes.csv", infogan.MARK, *(f"{seed:06d}.png" for seed in range(2, 32))}
+    assert some.keys() == {
+        "codes.csv",
+        infogan.MARK,
+        *(f"{seed:06d}.png" for seed in (3, 4, 5, 7, 39)),
+    }
     for name, raw in [*few.items(), *some.items()]:
         assert raw == many[name] or name == "codes.csv", name
     rows = {row.split(",", 1)[0]: row for row in many["codes.csv"].decode().splitlines()}
@@ -585,28 +564,21 @@ def test_codes_that_are_set_are_held_wherever_something_is_drawn(ckpt, tmp_path,
     monkeypatch.setattr(generate, "draw", lambda G, x: (drawn.append(x), real(G, x))[1])
     table = [generate.Row("cat1", 0.5, 1.1, 0.1, 0.1, 0.5, torch.zeros(3, 16, 16))]
     monkeypatch.setattr(generate, "measure", lambda model, seed: table)
-    picture = tmp_path / "me.png"
-    Image.new("RGB", (20, 20), "red").save(picture)
     head = ["--ckpt", ckpt, "--set", "cat0=2, cont1=-0.5", "--seed", 3]
-    spec = infogan.load_generator(ckpt)[1]
-    cat0, cont1 = slice(spec.z_dim, spec.z_dim + spec.cat_dim), spec.dim - spec.n_cont + 1
-    for mode in (["--samples", 5], ["--walk"], ["--read", picture], ["--rows", 2, "--steps", 4]):
+    spec, modes = infogan.load_generator(ckpt)[1], modes_of(ckpt, tmp_path)
+    for mode in ("--samples", "--read", "--walk", "sheets"):
         drawn.clear()
-        out = ["--out", tmp_path / "w.webp"] if mode == ["--walk"] else ["--out", tmp_path / "o"]
-        assert generate.main([*map(str, [*head, *mode, *out])]) == 0
-        held = [(x[:, cat0].argmax(1) == 2) & (x[:, cont1] == -0.5) for x in drawn]
-        assert drawn and all(h.all() for x, h in zip(drawn, held, strict=True) if len(x) != 3 * 4)
-        shutil.rmtree(tmp_path / "o", ignore_errors=True)
-        together = (
-            drawn[1 % len(drawn)][:, spec.z_dim : -spec.n_cont]
-            .unflatten(1, (spec.n_cat, -1))
-            .argmax(2)
-        )
-    assert together[:3].tolist() == [[2, 0], [2, 1], [2, 2]], "the other categorical moves alone"
+        out = tmp_path / "out" / ("w.webp" if mode == "--walk" else "o")
+        assert generate.main([*map(str, [*head, *modes[mode], "--out", out])]) == 0
+        for x in drawn:
+            _, c_cat, c_cont = x.split([spec.z_dim, 6, 3], 1)
+            cat0, cat1 = c_cat.unflatten(1, (2, 3)).argmax(2).T
+            assert (cat0 == 2).all() and (c_cont[:, 1] == -0.5).all()
+            if mode == "sheets" and len(x) == 3:  # a sheet of one row
+                assert cat1.tolist() == [0, 1, 2], "the other categorical moves alone"
     monkeypatch.undo()
-    draws([*head, "--explorer"], tmp_path / "page")
-    page = (tmp_path / "page/explorer.html").read_text()
-    assert '"at": "#cat0=2&cont1=-0.5"' in page and '"seeds": [3, 4,' in page
+    page = draws([*head, "--explorer"], tmp_path / "page")["explorer.html"].decode()
+    assert '"set": {"cat0": 2.0, "cont1": -0.5}' in page and '"seeds": [3, 4,' in page
 
 
 def test_a_walk_is_closed_and_its_z_keeps_its_length(tmp_path, monkeypatch):
@@ -618,34 +590,27 @@ def test_a_walk_is_closed_and_its_z_keeps_its_length(tmp_path, monkeypatch):
     for suffix in ("gif", "webp"):
         path = tmp_path / f"w.{suffix}"
         walk = ["--ckpt", ckpt, "--walk", "--seeds", "4,9,2", "--steps", 6, "--out", path]
-        for _ in range(2):  # again over its own
-            assert generate.main([*map(str, walk)]) == 0
+        assert generate.main([*map(str, walk)]) == 0
         film = Image.open(path)
         assert (film.format, film.n_frames, film.width) == (suffix.upper(), 18, 128)
         assert film.info["loop"] == 0 and path.stat().st_size < 5e5
-        x = drawn[-1]
-        assert x[::6].allclose(faces, atol=1e-6)
-        z, codes = x.split([spec.z_dim, spec.dim - spec.z_dim], 1)
-        assert (z.norm(dim=1) / spec.z_dim**0.5 - 1).abs().max() < 0.3
-        assert (codes[3] - (codes[0] + codes[6]) / 2).abs().max() < 1e-6
-        assert x.diff(dim=0).norm(dim=1).max() < 0.4 * (faces[0] - faces[1]).norm()
-        assert (x[-1] - x[0]).norm() < 0.4 * (faces[2] - faces[0]).norm(), "not closed"
+    x = drawn[-1]
+    assert x[::6].allclose(faces, atol=1e-6)
+    z, codes = x.split([spec.z_dim, spec.dim - spec.z_dim], 1)
+    assert (z.norm(dim=1) / spec.z_dim**0.5 - 1).abs().max() < 0.3
+    assert (codes[3] - (codes[0] + codes[6]) / 2).abs().max() < 1e-6
+    steps = (x.roll(-1, 0) - x).norm(dim=1)  # the last back to the first
+    assert steps.max() < 0.4 * (faces - faces.roll(1, 0)).norm(dim=1).min()
 
 
-def test_samples_with_data_leave_the_whole_set_as_the_run_sees_it(ckpt, tmp_path, capsys):
+def test_samples_with_data_leave_the_whole_set_as_the_run_sees_it(ckpt, tmp_path):
     few_pictures(tmp_path / "set", 3)
     few_pictures(tmp_path / "set/more", 5)
     Image.new("RGB", (30, 20), "red").save(tmp_path / "set/wide.webp")
-    command = ["--ckpt", str(ckpt), "--samples", "2", "--data", str(tmp_path / "set"), "--out"]
-    for _ in range(2):  # what is ours is written again
-        assert generate.main([*command, str(tmp_path / "fake")]) == 0
+    draws(["--ckpt", ckpt, "--samples", 2, "--data", tmp_path / "set"], tmp_path / "fake")
     n = len(infogan.load_pictures(str(tmp_path / "set"), 16, 3).x)
-    real = [Image.open(path) for path in (tmp_path / "fake-real").iterdir()]
+    real = [Image.open(path) for path in (tmp_path / "fake-real").glob("*.png")]
     assert len(real) == n >= 6 and {image.size for image in real} == {(16, 16)}
-    (tmp_path / "fake-real/000000.png").write_bytes(b"mine")
-    capsys.readouterr()
-    assert generate.main([*command, str(tmp_path / "fake")]) == 2
-    said_one_line(capsys, "000000.png", "is there")
 
 
 def test_Q_reads_a_picture_of_one_s_own_and_G_draws_it_again(ckpt, tmp_path, capsys):
@@ -656,17 +621,43 @@ def test_Q_reads_a_picture_of_one_s_own_and_G_draws_it_again(ckpt, tmp_path, cap
     read = ["--ckpt", ckpt, "--names", tmp_path / "names.json", "--seeds", "5,6,8", "--read"]
     draws([*read, *mine], tmp_path / "out")
     told = capsys.readouterr().out
-    Q, spec = infogan.load_encoder(ckpt)
-    x = [infogan.read_picture(path, 16, 3)[1] for path in mine]
-    x = torch.frombuffer(bytearray(b"".join(x)), dtype=torch.uint8).view(2, 16, 16, 3)
-    p, mu, sigma = Q(infogan.make_batch(x, False, seeded(), CPU))
-    for i in range(2):
-        assert f"{mu[i, 1]:+.2f} ± {sigma[i, 1]:.2f}" in told.split("cont1 (tilt)")[1]
-        assert f"{p[i, 1].argmax()} ({p[i, 1].max():.0%})" in told.split("cat1")[1]
+    for path in mine:
+        p, mu, sigma = read_by_Q(ckpt, path)
+        assert f"{mu[1]:+.2f} ± {sigma[1]:.2f}" in told.split("cont1 (tilt)")[1]
+        assert f"{p[1].argmax()} ({p[1].max():.0%})" in told.split("cat1")[1]
     assert "a.png" in told and Image.open(tmp_path / "out/read.png").width > 4 * 64
     for bad in (HERE / "README.md", tmp_path / "none.png", tmp_path):
         assert generate.main([*map(str, [*read, mine[0], bad])]) == 2
         said_one_line(capsys, "--read", str(bad))
+
+
+def test_any_terminal_can_be_written_to(ckpt, tmp_path):
+    """As ASCII it has no ±, and no letters of a name."""
+    names, picture = tmp_path / "names.json", few_pictures(tmp_path / "few") / "0.png"
+    names.write_text('{"cont1": "髪の色"}', encoding="utf-8")
+    command = [sys.executable, HERE / "generate.py", "--ckpt", ckpt, "--read", picture]
+    more = {"capture_output": True, "env": os.environ | {"PYTHONIOENCODING": "ascii"}}
+    done = subprocess.run([*command, "--names", names, "--out", tmp_path / "out"], **more)
+    assert done.returncode == 0 and b"cont1 (\\u9aea" in done.stdout, done
+
+
+def test_a_seed_is_one_file_on_one_device_and_memory_that_runs_out_is_one_line(
+    ckpt, tmp_path, monkeypatch, capsys
+):
+    def write(*_):
+        cudnn = torch.backends.cudnn
+        assert (cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32) == (True, False, False)
+        assert torch.get_float32_matmul_precision() == "highest"
+        raise MemoryError
+
+    torch.backends.cudnn.benchmark = True  # as training leaves it
+    torch.set_float32_matmul_precision("high")
+    monkeypatch.setitem(generate.MODES, "--onnx", (write, "traversals", "out"))
+    assert generate.main(["--ckpt", str(ckpt), "--onnx"]) == 2
+    flags = re.findall("--[a-z-]+", said_one_line(capsys, "out of memory"))
+    assert flags and {*flags} <= {row[0] for rows in generate.FLAGS.values() for row in rows}
+    assert torch.backends.cudnn.benchmark, "is as it was"
+    torch.backends.cudnn.benchmark = False
 
 
 def test_a_folder_of_a_run_is_its_last_checkpoint(ckpt, tmp_path, capsys):
@@ -680,23 +671,14 @@ def test_a_folder_of_a_run_is_its_last_checkpoint(ckpt, tmp_path, capsys):
 
 def test_samples_come_with_their_codes_and_mix_with_no_others(ckpt, tmp_path, capsys):
     out = tmp_path / "s"
-    command = ["--ckpt", str(ckpt), "--samples", "7", "--out", str(out)]
-    assert generate.main(command) == 0
-    assert len(list(out.glob("*.png"))) == 7
-    with open(out / "codes.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
+    draws(["--ckpt", ckpt, "--samples", 7], out)
+    rows = table_of(out / "codes.csv")
     names = ["cat0", "cat1", "cont0", "cont1", "cont2"]
     assert len(rows) == 7 and list(rows[0]) == ["file", "seed", *names]
+    assert all((out / row["file"]).exists() for row in rows)
     capsys.readouterr()
-    assert generate.main([*command[:2], "--samples", "3", "--out", str(out)]) == 2
+    assert generate.main(["--ckpt", str(ckpt), "--samples", "3", "--out", str(out)]) == 2
     said_one_line(capsys, "4 other pictures")
-
-
-def test_the_encoder_gives_probabilities_means_and_sigmas(ckpt):
-    Q, spec = infogan.load_encoder(ckpt)
-    p, mu, sigma = Q(torch.zeros(4, 3, 16, 16))
-    assert p.shape == (4, 2, 3) and p.sum(2).allclose(torch.ones(4, 2))
-    assert mu.shape == sigma.shape == (4, 3) and (sigma >= infogan.SIGMA_MIN * 0.999).all()
 
 
 # the explorer in a browser ------------------------------------------------------------------------
