@@ -71,11 +71,11 @@ def load_model(path: str, device: torch.device) -> Model:
     return Model(file, G, Q, spec, ckpt, shape, device)
 
 
-def draw(G: nn.Module, joined: Tensor) -> Tensor:
+def draw(model: Model, joined: Tensor) -> Tensor:
     """Pictures (n, channels, size, size) in [-1, 1] of G's inputs (n, spec.dim), on the CPU."""
     # always as many at once, as rounding depends on it: on one device a seed is always one file
-    device, full = next(G.parameters()).device, F.pad(joined, (0, 0, 0, -len(joined) % AT_ONCE))
-    parts = [G(part.to(device)).cpu() for part in full.split(AT_ONCE)]
+    full = F.pad(joined, (0, 0, 0, -len(joined) % AT_ONCE))
+    parts = [model.G(part.to(model.device)).cpu() for part in full.split(AT_ONCE)]
     return torch.cat(parts)[: len(joined)]
 
 
@@ -96,7 +96,7 @@ def traversal(model: Model, base: Codes, code: str, values: Sequence, held: Held
     """Pictures (n, len(values), …) along a code, or along all categoricals that are not held."""
     moved = model.spec.traverse(base, code, values)
     moved = hold(model.spec, moved, held if code == "cat" else {})
-    return draw(model.G, model.spec.join(moved)).unflatten(0, (-1, len(values)))
+    return draw(model, model.spec.join(moved)).unflatten(0, (-1, len(values)))
 
 
 def claim(folder: Path, file: str = "") -> Path:
@@ -204,7 +204,7 @@ def measure(model: Model, seed: int) -> list[Row]:
 
     def pictures(codes: Codes) -> Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=fast):
-            return draw(model.G, spec.join(codes))
+            return draw(model, spec.join(codes))
 
     x = pictures(codes)
     x_edges, q = edge_map(x), ask_Q(model, x.split(AT_ONCE))
@@ -261,36 +261,32 @@ def sheet(
 ) -> Image.Image:
     """Rows of up to len(above) pictures, with labels at their left and above the columns.
 
-    Floats above are a continuous code's values: a bar marks those of training, -1 to 1.
+    Floats above are a continuous code's values: below those of training, -1 to 1, is a bar.
     """
     labels, rows = zip(*rows, strict=True)
     size = rows[0].shape[3] * max(1, 64 // rows[0].shape[3]) * zoom  # labels need 64 pixels
     step, edge, top = size + 2 * zoom, 12 * zoom, 54 * zoom
     font_of, title_font = partial(font_for, size=12 * zoom), font_for(title, 15 * zoom)
     lines = [line for label in labels for line in label.splitlines()]
-    margin = edge + max(
-        (int(font_of(line).getlength(line)) + 8 * zoom for line in lines), default=0
-    )
+    widths = [font_of(line).getlength(line) + 8 * zoom for line in lines]
+    margin = edge + int(max(widths, default=0))
     width = max(margin + len(above) * step, edge + int(title_font.getlength(title))) + edge
     page = Image.new("RGB", (width, top + len(rows) * step + edge), "white")
     pen = ImageDraw.Draw(page)
     pen.text((edge, 10 * zoom), title, "black", title_font)
-    middles = [margin + i * step + size // 2 for i in range(len(above))]
-    for at, value in zip(middles, above, strict=True):
-        text = f"{value:+.2f}" if isinstance(value, float) else str(value)
-        pen.text((at, top - 6 * zoom), text, "#333333", font_of(text), anchor="ms")
+    for i, value in enumerate(above):
+        left, text = margin + i * step, str(value)
+        if isinstance(value, float):
+            text = f"{value:+.2f}"
+            if abs(value) <= 1:
+                pen.rectangle((left, top - 4 * zoom, left + step, top - 3 * zoom), "#2f62c9")
+        pen.text((left + size // 2, top - 6 * zoom), text, "#333333", font_of(text), anchor="ms")
     for i, (label, row) in enumerate(zip(labels, rows, strict=True)):
         at, font = (edge, top + i * step + size // 2), font_of(label)
         pen.text(at, label, "#333333", font, anchor="lm", spacing=3 * zoom)
         for j, picture in enumerate(row):
             tile = to_image(picture).resize((size, size), Image.Resampling.NEAREST)
             page.paste(tile, (margin + j * step, top + i * step))
-    if values := [value for value in above if isinstance(value, float)]:
-        first, last, n = values[0], values[-1], len(values) - 1
-        ends = sorted(n * min(max((v - first) / (last - first), 0), 1) for v in (-1, 1))
-        a, b = (middles[above.index(first)] + end * step for end in ends)
-        if a < b:
-            pen.rectangle((a, top - 4 * zoom, b, top - 2 * zoom), "#2f62c9")
     return page
 
 
@@ -302,15 +298,14 @@ def sheets(model: Model, args: Namespace) -> str:
     values = [round(v, 6) + 0.0 for v in torch.linspace(*args.range, args.steps).tolist()]
     axes = {"cat": [*range(spec.cat_dim)][:MOST_SHOWN], "cont": values}
     seeds, strips = [f"seed {seed}" for seed in args.seeds], []
-    suffix = "".join(f"; {code} = {v:g}" for code, v in held.items())
     for row in (row for row in rows if row.code in args.codes):
         kind = row.code.rstrip("0123456789")
-        name, nats, axis = args.labels[row.code], f"L_I {row.L_I:.2f}", axes[kind]
+        name, axis, heat = args.labels[row.code], axes[kind], row.heat[None]
         faces = traversal(model, base, row.code, axis, held).expand(-1, -1, 3, -1, -1)
-        shown = [torch.cat([faces[0], row.heat[None]]), *faces[1:]]
-        title = f"{name}: {nats} of {row.ceiling:.2f} nats, effect {row.effect:.3f}, tint"
-        labelled = zip(seeds, shown, strict=True)
-        page = sheet(f"{title} {row.tint:.2f}", labelled, [*axis, "where"], zoom)
+        shown = [torch.cat([faces[0], heat]), *faces[1:]]
+        title = f"{name}: L_I {row.L_I:.2f} of {row.ceiling:.2f} nats, effect {row.effect:.3f}, "
+        title += f"tint {row.tint:.2f}"
+        page = sheet(title, zip(seeds, shown, strict=True), [*axis, "where"], zoom)
         save_picture(out / f"{row.code}.png", page)
         if args.gif:
             columns = zip(axis, faces.unbind(1), strict=True)
@@ -318,21 +313,19 @@ def sheets(model: Model, args: Namespace) -> str:
             frames += frames[-2:0:-1]  # and back
             save_loop(out / f"{row.code}.gif", frames, {"cat": 500, "cont": 100}[kind])
         best = faces.var(1).sum((1, 2, 3)).argmax()  # the face that this code changes most
-        label = f"{name}\n{nats}\neffect {row.effect:.3f}\n{seeds[best]}"
-        strips.append((label, torch.cat([row.heat[None], faces[best, : args.steps]])))
+        label = f"{name}\nL_I {row.L_I:.2f}\neffect {row.effect:.3f}\n{seeds[best]}"
+        strips.append((label, torch.cat([heat, faces[best, : args.steps]])))
     if strips:
-        title = (
-            f"strongest code first (categories from 0), on the seed that it changes most{suffix}"
-        )
+        title = "strongest code first, categories from 0; the seed that it changes most"
         above = ["where", *axes["cont" if spec.n_cont else "cat"][: args.steps]]
         save_picture(out / "overview.png", sheet(title, strips, above, zoom))
     if spec.n_cat:
-        title = f"all categoricals together (columns); z and continuous codes (rows){suffix}"
+        title = "all categoricals together (columns); z and continuous codes (rows)"
         faces = zip(seeds, traversal(model, base, "cat", axes["cat"], held), strict=True)
         save_picture(out / "all-categoricals.png", sheet(title, faces, axes["cat"], zoom))
     first = sample_seeds(spec, range(args.seed, args.seed + 100), held)
-    title = f"100 samples, seeds {args.seed} to {args.seed + 99}, nothing selected{suffix}"
-    lines = draw(model.G, spec.join(first)).split(10)
+    title = f"100 samples, seeds {args.seed} to {args.seed + 99}, nothing selected"
+    lines = draw(model, spec.join(first)).split(10)
     page = sheet(title, [("", line) for line in lines], [""] * 10, zoom)
     save_picture(out / "samples.png", page)
     return f"{out} has sheets and table.csv; bars: -1 to 1, as in training"
@@ -352,8 +345,8 @@ def walk(model: Model, args: Namespace) -> str:
     codes = a.lerp(a.roll(-1, 0), t)  # (faces, steps, spec.dim)
     # of variance 1 on the way too, so that faces stay sharp
     codes[..., : spec.z_dim] /= (t**2 + (1 - t) ** 2).sqrt()
-    x, k = draw(model.G, codes.flatten(0, 1)), max(1, 128 // size) * args.zoom
-    frames = (ImageOps.scale(to_image(p).convert("RGB"), k, Image.Resampling.BICUBIC) for p in x)
+    x, scale = draw(model, codes.flatten(0, 1)), max(1, 128 // size) * args.zoom
+    frames = (ImageOps.scale(to_image(face), scale, Image.Resampling.BICUBIC) for face in x)
     save_loop(path, frames, 80)
     return f"{path} has {len(x)} frames"
 
@@ -371,7 +364,8 @@ def samples(model: Model, args: Namespace) -> str:
     """A PNG for each seed and codes.csv, its codes; of --data, what a run sees, into OUT-real."""
     spec, out, names = model.spec, args.out, [f"{seed:06d}.png" for seed in args.seeds]
     codes = sample_seeds(spec, args.seeds, args.set)
-    save_pngs(out, (draw(model.G, part) for part in spec.join(codes).split(AT_ONCE)), names)
+    (claim(out) / "codes.csv").unlink(missing_ok=True)  # of other pictures
+    save_pngs(out, (draw(model, part) for part in spec.join(codes).split(AT_ONCE)), names)
     table, values = [["file", "seed", *spec.names]], torch.cat([codes.c_cat, codes.c_cont], 1)
     for name, seed, row in zip(names, args.seeds, values.tolist(), strict=True):
         table.append([name, seed, *row])
@@ -403,10 +397,10 @@ def versus(model: Model, args: Namespace) -> str:
         rows = measure(run, args.seed)
         print_rows(rows, {})
         if args.data:
-            drawn = draw(run.G, spec.join(spec.sample(len(real), rng.manual_seed(args.seed))))
+            drawn = draw(run, spec.join(spec.sample(len(real), rng.manual_seed(args.seed))))
             share = tell_apart(real, drawn)
             print(f"real or not, by the nearest neighbour: {share:.1%} right, 50% is best")
-        shown.append(("samples", draw(run.G, spec.join(first))))
+        shown.append(("samples", draw(run, spec.join(first))))
         axes = {"cat": range(columns)} if spec.n_cat else {}
         for code in [row.code for row in rows if row.code in spec.names[spec.n_cat :]][:1]:
             axes[code] = torch.linspace(*args.range, columns).tolist()
@@ -461,17 +455,16 @@ def labelled(name: str, shape: tuple[int, int, str]) -> tuple[Tensor, list[str],
 
 def sort(model: Model, args: Namespace) -> str:
     """Sheets of real pictures by the codes that Q reads from them; codes.csv; how they agree."""
-    spec, out, steps, root = model.spec, args.out, args.steps, Path(args.sort).resolve()
-    if out.resolve().is_relative_to(root):
-        raise UserError(f"--out {out}: lies within --sort {args.sort}; give another folder")
-    if root.is_file():
+    spec, steps = model.spec, args.steps
+    if os.path.isfile(args.sort):
         raise UserError(f"--sort {args.sort}: must be a folder; --read takes single pictures")
     x, files, labels = labelled(args.sort, model.shape)
+    out = claim(args.out)
     values, doubts = read_codes(model, x)
     doubted = [f"{code}_{'p' if code.startswith('cat') else 'sigma'}" for code in spec.names]
     lines = zip(files, torch.cat([values, doubts], 1).tolist(), strict=True)
     table = [["file", *spec.names, *doubted], *([file, *row] for file, row in lines)]
-    save_table(claim(out) / "codes.csv", table)
+    save_table(out / "codes.csv", table)
     known = [i for i, label in enumerate(labels) if label]
     n_labels = len({labels[i] for i in known})
     if spec.n_cat:
@@ -520,7 +513,7 @@ def read(model: Model, args: Namespace) -> str:
     c_cat, c_cont = values.repeat_interleave(n_drawn, 0).split([spec.n_cat, spec.n_cont], 1)
     z = sample_seeds(spec, args.seeds, {}).z.repeat(len(x), 1)
     codes = hold(spec, Codes(z, c_cat.long(), c_cont), args.set)
-    drawn = draw(model.G, spec.join(codes)).unflatten(0, (-1, n_drawn))
+    drawn = draw(model, spec.join(codes)).unflatten(0, (-1, n_drawn))
     shown = torch.cat([to_floats(x)[:, None], drawn], 1)
     title = "each picture, and what G draws from the codes that Q reads"
     above = ["picture", *(f"seed {seed}" for seed in args.seeds)]
@@ -539,16 +532,15 @@ def folded(G: Generator) -> list[tuple[Tensor, Tensor]]:
     """
     layers, gains = [], []
     for m in G.layers:
-        if isinstance(m, infogan.UpsampleConv2d):
-            layers.append((m.folded(), m.bias))
-        elif isinstance(m, nn.ConvTranspose2d):
-            layers.append((m.weight, m.bias))
-        elif isinstance(m, nn.Conv2d):
-            layers.append((m.weight.transpose(0, 1), m.bias))
-        elif isinstance(m, nn.BatchNorm2d):
+        if isinstance(m, nn.BatchNorm2d):
             gains.append((m.weight / (m.running_var + m.eps).sqrt())[:, None, None])
             weight, shift = layers[-1][0], m.bias - gains[-1].flatten() * m.running_mean
             layers[-1] = weight * gains[-1], shift
+        elif isinstance(m, infogan.UpsampleConv2d):
+            layers.append((m.folded(), m.bias))
+        elif isinstance(m, (nn.Conv2d, nn.ConvTranspose2d)):
+            transposed = isinstance(m, nn.ConvTranspose2d)
+            layers.append((m.weight if transposed else m.weight.transpose(0, 1), m.bias))
     if G.maps:
         U = G.maps.weight - G.maps.weight.mean((2, 3), keepdim=True)
         layers.append((U * gains[1], torch.zeros_like(layers[1][1])))
@@ -604,8 +596,10 @@ def onnx(model: Model, args: Namespace) -> str:
     except ImportError as error:
         raise UserError("--onnx: needs `pip install onnx onnxscript`") from error
     proto = program.model_proto  # a new object
-    proto.doc_string = f"codes: z ({spec.z_dim}), {spec.n_cat} categoricals one-hot"
-    proto.doc_string += f" ({spec.cat_dim} each), {spec.n_cont} continuous. x: from -1 to 1"
+    proto.doc_string = (
+        f"codes: z ({spec.z_dim}), {spec.n_cat} categoricals one-hot ({spec.cat_dim} each), "
+        f"{spec.n_cont} continuous. x: from -1 to 1"
+    )
     with infogan.replacing(path) as file:
         file.write(proto.SerializeToString())
     return f"{path} is written"
@@ -648,7 +642,7 @@ FLAGS = {  # as in infogan.py
     ("--seeds", None, "LIST", "these instead, such as 3,17,40-49"),
     ("--set", None, "LIST", "hold codes at values, such as cat0=3,cont5=-0.8"),
     ("--range", None, "V", "values of a continuous code (default -3 3; of up to 5: -1.5 1.5)"),
-    ("--steps", 11, (2, 100), "columns of a continuous code's sheet; frames to the next face"),
+    ("--steps", 13, (2, 100), "columns of a continuous code's sheet; frames to the next face"),
     ("--zoom", 1, (1, 8), "enlarge sheets N times"),
     ("--gif", False, bool, "also write an animated GIF for each code"),
     ("--names", None, "FILE", "names for codes, JSON (default: names.json beside the checkpoint)"),
