@@ -11,14 +11,12 @@ The architecture comes from the checkpoint. README.md has an example of each mod
 from __future__ import annotations
 
 import base64
-import copy
 import csv
 import io
 import json
 import math
 import os
 import re
-import sys
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -28,18 +26,14 @@ from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
-if __name__ == "__main__":  # Ctrl-C while torch is loading, which takes a second: no traceback
-    sys.excepthook = lambda kind, *e: kind is KeyboardInterrupt or sys.__excepthook__(kind, *e)
-
 import torch
 import torch.nn.functional as F
-from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor, nn
-from torch.nn.utils import fuse_conv_bn_eval
 from tqdm import tqdm
 
 import infogan
-from infogan import Codes, CodeSpec, Generator, UserError, load_pictures, replacing, to_image
+from infogan import Codes, CodeSpec, Generator, UserError, load_pictures, save_picture, to_image
 
 Held, Names = dict[str, float], dict[str, str]  # of codes: the values of --set; what people say
 N_MEASURED, N_MOVED = 400, 100  # samples behind a table's figures; behind its tints, heat maps
@@ -48,10 +42,6 @@ AT_ONCE, N_READ = 32, 4  # pictures in each pass of a network; drawings beside o
 N_REAL, MOST_SAMPLES = 1000, 10**6  # pictures that --versus compares, that --samples writes
 PAGE = Path(__file__).parent / "data/explorer.html"
 FONTS = ["DejaVuSans", "NotoSansCJK-Regular", "DroidSansFallbackFull", "arial", "msyh", "malgun"]
-MARK, EXIF = "generate.py of InfoGAN", Image.Exif()  # what is ours may be written again
-EXIF[ExifTags.Base.Software] = MARK
-MARKED = {"exif": EXIF.tobytes(), "comment": MARK}  # of PNG and WebP, and of GIF
-HEADS = (b"code,L_I,", b"file,seed", b"file,cat0,", b"file,cont0,")  # of our tables
 to_floats = partial(infogan.make_batch, flip=False, rng=None, device=torch.device("cpu"))
 
 # drawing and saving -------------------------------------------------------------------------------
@@ -61,31 +51,12 @@ class Model(NamedTuple):
     """A trained checkpoint: generator, encoder, its codes, and the checkpoint's contents."""
 
     path: Path
-    G: Generator  # in plain layers, see folded
-    D: infogan.Discriminator  # whose read() reads codes
+    G: Generator
+    D: infogan.Discriminator  # with the head Q
     spec: CodeSpec
     ckpt: dict
     shape: tuple[int, int, str]  # size and channels of its pictures, --crop of those not square
     device: torch.device
-
-
-def folded(G: Generator) -> Generator:
-    """G in plain layers: doubling and batch norm are in the weights of the convolutions."""
-    G = copy.deepcopy(G)
-    for i, m in enumerate(G.layers):
-        if isinstance(m, nn.BatchNorm2d):
-            conv = G.layers[i - 1]
-            G.layers[i - 1] = fuse_conv_bn_eval(conv, m, isinstance(conv, nn.ConvTranspose2d))
-            G.layers[i] = nn.Identity()
-            if i == 4 and G.maps:  # they are added before this batch norm
-                G.maps.weight *= (m.weight / (m.running_var + m.eps).sqrt())[:, None, None]
-        elif isinstance(m, (infogan.UpsampleConv2d, infogan.ConvTranspose2dFromPixel)):
-            up, bias = isinstance(m, infogan.UpsampleConv2d), m.bias
-            weight = nn.Parameter(m.folded() if up else m.weight)
-            plain = nn.ConvTranspose2d(*weight.shape[:2], 4, 1 + up, int(up), bias=bias is not None)
-            plain.weight, plain.bias = weight, bias
-            G.layers[i] = plain.eval()
-    return G.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
 
 def load_model(path: str, device: torch.device) -> Model:
@@ -93,19 +64,19 @@ def load_model(path: str, device: torch.device) -> Model:
     file = Path(path, "last.pt") if os.path.isdir(path) else Path(path)
     ckpt = infogan.load_checkpoint(file)
     (G, spec), D = infogan.load_generator(ckpt, device), infogan.load_net(ckpt, "D", device)
-    D = D.to(memory_format=torch.channels_last)  # faster
-    args = {"crop": "centre", **ckpt["args"]}
-    shape = args["image_size"], args["channels"], args["crop"]
-    return Model(file, folded(G), D, spec, ckpt, shape, device)
+    for net in (G, D):
+        net.to(memory_format=torch.channels_last)  # faster
+    args = ckpt["args"]
+    shape = args["image_size"], args["channels"], args.get("crop", "centre")
+    return Model(file, G, D, spec, ckpt, shape, device)
 
 
-@torch.no_grad()
-def draw(G: nn.Module, joined: Tensor) -> Tensor:
+def draw(model: Model, joined: Tensor) -> Tensor:
     """Pictures (n, channels, size, size) in [-1, 1] of G's inputs (n, spec.dim), on the CPU."""
-    # always as many at once, as rounding depends on it: the same seed is the same file everywhere
-    device, parts = next(G.parameters()).device, joined.split(AT_ONCE)
-    full = (F.pad(part, (0, 0, 0, AT_ONCE - len(part))).to(device) for part in parts)
-    return torch.cat([G(part).float().cpu() for part in full])[: len(joined)]
+    # always as many at once, as rounding depends on it: on one device a seed is always one file
+    full = F.pad(joined, (0, 0, 0, -len(joined) % AT_ONCE))
+    parts = [model.G(part.to(model.device)).cpu() for part in full.split(AT_ONCE)]
+    return torch.cat(parts)[: len(joined)]
 
 
 def hold(spec: CodeSpec, codes: Codes, held: Held) -> Codes:
@@ -125,23 +96,24 @@ def traversal(model: Model, base: Codes, code: str, values: Sequence, held: Held
     """Pictures (n, len(values), …) along a code, or along all categoricals that are not held."""
     moved = model.spec.traverse(base, code, values)
     moved = hold(model.spec, moved, held if code == "cat" else {})
-    return draw(model.G, model.spec.join(moved)).unflatten(0, (-1, len(values)))
+    return draw(model, model.spec.join(moved)).unflatten(0, (-1, len(values)))
 
 
-def checked(path: Path) -> Path:
-    """path, in a folder that is made if missing. Raises UserError for a file that is not ours."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists():
-        raw = path.read_bytes() if path.is_file() else b"a folder"
-        if raw and MARK.encode() not in raw and not raw.startswith(HEADS):
-            why = "is there, but not from this version of generate.py"
-            raise UserError(f"{path}: {why}; move it, or give another --out")
+def claim(folder: Path, file: str = "") -> Path:
+    """The folder, made if missing, or a file in it, for us to write.
+
+    A folder without files gets a mark: it is ours, so what is in it may be written again, and no
+    run takes its pictures for data. Into other folders goes a single file, if it is new. Raises
+    UserError for what was there before.
+    """
+    path, mark = folder / file, folder / infogan.MARK
+    folder.mkdir(parents=True, exist_ok=True)
+    if not any(folder.iterdir()):
+        mark.touch()
+    if path.exists() and not mark.exists():
+        why = "is there, but not from this version of generate.py"
+        raise UserError(f"{path}: {why}; move it, or give another --out")
     return path
-
-
-def save_picture(path: Path, image: Image.Image, **how: object) -> None:
-    """A PNG, GIF or WebP with our mark, complete or not at all."""
-    infogan.save_picture(checked(path), image, **MARKED, **how)
 
 
 def save_table(path: Path, lines: Iterable[Iterable[object]]) -> None:
@@ -149,7 +121,7 @@ def save_table(path: Path, lines: Iterable[Iterable[object]]) -> None:
     writer = csv.writer(text := io.StringIO(), lineterminator="\n")
     for line in lines:
         writer.writerow(f"{round(v, 4):g}" if isinstance(v, float) else v for v in line)
-    with replacing(checked(path)) as file:
+    with infogan.replacing(path) as file:
         file.write(text.getvalue().encode(errors="surrogateescape"))
 
 
@@ -172,7 +144,7 @@ class Row(NamedTuple):
     effect: float  # share of the pixels' variance that goes when this alone is frozen
     edges: float  # the same for edges, where tints and soft light do not count
     tint: float | None = None  # of a code: see tint()
-    where: Tensor | None = None  # of a code: see heat_map()
+    heat: Tensor | None = None  # of a code: see heat_map()
 
 
 def edge_map(x: Tensor) -> Tensor:
@@ -204,8 +176,9 @@ def tint(x: Tensor, y: Tensor) -> float:
     """
     u, v = F.pad(x.flatten(2), (0, 0, 0, 1), value=1.0).mT, y.flatten(2).mT  # (n, pixels, colours)
     left, change = v - u @ torch.linalg.lstsq(u, v).solution, (y - x).square().sum()
-    nothing = change < 1e-6 * x.numel()  # too little to see, or to divide by
-    return 0.0 if nothing else (1 - left.square().sum() / change).item()
+    if change < 1e-6 * x.numel():  # too little to see, or to divide by
+        return 0.0
+    return (1 - left.square().sum() / change).item()
 
 
 def heat_map(x: Tensor, y: Tensor) -> Tensor:
@@ -216,34 +189,35 @@ def heat_map(x: Tensor, y: Tensor) -> Tensor:
     return torch.lerp(face.expand_as(red), red, much)
 
 
-@torch.no_grad()
+def ask_Q(model: Model, parts: Iterable[Tensor]) -> infogan.QOutput:
+    """Q(c|x) of pictures in [-1, 1] that come in parts, on the CPU."""
+    read = [model.D(part.to(model.device))[1] for part in parts]
+    return infogan.QOutput(*(torch.cat(column).cpu() for column in zip(*read, strict=True)))
+
+
 def measure(model: Model, seed: int) -> list[Row]:
     """Rows for z and each kind of code together, then for every code, strongest effect first."""
-    spec, rng, device = model.spec, torch.Generator().manual_seed(seed), model.device
+    spec, rng, rows = model.spec, torch.Generator().manual_seed(seed), []
     codes, other = spec.sample(N_MEASURED, rng), spec.sample(N_MEASURED, rng)
+    few, device = Codes(*(c[:N_MOVED] for c in codes)), model.device
     fast = device.type == "cpu" and infogan.speed_up(device)  # a GPU needs no bfloat16 for this
 
     def pictures(codes: Codes) -> Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=fast):
-            return draw(model.G, spec.join(codes))
+            return draw(model, spec.join(codes))
 
     x = pictures(codes)
-    x_edges, read = edge_map(x), [model.D(part.to(device))[1] for part in x.split(AT_ONCE)]
-    q = infogan.QOutput(*(torch.cat(parts).cpu() for parts in zip(*read, strict=True)))
+    x_edges, q = edge_map(x), ask_Q(model, x.split(AT_ONCE))
     L_I = infogan.mutual_information(spec, q, codes).tolist()
-    figures = [*zip(spec.names, L_I, spec.ceilings, strict=True)]
-    few = Codes(*(c[:N_MOVED] for c in codes))
-
-    def effects(name: str) -> tuple[float, float]:
+    of_code = dict(zip(spec.names, zip(L_I, spec.ceilings, strict=True), strict=True))
+    for name in tqdm(["z", *spec.kinds, *spec.names], "measuring", leave=False, disable=None):
         y = pictures(spec.replace(codes, name, other))
-        return effect(x, y), effect(x_edges, edge_map(y))
-
-    parts = ["z", *spec.kinds] if spec.z_dim else [*spec.kinds]
-    groups, each = [Row(part, None, None, *effects(part)) for part in parts], []
-    for name, nats, ceiling in tqdm(figures, "measuring", leave=False, disable=None):
-        ends = [*map(pictures, low_high(spec, few, name, rng))]
-        each.append(Row(name, nats, ceiling, *effects(name), tint(*ends), heat_map(*ends)))
-    return groups + sorted(each, key=lambda row: -row.effect)
+        nats = of_code.get(name, (None, None))
+        rows.append(Row(name, *nats, effect(x, y), effect(x_edges, edge_map(y))))
+        if name in of_code:
+            ends = [*map(pictures, low_high(spec, few, name, rng))]
+            rows[-1] = rows[-1]._replace(tint=tint(*ends), heat=heat_map(*ends))
+    return sorted(rows, key=lambda row: -row.effect if row.code in of_code else -math.inf)
 
 
 def print_rows(rows: list[Row], names: Names) -> list[list[str]]:
@@ -276,93 +250,84 @@ def font_for(text: str, size: int) -> ImageFont.FreeTypeFont:
     for name in [] if text.isascii() else FONTS:
         with suppress(OSError):  # not here; Pillow looks through the system's folders by itself
             font = ImageFont.truetype(name, size)
-            if has_letters(font, text):
+            box = bytes(font.getmask("\U0010fffd"))  # what it draws for a letter that it lacks
+            if box not in {bytes(font.getmask(letter)) for letter in text if not letter.isspace()}:
                 return font
     return ImageFont.load_default(size)
 
 
-def has_letters(font: ImageFont.FreeTypeFont, text: str) -> bool:
-    """Whether a font draws each letter, and not the box for what it lacks."""
-    lacking = {b"", bytes(font.getmask("\U0010fffd"))}
-    return not any(bytes(font.getmask(letter)) in lacking for letter in {*text} - {" ", "\n"})
-
-
 def sheet(
-    title: str, rows: Sequence[Tensor], above: list[str], left: list[str], zoom: int,
-    bar: tuple[float, float] = (0, 0),
-) -> Image.Image:  # fmt: skip
-    """Rows of up to len(above) pictures, with labels above the columns and left of the rows.
+    title: str, rows: Iterable[tuple[str, Tensor]], above: Sequence[str | float], zoom: int
+) -> Image.Image:
+    """Rows of up to len(above) pictures, with labels at their left and above the columns.
 
-    A bar goes from the middle of one column to that of another, not always whole numbers.
+    Floats above are a continuous code's values: below those of training, -1 to 1, is a bar.
     """
+    labels, rows = zip(*rows, strict=True)
     size = rows[0].shape[3] * max(1, 64 // rows[0].shape[3]) * zoom  # labels need 64 pixels
-    gap, edge, top = 2 * zoom, 12 * zoom, (54 if any(above) else 40) * zoom
-    step, title_font = size + gap, font_for(title, 15 * zoom)
-    lines = [line for text in left for line in text.splitlines()]
-    widths = [font_for(line, 12 * zoom).getlength(line) + 8 * zoom for line in lines]
+    step, edge, top = size + 2 * zoom, 12 * zoom, 54 * zoom
+    font_of, title_font = partial(font_for, size=12 * zoom), font_for(title, 15 * zoom)
+    lines = [line for label in labels for line in label.splitlines()]
+    widths = [font_of(line).getlength(line) + 8 * zoom for line in lines]
     margin = edge + int(max(widths, default=0))
-    width = max(margin + len(above) * step - gap, edge + int(title_font.getlength(title))) + edge
-    page = Image.new("RGB", (width, top + len(rows) * step - gap + edge), "white")
+    width = max(margin + len(above) * step, edge + int(title_font.getlength(title))) + edge
+    page = Image.new("RGB", (width, top + len(rows) * step + edge), "white")
     pen = ImageDraw.Draw(page)
     pen.text((edge, 10 * zoom), title, "black", title_font)
-    middles = [margin + i * step + size // 2 for i in range(len(above))]
-    for at, text in zip(middles, above, strict=True):
-        pen.text((at, top - 6 * zoom), text, "#333333", font_for(text, 12 * zoom), anchor="ms")
-    for i, (row, text) in enumerate(zip(rows, left, strict=True)):
-        at, font = (edge, top + i * step + size // 2), font_for(text, 12 * zoom)
-        pen.multiline_text(at, text, "#333333", font, anchor="lm", spacing=3 * zoom)
+    for i, value in enumerate(above):
+        left, text = margin + i * step, str(value)
+        if isinstance(value, float):
+            text = f"{value:+.2f}"
+            if abs(value) <= 1:
+                pen.rectangle((left, top - 4 * zoom, left + step, top - 3 * zoom), "#2f62c9")
+        pen.text((left + size // 2, top - 6 * zoom), text, "#333333", font_of(text), anchor="ms")
+    for i, (label, row) in enumerate(zip(labels, rows, strict=True)):
+        at, font = (edge, top + i * step + size // 2), font_of(label)
+        pen.text(at, label, "#333333", font, anchor="lm", spacing=3 * zoom)
         for j, picture in enumerate(row):
             tile = to_image(picture).resize((size, size), Image.Resampling.NEAREST)
             page.paste(tile, (margin + j * step, top + i * step))
-    if bar[0] < bar[1]:
-        a, b = (middles[0] + v * step for v in bar)
-        pen.rectangle((a, top - 4 * zoom, b, top - 2 * zoom), "#2f62c9")
     return page
 
 
 def sheets(model: Model, args: Namespace) -> str:
     """The table, a sheet per code, sheets of several codes; nothing selected: the seed's first."""
-    spec, out, zoom, held, last = model.spec, args.out, args.zoom, args.set, args.steps - 1
+    spec, out, zoom, held = model.spec, claim(args.out), args.zoom, args.set
     rows, base = measure(model, args.seed), sample_seeds(spec, args.seeds, held)
     save_table(out / "table.csv", print_rows(rows, args.names))
-    categories, (low, high) = range(spec.cat_dim)[:MOST_SHOWN], args.range
-    values = [round(v, 6) + 0.0 for v in torch.linspace(low, high, args.steps).tolist()]
-    numbers, signed = [str(k) for k in categories], [f"{v:+.2f}" if v else "0" for v in values]
-    ends = sorted((v - low) / (high - low) * last for v in (-1, 1))  # of training, in columns
-    bar = max(ends[0], 0), min(ends[1], last)
-    axes = {"cat": (categories, numbers, (0, 0), 500), "cont": (values, signed, bar, 100)}
-    seeds, strips, left = [f"seed {seed}" for seed in args.seeds], [], []
-    suffix = "".join(f"; {code} = {v:g}" for code, v in held.items())
+    values = [round(v, 6) + 0.0 for v in torch.linspace(*args.range, args.steps).tolist()]
+    axes = {"cat": [*range(spec.cat_dim)][:MOST_SHOWN], "cont": values}
+    seeds, strips = [f"seed {seed}" for seed in args.seeds], []
     for row in (row for row in rows if row.code in args.codes):
-        steps, above, mark, milliseconds = axes[row.code.rstrip("0123456789")]
-        name, nats = args.labels[row.code], f"L_I {row.L_I:.2f}"
-        faces = traversal(model, base, row.code, steps, held).expand(-1, -1, 3, -1, -1)
-        shown = [torch.cat([faces[0], row.where[None]]), *faces[1:]]
-        title = f"{name}: {nats} of {row.ceiling:.2f} nats, effect {row.effect:.3f}, tint"
-        page = sheet(f"{title} {row.tint:.2f}", shown, [*above, "where"], seeds, zoom, mark)
+        kind = row.code.rstrip("0123456789")
+        name, axis, heat = args.labels[row.code], axes[kind], row.heat[None]
+        faces = traversal(model, base, row.code, axis, held).expand(-1, -1, 3, -1, -1)
+        shown = [torch.cat([faces[0], heat]), *faces[1:]]
+        title = f"{name}: L_I {row.L_I:.2f} of {row.ceiling:.2f} nats, effect {row.effect:.3f}, "
+        title += f"tint {row.tint:.2f}"
+        page = sheet(title, zip(seeds, shown, strict=True), [*axis, "where"], zoom)
         save_picture(out / f"{row.code}.png", page)
         if args.gif:
-            columns = zip(faces.unbind(1), above, strict=True)
-            frames = [sheet(name, [x], [text] * len(x), [""], zoom) for x, text in columns]
+            columns = zip(axis, faces.unbind(1), strict=True)
+            frames = [sheet(name, [("", x)], [f"{v:g}"] * len(x), zoom) for v, x in columns]
             frames += frames[-2:0:-1]  # and back
-            save_loop(out / f"{row.code}.gif", frames, milliseconds)
+            save_loop(out / f"{row.code}.gif", frames, {"cat": 500, "cont": 100}[kind])
         best = faces.var(1).sum((1, 2, 3)).argmax()  # the face that this code changes most
-        strips.append(torch.cat([row.where[None], faces[best, : args.steps]]))
-        left.append(f"{name}\n{nats}\neffect {row.effect:.3f}\n{seeds[best]}")
+        label = f"{name}\nL_I {row.L_I:.2f}\neffect {row.effect:.3f}\n{seeds[best]}"
+        strips.append((label, torch.cat([heat, faces[best, : args.steps]])))
     if strips:
-        title = f"strongest code first (category / value), on the seed that it changes most{suffix}"
-        both = [f"{k} / {v}" if k in categories and spec.n_cat else v for k, v in enumerate(signed)]
-        mark = (bar[0] + 1, bar[1] + 1) if spec.n_cont else (0, 0)
-        page = sheet(title, strips, ["where", *both], left, zoom, mark)
-        save_picture(out / "overview.png", page)
+        title = "strongest code first, categories from 0; the seed that it changes most"
+        above = ["where", *axes["cont" if spec.n_cont else "cat"][: args.steps]]
+        save_picture(out / "overview.png", sheet(title, strips, above, zoom))
     if spec.n_cat:
-        title = f"all categoricals together (columns); z and continuous codes (rows){suffix}"
-        page = sheet(title, traversal(model, base, "cat", categories, held), numbers, seeds, zoom)
-        save_picture(out / "all-categoricals.png", page)
+        title = "all categoricals together (columns); z and continuous codes (rows)"
+        faces = zip(seeds, traversal(model, base, "cat", axes["cat"], held), strict=True)
+        save_picture(out / "all-categoricals.png", sheet(title, faces, axes["cat"], zoom))
     first = sample_seeds(spec, range(args.seed, args.seed + 100), held)
-    title = f"100 samples, seeds {args.seed} to {args.seed + 99}, nothing selected{suffix}"
-    x = draw(model.G, spec.join(first)).unflatten(0, (10, 10))
-    save_picture(out / "samples.png", sheet(title, x, [""] * 10, [""] * 10, zoom))
+    title = f"100 samples, seeds {args.seed} to {args.seed + 99}, nothing selected"
+    lines = draw(model, spec.join(first)).split(10)
+    page = sheet(title, [("", line) for line in lines], [""] * 10, zoom)
+    save_picture(out / "samples.png", page)
     return f"{out} has sheets and table.csv; bars: -1 to 1, as in training"
 
 
@@ -374,34 +339,33 @@ def save_loop(path: Path, frames: Iterable[Image.Image], milliseconds: int) -> N
 
 def walk(model: Model, args: Namespace) -> str:
     """From the face of each seed to the next, and from the last to the first, as GIF or WebP."""
-    spec, size = model.spec, model.shape[0]
+    spec, size, path = model.spec, model.shape[0], claim(args.out.parent, args.out.name)
     a = spec.join(sample_seeds(spec, args.seeds, args.set))[:, None]
-    b, t = a.roll(-1, 0), torch.arange(args.steps)[:, None] / args.steps
-    codes, turn = a + t * (b - a), t * math.pi / 2  # (faces, steps, spec.dim)
-    z = turn.cos() * a + turn.sin() * b  # of variance 1 on the way too, so that faces stay sharp
-    codes[..., : spec.z_dim] = z[..., : spec.z_dim]
-    x, k = draw(model.G, codes.flatten(0, 1)), max(1, 128 // size) * args.zoom
-    frames = (ImageOps.scale(to_image(p).convert("RGB"), k, Image.Resampling.BICUBIC) for p in x)
-    save_loop(args.out, frames, 80)
-    return f"{args.out} has {len(x)} frames"
+    t = torch.arange(args.steps)[:, None] / args.steps
+    codes = a.lerp(a.roll(-1, 0), t)  # (faces, steps, spec.dim)
+    # of variance 1 on the way too, so that faces stay sharp
+    codes[..., : spec.z_dim] /= (t**2 + (1 - t) ** 2).sqrt()
+    x, scale = draw(model, codes.flatten(0, 1)), max(1, 128 // size) * args.zoom
+    frames = (ImageOps.scale(to_image(face), scale, Image.Resampling.BICUBIC) for face in x)
+    save_loop(path, frames, 80)
+    return f"{path} has {len(x)} frames"
 
 
-def save_pngs(folder: Path, names: list[str], x: Iterable[Tensor]) -> None:
-    """Pictures (channels, size, size) in [-1, 1] as PNGs, into a folder that has no others."""
-    if others := {path.name for path in folder.glob("*.png")} - {*names}:
+def save_pngs(folder: Path, parts: Iterable[Tensor], names: list[str]) -> None:
+    """Parts of pictures (n, channels, size, size) as PNGs, into a folder that has no others."""
+    if others := {path.name for path in claim(folder).glob("*.png")} - {*names}:
         raise UserError(f"--out {folder}: holds {len(others):,} other pictures; give an empty one")
-    checked(folder / "codes.csv").unlink(missing_ok=True)  # of other pictures
-    for name, picture in zip(names, x, strict=True):
+    for name, picture in zip(names, chain.from_iterable(parts), strict=True):
         # lossless at any level; more would take four times as long for files as large
-        to_image(picture).save(checked(folder / name), compress_level=1, **MARKED)
+        to_image(picture).save(folder / name, compress_level=1)
 
 
 def samples(model: Model, args: Namespace) -> str:
     """A PNG for each seed and codes.csv, its codes; of --data, what a run sees, into OUT-real."""
     spec, out, names = model.spec, args.out, [f"{seed:06d}.png" for seed in args.seeds]
     codes = sample_seeds(spec, args.seeds, args.set)
-    parts = spec.join(codes).split(AT_ONCE)
-    save_pngs(out, names, (picture for part in parts for picture in draw(model.G, part)))
+    (claim(out) / "codes.csv").unlink(missing_ok=True)  # of other pictures
+    save_pngs(out, (draw(model, part) for part in spec.join(codes).split(AT_ONCE)), names)
     table, values = [["file", "seed", *spec.names]], torch.cat([codes.c_cat, codes.c_cont], 1)
     for name, seed, row in zip(names, args.seeds, values.tolist(), strict=True):
         table.append([name, seed, *row])
@@ -409,20 +373,20 @@ def samples(model: Model, args: Namespace) -> str:
     written = f"{out} has {len(names):,} pictures and codes.csv"
     if args.data:
         real, x = out.with_name(f"{out.name}-real"), load_pictures(args.data, *model.shape).x
-        numbered = [f"{i:06d}.png" for i in range(len(x))]
-        save_pngs(real, numbered, chain.from_iterable(map(to_floats, x.split(AT_ONCE))))
+        save_pngs(real, map(to_floats, x.split(AT_ONCE)), [f"{i:06d}.png" for i in range(len(x))])
         written += f", {real} the {len(x):,} of {args.data}"
     return written
 
 
 def versus(model: Model, args: Namespace) -> str:
     """The tables of two runs, how far from --data they are, and both in comparison.png."""
-    spec, other, halves = model.spec, load_model(args.versus, model.device), []
-    shape, flags = infogan.LIMITS.keys() - {"width", "upsample"}, Namespace(**model.ckpt["args"])
-    if differ := infogan.differences(flags, other.ckpt["args"], shape):
-        differ = ", ".join(differ)
-        raise UserError(f"--versus {other.path}: has other codes or pictures: {differ}")
-    rng, columns = torch.Generator().manual_seed(args.seed), min(spec.cat_dim, MOST_SHOWN)
+    spec, other, shown = model.spec, load_model(args.versus, model.device), []
+    flags, same = Namespace(**model.ckpt["args"]), [*vars(spec), "image_size", "channels"]
+    if changes := infogan.differences(flags, other.ckpt["args"], same):
+        changes = ", ".join(changes)
+        raise UserError(f"--versus {other.path}: has other codes or pictures: {changes}")
+    out, columns = claim(args.out), min(spec.cat_dim, MOST_SHOWN)
+    rng = torch.Generator().manual_seed(args.seed)
     if args.data:
         real = load_pictures(args.data, *model.shape).x
         real = to_floats(real[torch.randperm(len(real), generator=rng)[:N_REAL]])
@@ -430,106 +394,101 @@ def versus(model: Model, args: Namespace) -> str:
     first = sample_seeds(spec, range(args.seed, args.seed + columns), args.set)
     for run in (model, other):
         print(run.path)
-        rows, x = measure(run, args.seed), [draw(run.G, spec.join(first))]
+        rows = measure(run, args.seed)
         print_rows(rows, {})
         if args.data:
-            drawn = draw(run.G, spec.join(spec.sample(len(real), rng.manual_seed(args.seed))))
+            drawn = draw(run, spec.join(spec.sample(len(real), rng.manual_seed(args.seed))))
             share = tell_apart(real, drawn)
             print(f"real or not, by the nearest neighbour: {share:.1%} right, 50% is best")
-        moves = {"cat": range(columns)} if spec.n_cat else {}
-        for row in [row for row in rows if row.code in spec.names[spec.n_cat :]][:1]:
-            moves[row.code] = torch.linspace(*args.range, columns).tolist()
-        for code, values in moves.items():
-            x += traversal(run, base, code, values, args.set)
-        halves.append(torch.stack(x))
-    shown = torch.cat([F.pad(halves[0], (0,) * 7 + (1,), value=1.0), halves[1]], 1)
-    numbers = [str(k) for k in range(columns)]
-    kinds = {"cat": "all cat", "cont": "strongest cont"}
-    left = ["samples", *(kinds[kind] for kind in spec.kinds for _ in args.seeds)]
-    title = f"left: {model.path}, right: {other.path}"
-    page = sheet(title, shown, [*numbers, "", *numbers], left, args.zoom)
-    save_picture(args.out / "comparison.png", page)
-    return f"{args.out} has comparison.png"
+        shown.append(("samples", draw(run, spec.join(first))))
+        axes = {"cat": range(columns)} if spec.n_cat else {}
+        for code in [row.code for row in rows if row.code in spec.names[spec.n_cat :]][:1]:
+            axes[code] = torch.linspace(*args.range, columns).tolist()
+        for code, axis in axes.items():
+            shown += [(code, faces) for faces in traversal(run, base, code, axis, args.set)]
+    title = f"above: {model.path}, below: {other.path}"
+    save_picture(out / "comparison.png", sheet(title, shown, range(columns), args.zoom))
+    return f"{out} has comparison.png"
 
 
 # real pictures by code ----------------------------------------------------------------------------
 
 
-def agreement(categories: Sequence[int], labels: Sequence[str]) -> tuple[float, float]:
+def entropy(values: Iterable) -> float:
+    """H of what is counted here, in nats."""
+    counts = Counter(values)
+    return -sum(n / counts.total() * math.log(n / counts.total()) for n in counts.values())
+
+
+def agreement(categories: Sequence[float], labels: Sequence[str]) -> tuple[float, float]:
     """The best one-to-one match's error, and I(a; b) / mean(H(a), H(b)): 1 perfect, 0 chance."""
     import networkx  # comes with torch
 
-    n, pairs, graph = len(labels), Counter(zip(categories, labels, strict=True)), networkx.Graph()
-    for (category, label), count in pairs.items():
-        graph.add_edge(("category", category), ("label", label), weight=count)
+    pairs, graph = [*zip(categories, labels, strict=True)], networkx.Graph()
+    for (category, label), count in Counter(pairs).items():
+        graph.add_edge(category, label, weight=count)
     matched = sum(graph.edges[pair]["weight"] for pair in networkx.max_weight_matching(graph))
-    H = [-sum(c / n * math.log(c / n) for c in Counter(x).values()) for x in (categories, labels)]
-    H_both = -sum(c / n * math.log(c / n) for c in pairs.values())
-    return 1 - matched / n, 2 * (sum(H) - H_both) / sum(H) if sum(H) else 1.0
+    both = entropy(categories) + entropy(labels)
+    nmi = 2 * (both - entropy(pairs)) / both if both else 1.0
+    return 1 - matched / len(pairs), nmi
 
 
-@torch.no_grad()
 def read_codes(model: Model, x: Tensor) -> tuple[Tensor, Tensor]:
     """Of bytes (n, h, w, channels): each code as Q reads it; how sure, or sigma: (n, codes)."""
-    read = []
-    for part in x.split(AT_ONCE):
-        p, mu, sigma = model.D.read(to_floats(part, device=model.device))
-        sure, c_cat = p.max(2)
-        read.append([torch.cat(pair, 1).cpu() for pair in ((c_cat, mu), (sure, sigma))])
-    return tuple(map(torch.cat, zip(*read, strict=True)))
+    q = ask_Q(model, map(to_floats, x.split(AT_ONCE)))
+    sure, c_cat = q.q_logits.softmax(2).max(2)
+    return torch.cat([c_cat, q.q_mu], 1), torch.cat([sure, (q.q_logvar / 2).exp()], 1)
 
 
-def sort(model: Model, args: Namespace) -> str:
-    """Sheets of real pictures by the codes that Q reads from them; codes.csv; how they agree.
+def labelled(name: str, shape: tuple[int, int, str]) -> tuple[Tensor, list[str], list[str]]:
+    """The pictures of --sort as bytes, their files, and their labels: "" for none.
 
     A label is a picture's class in a named set, or the folder that it is in.
     """
-    spec, out, steps, root = model.spec, args.out, args.steps, Path(args.sort).resolve()
-    if out.resolve().is_relative_to(root):
-        raise UserError(f"--out {out}: lies within --sort {args.sort}; give another folder")
-    if root.is_file():
-        raise UserError(f"--sort {args.sort}: must be a folder; --read takes single pictures")
-    pictures = load_pictures(args.sort, *model.shape, flag="--sort")
+    pictures = load_pictures(name, *shape, flag="--sort")
     x, files = pictures.x, pictures.names
-    if args.sort in infogan.NAMED_SETS:
-        classes = [str(label) for _, label in infogan.open_named_set(args.sort, "--sort")]
-        labels = [classes[int(number)] for number in files]
-    else:
-        files = [os.path.relpath(name, root) for name in files]
-        labels = [Path(name).parent.name for name in files]
+    if name in infogan.NAMED_SETS:
+        classes = [str(label) for _, label in infogan.open_named_set(name, "--sort")]
+        return x, files, [classes[int(number)] for number in files]
+    files = [os.path.relpath(file, os.path.realpath(name)) for file in files]
+    return x, files, [Path(file).parent.name for file in files]
+
+
+def sort(model: Model, args: Namespace) -> str:
+    """Sheets of real pictures by the codes that Q reads from them; codes.csv; how they agree."""
+    spec, steps = model.spec, args.steps
+    if os.path.isfile(args.sort):
+        raise UserError(f"--sort {args.sort}: must be a folder; --read takes single pictures")
+    x, files, labels = labelled(args.sort, model.shape)
+    out = claim(args.out)
     values, doubts = read_codes(model, x)
     doubted = [f"{code}_{'p' if code.startswith('cat') else 'sigma'}" for code in spec.names]
-    table = [["file", *spec.names, *doubted]]
-    for name, row in zip(files, torch.cat([values, doubts], 1).tolist(), strict=True):
-        table.append([name, *row])
+    lines = zip(files, torch.cat([values, doubts], 1).tolist(), strict=True)
+    table = [["file", *spec.names, *doubted], *([file, *row] for file, row in lines)]
     save_table(out / "codes.csv", table)
-    labelled = [i for i, label in enumerate(labels) if label]
-    kinds, n_without = {*labels} - {""}, len(labels) - len(labelled)
+    known = [i for i, label in enumerate(labels) if label]
+    n_labels = len({labels[i] for i in known})
     if spec.n_cat:
-        none = "" if len(kinds) > 1 else "; an error needs two: a label is a picture's folder"
-        print(f"labels: {len(kinds)}, {n_without:,} pictures without one left out{none}")
+        print(f"labels: {n_labels}, {len(labels) - len(known):,} pictures without one left out")
     for code in args.codes:
-        j = spec.names.index(code)
+        j, name = spec.names.index(code), args.labels[code]
+        value = values[:, j]
         if j < spec.n_cat:
-            order, shown, above = doubts[:, j].argsort(descending=True), [], [""] * steps
-            left = []
-            for k in range(spec.cat_dim)[:MOST_SHOWN]:
-                mine = order[values[order, j] == k]
-                left.append(f"{k}\n{len(mine):,}")
-                shown.append(to_floats(x[mine[:steps]]))
-            how = "category, its number of pictures; the most certain first"
-            if len(kinds) > 1:
-                of_labelled = values[labelled, j].tolist(), [labels[i] for i in labelled]
-                error, nmi = agreement(*of_labelled)
-                print(f"{args.labels[code]}: {error:.1%} error, NMI {nmi:.3f}")
+            order = doubts[:, j].argsort(descending=True)
+            chosen = [order[value[order] == k] for k in range(spec.cat_dim)[:MOST_SHOWN]]
+            above, left = [""] * steps, [f"{k}\n{len(mine):,}" for k, mine in enumerate(chosen)]
+            title = f"{name}: category, its number of pictures; the most certain first"
+            if n_labels > 1:
+                error, nmi = agreement(value[known].tolist(), [labels[i] for i in known])
+                print(f"{name}: {error:.1%} error, NMI {nmi:.3f}")
         else:
-            below = min(args.rows, len(files))  # neighbours below each other
-            start = torch.linspace(0, len(files) - below, steps).round().long()
-            chosen = values[:, j].argsort()[start + torch.arange(below)[:, None]]
-            above = [f"{v:+.2f}" for v in values[chosen, j].mean(0).tolist()]
-            shown, left = [to_floats(x[row]) for row in chosen], [""] * below
-            how = "lowest to highest, as Q reads it"
-        page = sheet(f"{args.labels[code]}: {how}", shown, above, left, args.zoom)
+            n = min(args.rows, len(files))  # neighbours below each other
+            start = torch.linspace(0, len(files) - n, steps).round().long()
+            chosen = value.argsort()[start + torch.arange(n)[:, None]]
+            above, left = [f"{v:+.2f}" for v in value[chosen].mean(0)], [""] * n
+            title = f"{name}: lowest to highest, as Q reads it"
+        rows = [to_floats(x[some[:steps]]) for some in chosen]
+        page = sheet(title, zip(left, rows, strict=True), above, args.zoom)
         save_picture(out / f"{code}.png", page)
     return f"{out} has sheets and codes.csv"
 
@@ -537,7 +496,7 @@ def sort(model: Model, args: Namespace) -> str:
 def read(model: Model, args: Namespace) -> str:
     """A table of what Q reads from each picture; read.png: each beside what G draws of it."""
     spec, pixels, (size, channels, _) = model.spec, bytearray(), model.shape
-    paths = [Path(os.path.expanduser(path)) for path in args.read]
+    paths = [*map(Path, args.read)]
     for path in paths:
         picture = infogan.read_picture(path, *model.shape)
         if picture.error:
@@ -546,79 +505,107 @@ def read(model: Model, args: Namespace) -> str:
         pixels += picture.pixels
     x = torch.frombuffer(pixels, dtype=torch.uint8).view(-1, size, size, channels)
     values, doubts = read_codes(model, x)
-    table = {"": [path.name for path in paths]}
-    for code, v, d in zip(spec.names, values.T.tolist(), doubts.T.tolist(), strict=True):
-        form = "{:.0f} ({:.0%})" if code.startswith("cat") else "{:+.2f} ± {:.2f}"
-        table[code] = [*map(form.format, v, d)]
-    print_table([[args.labels.get(code, ""), *table[code]] for code in ("", *args.codes)])
+    names = [path.name for path in paths]
+    table = [["", *names]]
+    for code in args.codes:
+        j = spec.names.index(code)
+        form = "{:.0f} ({:.0%})" if j < spec.n_cat else "{:+.2f} ± {:.2f}"
+        table.append([args.labels[code], *map(form.format, values[:, j], doubts[:, j])])
+    print_table(table)
     n_drawn = len(args.seeds)
     c_cat, c_cont = values.repeat_interleave(n_drawn, 0).split([spec.n_cat, spec.n_cont], 1)
     z = sample_seeds(spec, args.seeds, {}).z.repeat(len(x), 1)
     codes = hold(spec, Codes(z, c_cat.long(), c_cont), args.set)
-    drawn = draw(model.G, spec.join(codes)).unflatten(0, (-1, n_drawn))
+    drawn = draw(model, spec.join(codes)).unflatten(0, (-1, n_drawn))
     shown = torch.cat([to_floats(x)[:, None], drawn], 1)
     title = "each picture, and what G draws from the codes that Q reads"
     above = ["picture", *(f"seed {seed}" for seed in args.seeds)]
-    save_picture(args.out / "read.png", sheet(title, shown, above, table[""], args.zoom))
+    page = sheet(title, zip(names, shown, strict=True), above, args.zoom)
+    save_picture(claim(args.out) / "read.png", page)
     return f"{args.out} has read.png"
 
 
 # for other programs -------------------------------------------------------------------------------
 
 
+def folded(G: Generator) -> list[tuple[Tensor, Tensor]]:
+    """G's convolutions with batch norm in them: weights (inputs, outputs, k, k) and biases.
+
+    At the end, where G has them, CodeMaps: its weights are what each code adds at 8x8.
+    """
+    layers, gains = [], []
+    for m in G.layers:
+        if isinstance(m, nn.BatchNorm2d):
+            gains.append((m.weight / (m.running_var + m.eps).sqrt())[:, None, None])
+            weight, shift = layers[-1][0], m.bias - gains[-1].flatten() * m.running_mean
+            layers[-1] = weight * gains[-1], shift
+        elif isinstance(m, infogan.UpsampleConv2d):
+            layers.append((m.folded(), m.bias))
+        elif isinstance(m, (nn.Conv2d, nn.ConvTranspose2d)):
+            transposed = isinstance(m, nn.ConvTranspose2d)
+            layers.append((m.weight if transposed else m.weight.transpose(0, 1), m.bias))
+    if G.maps:
+        U = infogan.MAP_GAIN * (G.maps.weight - G.maps.weight.mean((2, 3), keepdim=True))
+        layers.append((U * gains[1], torch.zeros_like(layers[1][1])))
+    return layers
+
+
 def explorer(model: Model, args: Namespace) -> str:
     """One HTML file that draws by itself, from --set on; its first z are those of the sheets."""
-    spec, weights, scales = model.spec, [], []
-    convs = [m for m in model.G.layers if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d))]
-    for m in convs:  # 8 bits a weight, with a scale for each channel that it makes
-        w = m.weight if isinstance(m, nn.ConvTranspose2d) else m.weight.transpose(0, 1)
-        scale = w.abs().amax((0, 2, 3)).clamp(min=1e-12) / 127
-        weights.append((w / scale[:, None, None]).round().to(torch.int8).flatten())
-        scales += [scale, m.bias]
-    rows, codes = measure(model, args.seed), []
+    spec, path = model.spec, claim(args.out, "explorer.html")
+    rows, codes, layers, weights, scales = measure(model, args.seed), [], [], [], []
     print_rows(rows, args.names)
-    reach = [*args.range, *(v for code, v in args.set.items() if code.startswith("cont"))]
+    for weight, bias in folded(model.G.cpu()):  # 8 bits a weight, with a scale for each channel
+        scale = weight.abs().amax((0, 2, 3)).clamp(min=1e-12) / 127
+        weights.append((weight / scale[:, None, None]).round().to(torch.int8).flatten())
+        scales += [scale, bias]
+        layers.append(weight.shape[:3])
 
     def encode(raw: bytes) -> str:
         return base64.b64encode(raw).decode()
 
-    for row in (row for row in rows if row.where is not None):
-        to_image(row.where).save(file := io.BytesIO(), "JPEG", quality=85)
-        where = f"data:image/jpeg;base64,{encode(file.getvalue())}"
-        codes.append(row._asdict() | {"name": args.names.get(row.code), "where": where})
+    for row in (row for row in rows if row.code in spec.names):
+        to_image(row.heat).save(file := io.BytesIO(), "JPEG", quality=85)
+        heat = f"data:image/jpeg;base64,{encode(file.getvalue())}"
+        codes.append(row._asdict() | {"name": args.names.get(row.code), "heat": heat})
     data = {
         "title": f"{model.path.parent.name}/{model.path.name}, step {model.ckpt['step']:,}",
         "spec": vars(spec),
-        "range": [min(reach), max(reach)],
-        "at": "#" + "&".join(f"{code}={value:g}" for code, value in args.set.items()),
-        "seeds": [*args.seeds],
-        "layers": [{"outputs": m.out_channels, "kernel": m.kernel_size[0]} for m in convs],
+        "range": args.range,
+        "set": args.set,
+        "seeds": args.seeds,
+        "layers": layers,
         "codes": codes,
-        "z": [[round(v, 4) for v in z] for z in sample_seeds(spec, args.seeds, {}).z.tolist()],
-        "weights": encode(torch.cat(weights).cpu().numpy().tobytes()),
-        "scales": encode(torch.cat(scales).cpu().numpy().astype("<f4").tobytes()),
+        "z": sample_seeds(spec, args.seeds, {}).z.tolist(),
+        "weights": encode(torch.cat(weights).numpy().tobytes()),
+        "scales": encode(torch.cat(scales).numpy().tobytes()),
     }
     filled = json.dumps(data).replace("<", "\\u003c")  # a name must not end the script
     page = PAGE.read_text(encoding="utf-8").replace("data = null;", f"data = {filled};")
-    with replacing(checked(args.out / "explorer.html")) as file:
+    with infogan.replacing(path) as file:
         file.write(page.encode())
-    return f"{args.out} has explorer.html, {len(page) / 1e6:.1f} MB"
+    return f"{path} has {len(page) / 1e6:.1f} MB"
 
 
 def onnx(model: Model, args: Namespace) -> str:
     """G as ONNX, from "codes" (n, spec.dim) to "x" (n, channels, size, size) in [-1, 1]."""
     spec, G = model.spec, model.G.cpu().to(memory_format=torch.contiguous_format)
-    names, n = {"input_names": ["codes"], "output_names": ["x"]}, ({0: torch.export.Dim("n")},)
-    how = {"dynamic_shapes": n, "dynamo": True, "verbose": False, **names}
+    path, n = claim(args.out, "generator.onnx"), torch.export.Dim("n")
+    how = {"input_names": ["codes"], "output_names": ["x"], "dynamic_shapes": ({0: n},)}
     try:
-        proto = torch.onnx.export(G, (torch.zeros(2, spec.dim),), **how).model_proto  # a new object
+        program = torch.onnx.export(
+            G, (torch.zeros(2, spec.dim),), dynamo=True, verbose=False, **how
+        )
     except ImportError as error:
         raise UserError("--onnx: needs `pip install onnx onnxscript`") from error
-    proto.doc_string = f"{MARK}. codes: z ({spec.z_dim}), {spec.n_cat} categoricals one-hot"
-    proto.doc_string += f" ({spec.cat_dim} each), {spec.n_cont} continuous. x: from -1 to 1"
-    with replacing(checked(args.out / "generator.onnx")) as file:
+    proto = program.model_proto  # a new object
+    proto.doc_string = (
+        f"codes: z ({spec.z_dim}), {spec.n_cat} categoricals one-hot ({spec.cat_dim} each), "
+        f"{spec.n_cont} continuous. x: from -1 to 1"
+    )
+    with infogan.replacing(path) as file:
         file.write(proto.SerializeToString())
-    return f"{args.out} has generator.onnx"
+    return f"{path} is written"
 
 
 def shrink(model: Model, args: Namespace) -> str:
@@ -627,10 +614,10 @@ def shrink(model: Model, args: Namespace) -> str:
     if path.exists():
         raise UserError(f"--shrink {path}: exists; give a new name")
     args_kept = ckpt["args"] | {"data": "", "out": "", "init": None}  # nobody else's business
-    small = {"args": args_kept, **{key: ckpt.get(key) for key in ("spec", "step", "minutes")}}
+    small = {"args": args_kept, "step": ckpt["step"], "names": args.names}
     for net in ("G_ema", "D"):  # vectors stay: they are small, and variances may be tiny
         small[net] = {k: w.half() if w.dim() > 1 else w for k, w in ckpt[net].items()}
-    infogan.save_file(path, small | {"format": infogan.FORMAT, "names": args.names})
+    infogan.save_file(path, small | {"format": infogan.FORMAT})
     return f"{path} has {path.stat().st_size / 1e6:.1f} MB"
 
 
@@ -658,7 +645,7 @@ FLAGS = {  # as in infogan.py
     ("--seeds", None, "LIST", "these instead, such as 3,17,40-49"),
     ("--set", None, "LIST", "hold codes at values, such as cat0=3,cont5=-0.8"),
     ("--range", None, "V", "values of a continuous code (default -3 3; of up to 5: -1.5 1.5)"),
-    ("--steps", 11, (2, 100), "columns of a continuous code's sheet; frames to the next face"),
+    ("--steps", 13, (2, 100), "columns of a continuous code's sheet; frames to the next face"),
     ("--zoom", 1, (1, 8), "enlarge sheets N times"),
     ("--gif", False, bool, "also write an animated GIF for each code"),
     ("--names", None, "FILE", "names for codes, JSON (default: names.json beside the checkpoint)"),
@@ -682,10 +669,12 @@ MORE = {  # of flags that are not one word with a default
 # fmt: on
 
 
-def check_codes(spec: CodeSpec, where: str, codes: Iterable[str]) -> None:
+def check_codes(spec: CodeSpec, flag: str, codes: Iterable[str]) -> None:
     """Raises UserError for a code that spec does not have."""
-    for code in (code for code in codes if code not in spec.names):
-        raise UserError(f"{where}: {code!a}: this checkpoint has {', '.join(spec.names) or 'none'}")
+    for code in codes:
+        if code not in spec.names:
+            has = ", ".join(spec.names) or "none"
+            raise UserError(f"{flag}: {code!a}: this checkpoint has {has}")
 
 
 def read_names(model: Model, given: str | None) -> Names:
@@ -695,12 +684,15 @@ def read_names(model: Model, given: str | None) -> Names:
         if given or path.exists():
             names = {**names, **json.loads(path.read_text(encoding="utf-8-sig"))}
         for code, name in names.items():
-            if not re.fullmatch("(cat|cont)[0-9]+", code):
-                raise ValueError(f"{code!a} is no code")
-            if not (isinstance(name, str) and name.isprintable() and 0 < len(name) <= 40):
-                raise ValueError(f"the name of {code} must be one line of 1 to 40 characters")
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f'{path}: must be a table like {{"cont3": "tilt"}}: {error}') from error
+            if not (
+                re.fullmatch("(cat|cont)[0-9]+", code)
+                and name.isprintable()
+                and 0 < len(name) <= 40
+            ):
+                raise ValueError(f"not {code!a}: {name!a}")
+    except infogan.BROKEN as error:
+        must = 'must be a table like {"cont3": "tilt"}, each name in one line of up to 40 letters'
+        raise UserError(f"{path}: {must}: {error}") from error
     return {code: name for code, name in names.items() if code in model.spec.names}
 
 
@@ -720,17 +712,24 @@ def read_set(text: str, spec: CodeSpec) -> Held:
     return held
 
 
+def read_seeds(text: str) -> list[int]:
+    """The numbers of "3,17,40-49". Raises UserError where they are not different, or too many."""
+    parts = [re.fullmatch(r"\s*(\d{1,9})(?:-(\d{1,9}))?\s*", part) for part in text.split(",")]
+    ranges = [range(int(m[1]), int(m[2] or m[1]) + 1) for m in parts if m]
+    n = sum(map(len, ranges))
+    if not all([*parts, *ranges]) or n > MOST_SAMPLES or len({*chain(*ranges)}) < n:
+        raise UserError(f"--seeds {text}: must be different numbers such as 3,17,40-49")
+    return [*chain(*ranges)]
+
+
 def parse_args(argv: list[str] | None = None) -> Namespace:
     """The flags, the mode, its seeds. Raises UserError for what is wrong or has no effect."""
-    parser = infogan.Parser("generate.py", __doc__, FLAGS)
-    for action in parser._actions:
-        vars(action).update(MORE.get(action.dest, {}))
+    parser = infogan.Parser("generate.py", __doc__, FLAGS, MORE)
     given = parser.given(argv)
     args, given = Namespace(**parser.defaults | given), {f"--{name}" for name in given}
-    modes = [mode for mode in MODES if mode in given]
-    if len(modes) > 1:
-        raise UserError(f"{modes[0]} and {modes[1]}: give only one of them")
-    args.mode = modes[0] if modes else "sheets"
+    args.mode, *others = [mode for mode in MODES if mode in given] or ["sheets"]
+    if others:
+        raise UserError(f"{args.mode} and {others[0]}: give only one of them")
     for flag in sorted(given - {"--ckpt", "--device", args.mode}):
         users = [mode for mode, (*_, flags) in MODES.items() if flag[2:] in flags.split()]
         if args.mode not in users:
@@ -743,15 +742,8 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     if args.seeds and (given & {"--seed", "--rows"} or args.samples):
         raise UserError("--seeds: leave out --seed, --rows and N of --samples")
     count = {"--samples": args.samples, "--read": N_READ}.get(args.mode, args.rows)
-    ranges = [range(args.seed, args.seed + count)]
-    if args.seeds:
-        pattern = r"\s*([0-9]{1,9})(?:-([0-9]{1,9}))?\s*"
-        parts = [re.fullmatch(pattern, part) for part in args.seeds.split(",")]
-        ranges = [range(int(m[1]), int(m[2] or m[1]) + 1) for m in parts if m]
-        n = sum(map(len, ranges))
-        if not all([*parts, *ranges]) or n > MOST_SAMPLES or len({*chain(*ranges)}) < n:
-            raise UserError(f"--seeds {args.seeds}: must be different numbers such as 3,17,40-49")
-    args.seeds = [*chain(*ranges)]
+    next_ones = range(args.seed, args.seed + count)
+    args.seeds = read_seeds(args.seeds) if args.seeds else [*next_ones]
     bounds = {"--walk": (2, 100), "--samples": (1, MOST_SAMPLES)}
     least, most = bounds.get(args.mode, (1, 100))
     if not least <= len(args.seeds) <= most:
@@ -764,27 +756,28 @@ def show(args: Namespace) -> int:
     write, place, _ = MODES[args.mode]
     model = load_model(args.ckpt, infogan.pick_device(args.device))
     spec, path = model.spec, model.path
-    names, reach = read_names(model, args.names), 3.0 if spec.n_cont > 5 else 1.5
-    codes = [code.strip() for code in args.codes.split(",")] if args.codes else spec.names
-    check_codes(spec, "--codes", codes)
-    boxes = [code for code, name in names.items() if not has_letters(font_for(name, 12), name)]
-    if boxes:
-        print(f"no font here has the letters of {', '.join(boxes)}: pictures show the codes alone")
-    shown = {code: f"{code} ({name})" for code, name in names.items() if code not in boxes}
-    labels = {code: shown.get(code, code) for code in spec.names}
+    args.codes = [c.strip() for c in args.codes.split(",")] if args.codes else spec.names
+    check_codes(spec, "--codes", args.codes)
+    args.names = read_names(model, args.names)
+    args.labels = {code: code for code in spec.names}  # of sheets
+    args.labels |= {code: f"{code} ({name})" for code, name in args.names.items()}
+    args.set = read_set(args.set, spec) if args.set else {}
+    reach = 3.0 if spec.n_cont > 5 else 1.5
+    args.range = args.range or (-reach, reach)
     place = place if path.name == "last.pt" else f"{path.stem}-{place}"
-    values = {"codes": codes, "names": names, "labels": labels}  # labels: of sheets
-    values |= {"set": read_set(args.set, spec) if args.set else {}}
-    values |= {"range": args.range or (-reach, reach), "out": Path(args.out or path.parent / place)}
-    args = Namespace(**vars(args) | values)
-    print(write(model, args))
+    args.out = Path(args.out or path.parent / place)
+    # a GPU in full precision, with the same kernels each time: a seed is one file on one device
+    torch.set_float32_matmul_precision("highest")
+    with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+        print(write(model, args))
     return 0
 
 
 def main(argv: list[str] | None = None) -> int:
     """Exit codes: 0 done, 2 an error that the user can fix."""
-    return infogan.run("generate.py", lambda: show(parse_args(argv)))
+    cure = "give --device cpu, or smaller --rows, --steps and --zoom"
+    return infogan.run("generate.py", lambda: show(parse_args(argv)), cure)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    infogan.as_program(main)
