@@ -1618,7 +1618,7 @@ def open_pictures(args: Namespace, ckpt: dict | None) -> Pictures:
     pictures = load_pictures(
         args.data, args.image_size, None if channels is AUTO else channels, args.crop
     )
-    if ckpt and ckpt["fingerprint"] != pictures.fingerprint:
+    if ckpt and ckpt.get("fingerprint", pictures.fingerprint) != pictures.fingerprint:
         refuse(args, ["other pictures"])
     args.channels = pictures.x.shape[3]
     return pictures
