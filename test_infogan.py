@@ -1,7 +1,7 @@
-"""Proof that infogan.py and generate.py do what they say: on the CPU, with no network.
+"""Proof that infogan.py does what it says: on the CPU, with no network.
 
-python -m pytest -q test_infogan.py    these tests; data/test_data.py has those of data/*.py
-make torture                           the same questions asked for longer: torture_*
+python -m pytest -q test_infogan.py    these tests; data/test_*.py have those of the other files
+make torture                           the long ones, of data/test_torture.py
 """
 
 from __future__ import annotations
@@ -61,15 +61,16 @@ def seeded(seed: int = 0) -> torch.Generator:
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory) -> Path:
     """Decoded pictures go here, also by the processes that tests start, not into the user's."""
-    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.getbasetemp())
     return infogan.cache_folder()
 
 
 @pytest.fixture(scope="session")
 def faces(tmp_path_factory) -> Path:
     """600 drawn faces of 32x32."""
-    folder = tmp_path_factory.mktemp("faces")
-    assert draw_faces.main([str(folder), "--n", "600", "--size", "32", "--workers", "1"]) == 0
+    folder = tmp_path_factory.getbasetemp() / "faces"
+    if not folder.exists():  # pytest asks for what is imported again in every file
+        assert draw_faces.main([str(folder), "--n", "600", "--size", "32", "--workers", "1"]) == 0
     return folder
 
 
@@ -83,6 +84,11 @@ def tiny(faces: Path, out: Path, *more: object) -> list[str]:
     return [*TINY, "--data", str(faces), "--out", str(out), *map(str, more)]
 
 
+def train(faces: Path, out: Path, *more: object, code: int = 0) -> None:
+    """A tiny run that ends with this exit code."""
+    assert infogan.main(tiny(faces, out, *more)) == code
+
+
 def tiny_state(*flags: str) -> tuple[infogan.State, Namespace, torch.Tensor, Codes]:
     args = infogan.parse_args([*TINY, "--channels", "3", "--no-amp", *flags])
     state = infogan.new_state(args, CPU)
@@ -90,15 +96,23 @@ def tiny_state(*flags: str) -> tuple[infogan.State, Namespace, torch.Tensor, Cod
     return state, args, x, state.spec.sample(8, seeded(2))
 
 
-def batch_of(state: infogan.State, args: Namespace, x: torch.Tensor, codes: Codes) -> infogan.Batch:
-    """What train_step takes at this step, with the same chance each time."""
-    u = torch.rand(len(x), infogan.N_U, generator=seeded(3))
-    reach = torch.tensor(float(infogan.max_shift_at(state, args)))
-    return infogan.Batch(x, codes, u, reach, torch.tensor(infogan.beta_at(state, args)))
-
-
 def step_on(state: infogan.State, args: Namespace, x: torch.Tensor, codes: Codes) -> dict:
-    return infogan.train_step(state, args, batch_of(state, args, x, codes))
+    """A step with the same chance each time."""
+    u = torch.rand(len(x), infogan.N_U, generator=seeded(3))
+    numbers = float(infogan.max_shift_at(state, args)), infogan.beta_at(state, args)
+    return infogan.train_step(state, args, infogan.Batch(x, codes, u, *map(torch.tensor, numbers)))
+
+
+def stepped(*flags: str, **begin: int) -> infogan.State:
+    """A tiny state after one step; begin: what it is to have before, such as step=9."""
+    state, args, x, codes = tiny_state(*flags)
+    vars(state).update(begin)
+    step_on(state, args, x, codes)
+    return state
+
+
+def flat(tensors) -> torch.Tensor:
+    return torch.cat([t.detach().flatten() for t in tensors])
 
 
 def read_by(D: Discriminator, x: torch.Tensor, strength: float = 0.0, reach: float | None = None):
@@ -115,8 +129,9 @@ def augmented(x: torch.Tensor, strength: float) -> torch.Tensor:
 @pytest.fixture(scope="session")
 def trained(faces, tmp_path_factory) -> Path:
     """A finished run of 3 epochs of 18 steps, each epoch kept and drawn. Tests copy it."""
-    out = tmp_path_factory.mktemp("trained") / "run"
-    assert infogan.main(tiny(faces, out, *EACH, "--epochs", 3)) == 0
+    out = tmp_path_factory.getbasetemp() / "trained"
+    if not out.exists():
+        train(faces, out, *EACH, "--epochs", 3)
     return out
 
 
@@ -130,8 +145,9 @@ def copied(trained: Path, out: Path, epochs: int = 3) -> Path:
 @pytest.fixture(scope="session")
 def ckpt(faces, tmp_path_factory) -> Path:
     """Of a run of three steps with three continuous codes."""
-    out = tmp_path_factory.mktemp("few steps")
-    assert infogan.main(tiny(faces, out, "--max-steps", 3, "--n-cont", 3)) == 0
+    out = tmp_path_factory.getbasetemp() / "few steps"
+    if not out.exists():
+        train(faces, out, "--max-steps", 3, "--n-cont", 3)
     return out / "last.pt"
 
 
@@ -317,23 +333,17 @@ def test_join_and_split_keep_every_code_of_any_spec():
     rng = random.Random(0)
     for _ in range(100):
         sizes = rng.choice([0, 1, 5]), rng.choice([2, 7, 30]), rng.choice([0, 1, 9])
-        spec = CodeSpec(*sizes, z_dim=rng.choice([1, 40]))
-        n = rng.randint(1, 9)
+        spec, n = CodeSpec(*sizes, z_dim=rng.choice([1, 40])), rng.randint(1, 9)
         codes = spec.sample(n, seeded(rng.randrange(99)))
-        joined = spec.join(codes)
-        assert joined.shape == (n, spec.dim)
-        z, one_hot, cont = joined.split([spec.z_dim, spec.n_cat * spec.cat_dim, spec.n_cont], 1)
+        z, one_hot, cont = spec.join(codes).split([spec.z_dim, sizes[0] * sizes[1], sizes[2]], 1)
         assert z.equal(codes.z) and cont.equal(codes.c_cont) and (cont.abs() <= 1).all()
-        if spec.n_cat:
-            one_hot = one_hot.unflatten(1, (spec.n_cat, spec.cat_dim))
-            assert one_hot.argmax(2).equal(codes.c_cat) and (one_hot.sum(2) == 1).all()
+        one_hot = one_hot.reshape(n, *sizes[:2])
+        assert one_hot.argmax(2).equal(codes.c_cat) and (one_hot.sum(2) == 1).all()
         q = spec.split(torch.randn(n, spec.q_dim) * 50)
-        assert q.q_logits.shape == (n, spec.n_cat, spec.cat_dim)
-        assert q.q_mu.shape == q.q_logvar.shape == (n, spec.n_cont)
+        assert q.q_logits.shape == (n, *sizes[:2])
+        assert q.q_mu.shape == q.q_logvar.shape == (n, sizes[2])
         sigma = (q.q_logvar / 2).exp()
         assert (sigma >= infogan.SIGMA_MIN * 0.999).all() and (sigma <= 1.001).all()
-        assert len(spec.names) == len(spec.ceilings) == spec.n_cat + spec.n_cont
-        assert infogan.mutual_information(spec, q, codes).shape == (len(spec.names),)
 
 
 def test_sampling_is_seeded_and_has_the_right_distribution():
@@ -360,12 +370,17 @@ def test_specs_out_of_range_are_refused(bad):
 @pytest.mark.parametrize("size", [16, 32, 64, 128, 256])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_G_and_D_fit_pictures_of_every_size(size, channels):
+    """From 64x64 on G has one more layer, at full size. The last layer alone has a bias."""
     spec = CodeSpec(2, 5, 3)
     G, D = Generator(spec, size, 4, channels), Discriminator(spec, size, 4, channels)
     x = G(spec.join(spec.sample(2, seeded())))
     assert x.shape == (2, channels, size, size) and x.abs().max() <= 1
     d, q = D(x)
     assert d.shape == (2,) and q.q_logits.shape == (2, 2, 5) and q.q_mu.shape == (2, 3)
+    convs = [m for m in G.modules() if isinstance(m, torch.nn.Conv2d)]
+    doubled = [isinstance(m, infogan.UpsampleConv2d) for m in convs]
+    assert doubled == [True] * (int(math.log2(size)) - 2) + [False] * (size >= 64)
+    assert [m for m in convs if m.bias is not None] == convs[-1:]
 
 
 def test_transposed_convolutions_make_the_notebooks_networks():
@@ -401,13 +416,18 @@ def test_without_continuous_codes_or_with_nothing_else_the_first_layer_takes_all
     assert G.maps is None and G(spec.join(spec.sample(2, seeded()))).shape == (2, 3, 16, 16)
 
 
-def test_a_checkpoint_from_before_the_choice_has_its_codes_at_the_first_layer(faces, tmp_path):
-    out = tmp_path / "run"
-    assert infogan.main(tiny(faces, out, "--max-steps", 1, "--cont-at", 4)) == 0
-    old = rewritten(out / "last.pt", tmp_path / "old.pt", lambda c: c["args"].pop("cont_at"))
-    (G, spec), (G_old, _) = map(infogan.load_generator, (out / "last.pt", old))
-    joined = spec.join(spec.sample(2, seeded()))
-    assert G_old.maps is None and G_old(joined).equal(G(joined))
+def test_a_checkpoint_from_before_the_choice_has_its_codes_at_the_first_layer(tmp_path):
+    state, args, _, codes = tiny_state("--cont-at", "4")
+    infogan.save_file(tmp_path / "new.pt", infogan.gather_checkpoint(state, args, ""))
+    old = rewritten(tmp_path / "new.pt", tmp_path / "old.pt", lambda c: c["args"].pop("cont_at"))
+    G, spec = infogan.load_generator(old)
+    assert G.maps is None and G(spec.join(codes)).equal(state.G_ema(spec.join(codes)))
+
+
+def slopes(y: torch.Tensor, *of: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The gradients of a random weighting of y."""
+    weighting = torch.randn(y.shape, generator=seeded(9), dtype=y.dtype)
+    return torch.autograd.grad(y, of, weighting, retain_graph=True)
 
 
 def test_upsampling_is_nearest_neighbours_and_a_convolution():
@@ -415,24 +435,10 @@ def test_upsampling_is_nearest_neighbours_and_a_convolution():
     conv = infogan.UpsampleConv2d(5, 7, bias=True).double()
     x = torch.randn(2, 5, 6, 8, generator=seeded()).double().requires_grad_()
     plain = F.conv2d(F.interpolate(x, scale_factor=2), conv.weight, conv.bias, padding=1)
-    y, some = conv(x), torch.randn(2, 7, 12, 16, generator=seeded(1)).double()
-    assert y.allclose(plain)
-    of = (x, conv.weight, conv.bias)
-    slopes = [torch.autograd.grad(z, of, some, retain_graph=True) for z in (y, plain)]
-    assert all(a.allclose(b) for a, b in zip(*slopes, strict=True))
-
-
-@pytest.mark.parametrize("size", [16, 32, 64, 128])
-def test_G_has_another_layer_at_the_size_of_large_pictures(size):
-    """With nearest neighbours, which draw softly; the last layer alone has a bias."""
-    G, halvings = Generator(CodeSpec(), size, 4), int(math.log2(size)) - 2
-    up = [m for m in G.modules() if isinstance(m, infogan.UpsampleConv2d)]
-    plain = [m for m in G.modules() if type(m) is torch.nn.Conv2d]
-    assert len(up) == halvings and len(plain) == (1 if size >= 64 else 0)
-    assert [m.weight.shape[2:] for m in up + plain] == [(3, 3)] * (len(up) + len(plain))
-    last = (up + plain)[-1]
-    assert last.weight.shape[0] == 3
-    assert [m for m in up + plain if m.bias is not None] == [last]
+    assert conv(x).allclose(plain)
+    of = x, conv.weight, conv.bias
+    both = zip(slopes(conv(x), *of), slopes(plain, *of), strict=True)
+    assert all(a.allclose(b) for a, b in both)
 
 
 # objective ----------------------------------------------------------------------------------------
@@ -505,15 +511,11 @@ def test_identity_loss_has_its_closed_forms():
 
 
 def test_pairs_share_their_categories_and_nothing_else():
-    spec = CodeSpec(3, 10, 2, 4)
     for n in (8, 7):
-        codes = spec.sample(n, seeded())
-        paired = infogan.pair(codes)
-        assert paired.z.equal(codes.z) and paired.c_cont.equal(codes.c_cont)
-        assert paired.c_cat.shape == codes.c_cat.shape
-        for i in range(0, n - 1, 2):
-            assert paired.c_cat[i].equal(paired.c_cat[i + 1])
-        assert not paired.c_cat[0].equal(paired.c_cat[2])
+        codes = CodeSpec(3, 10, 2, 4).sample(n, seeded())
+        z, c_cat, c_cont = infogan.pair(codes)
+        assert z.equal(codes.z) and c_cont.equal(codes.c_cont)
+        assert c_cat.equal(codes.c_cat[[i - i % 2 for i in range(n)]])
 
 
 def test_Q_reads_only_categoricals_from_augmented_pictures():
@@ -521,16 +523,9 @@ def test_Q_reads_only_categoricals_from_augmented_pictures():
     D = state.D.eval()
     clean_d, clean_q = read_by(D, x)
     d, q = read_by(D, x, 1.0)
-    again = read_by(D, x, 1.0)[1]
     assert d.equal(clean_d) and q.q_mu.equal(clean_q.q_mu) and q.q_logvar.equal(clean_q.q_logvar)
-    assert q.q_logits.equal(again.q_logits) and not q.q_logits.equal(clean_q.q_logits)
-    kept = []
-    # whoever reads codes later reads pictures as they are
-    for how in ({}, {"strength": 1.0}, {"strength": 1.0, "reach": 3.0}):
-        state, _, x, _ = tiny_state()
-        read_by(state.D, x, **how)
-        kept.append(torch.cat([b for n, b in state.D.named_buffers() if "running" in n]))
-    assert kept[0].equal(kept[1]) and kept[0].equal(kept[2])
+    assert q.q_logits.equal(read_by(D, x, 1.0)[1].q_logits)
+    assert not q.q_logits.equal(clean_q.q_logits)
 
 
 def test_augmentation_moves_and_relights_each_picture_in_its_own_way():
@@ -560,11 +555,9 @@ def test_pictures_are_shifted_by_whole_pixels_onto_grey():
     slices = []
     for picture, (down, right) in zip(x, offsets.tolist(), strict=True):
         slices.append(F.pad(picture, [2] * 4)[:, down : down + 8, right : right + 8])
-    assert shifted.equal(torch.stack(slices))
+    slices = torch.stack(slices)
+    assert shifted.equal(slices) and slopes(shifted, x)[0].equal(slopes(slices, x)[0])
     assert offsets.flatten().bincount().tolist() == pytest.approx([200] * 5, rel=0.2)
-    some = torch.randn(x.shape, generator=seeded(2))
-    slopes = [torch.autograd.grad(y, x, some)[0] for y in (shifted, torch.stack(slices))]
-    assert slopes[0].equal(slopes[1])
     corners = infogan.shift(x, torch.tensor([[0.0, 0.9999999]]).expand(500, 2), torch.tensor(2.0))
     assert corners[:, :, 2:, :6].equal(x[:, :, :6, 2:])
     assert not corners[:, :, :2].any() and not corners[..., 6:].any()
@@ -580,25 +573,33 @@ def test_D_judges_shifted_pictures_and_Q_reads_them_as_they_are():
     assert read_by(D, x, reach=0.0)[0].equal(clean_d)
 
 
+def test_whoever_reads_codes_later_reads_pictures_as_they_are():
+    """Batch norm's averages are of these, not of shifted or augmented ones."""
+    kept = []
+    for how in ({}, {"strength": 1.0}, {"strength": 1.0, "reach": 3.0}):
+        state, _, x, _ = tiny_state()
+        read_by(state.D, x, **how)
+        kept.append(flat(b for name, b in state.D.named_buffers() if "running" in name))
+    assert kept[0].equal(kept[1]) and kept[0].equal(kept[2])
+
+
 def test_shifts_grow_with_the_epochs_and_can_be_turned_off():
-    state, args, x, codes = tiny_state("--shift", "0.25", "--r1", "0")
-    state.per_epoch = 10
-    steps, ends = [0, 99, 100, 200, 399, 400, 10_000], {}
-    reach = []
-    for state.step in steps:
+    state, args, *_ = tiny_state("--shift", "0.25")
+    state.per_epoch, reach = 10, []
+    for state.step in (0, 99, 100, 200, 399, 400, 10_000):
         reach.append(infogan.max_shift_at(state, args))
     assert infogan.SHIFT_EPOCHS == 40 and reach == [0, 0, 1, 2, 3, 4, 4]
-    for flags in ((), ("--shift", "0")):
-        for step in (0, 4000):
-            state, args, x, codes = tiny_state("--r1", "0", "--lam-identity", "0", *flags)
-            state.step = step
-            step_on(state, args, x, codes)
-            ends[flags, step] = torch.cat([p.detach().flatten() for p in state.D.parameters()])
-    on, off = ((), 4000), (("--shift", "0"), 4000)
-    assert ends[(), 0].equal(ends[off]) and not ends[on].equal(ends[off])
+
+    def D_after(step: int, *flags: str) -> torch.Tensor:
+        flags = ("--r1", "0", "--lam-identity", "0", *flags)
+        return flat(stepped(*flags, step=step).D.parameters())
+
+    off = D_after(4000, "--shift", "0")
+    assert D_after(0).equal(off) and not D_after(4000).equal(off)
     state, args, *_ = tiny_state("--shift", "0")
     state.step = 4000
-    assert infogan.max_shift_at(state, args) == 0 and infogan.variant(state, args)[1] is False
+    assert infogan.max_shift_at(state, args) == 0
+    assert not infogan.variant(state, args).with_shifts
 
 
 def test_beyond_their_edges_augmented_pictures_go_on(monkeypatch):
@@ -612,11 +613,9 @@ def test_beyond_their_edges_augmented_pictures_go_on(monkeypatch):
 
     def sample(x, where, align_corners):
         y = real_sample(x, where, align_corners=align_corners)
-        by_border = real_sample(x, grids[0], padding_mode="border", align_corners=align_corners)
+        by_border = real_sample(x, *grids, padding_mode="border", align_corners=align_corners)
         assert y.equal(by_border) and grids[0].abs().max() > 1
-        some = torch.randn(y.shape, generator=seeded(1))
-        slopes = [torch.autograd.grad(z, x, some, retain_graph=True)[0] for z in (y, by_border)]
-        assert slopes[0].equal(slopes[1])
+        assert slopes(y, x)[0].equal(slopes(by_border, x)[0])
         return y
 
     monkeypatch.setattr(F, "affine_grid", grid)
@@ -641,65 +640,58 @@ def test_every_codes_L_I_reaches_G_but_where_the_notebook_forgot_it(recipe, n_co
     for row in rows:
         state, args, x, codes = tiny_state(*flags)
         if row is not None:
-            with torch.no_grad():
-                state.D.q_head[3].weight[row] *= -1
+            state.D.q_head[3].weight.data[row] *= -1
         step_on(state, args, x, codes)
-        gradients.append(torch.cat([p.grad.flatten() for p in state.G.parameters()]))
+        gradients.append(flat(p.grad for p in state.G.parameters()))
     reached = [not g.equal(gradients[0]) for g in gradients[1:]]
     forgotten = n_cont == 20 and recipe == "notebook"
     assert reached == [True] * 2 + [not forgotten] * n_cont
 
 
-def test_the_identity_loss_moves_G_once_Q_reads_categories():
+@pytest.mark.parametrize("known", [False, True])
+def test_the_identity_loss_moves_G_once_Q_reads_categories(known):
     """The less Q reads, the less it counts: before that G has nothing to tell identities by."""
-    ends = {}
-    for lam in ("0", "5"):
-        for known in (False, True):
-            state, args, x, codes = tiny_state("--lam-identity", lam)
-            if known:  # Q that is sure of what G was told
-                sure, real = F.one_hot(codes.c_cat, 3).float() * 50, state.D.q_output
-                state.D.q_output = lambda h, sure=sure, real=real: real(h)._replace(q_logits=sure)
-            step_on(state, args, x, codes)
-            ends[lam, known] = torch.cat([p.grad.flatten() for p in state.G.parameters()])
-    for known in (False, True):
-        change = (ends["0", known] - ends["5", known]).norm() / ends["0", known].norm()
-        assert (change > 0.1) == known, (known, change)
+    ends = []
+    for lam in "05":
+        state, args, x, codes = tiny_state("--lam-identity", lam)
+        if known:  # Q that is sure of what G was told
+            sure, real = F.one_hot(codes.c_cat, 3).float() * 50, state.D.q_output
+            state.D.q_output = lambda h, sure=sure, real=real: real(h)._replace(q_logits=sure)
+        step_on(state, args, x, codes)
+        ends.append(flat(p.grad for p in state.G.parameters()))
+    change = (ends[0] - ends[1]).norm() / ends[0].norm()
+    assert (change > 0.1) == known, change
 
 
 @pytest.mark.parametrize("info_to", ["trunk", "head"])
 def test_a_step_moves_what_it_owns(info_to):
+    """L_I moves the trunk where it should, and nowhere else."""
     state, args, x, codes = tiny_state("--info-to", info_to)
-    owners = {p: "D" for g in state.opt_D.param_groups for p in g["params"]}
-    for p in (p for g in state.opt_G.param_groups for p in g["params"]):
-        assert p not in owners
-        owners[p] = "G"
+    owners = {}
+    for name in ("D", "G"):
+        opt = getattr(state, f"opt_{name}")
+        for p in (p for group in opt.param_groups for p in group["params"]):
+            assert p not in owners
+            owners[p] = name
     assert set(owners) == {*state.G.parameters(), *state.D.parameters()}
     assert {owners[p] for p in state.D.q_head.parameters()} == {"D" if info_to == "trunk" else "G"}
     assert {owners[p] for p in state.D.trunk.parameters()} == {"D"}
 
-    before = [p.detach().clone() for p in owners]
-    moved = {}
+    before, moved = [p.detach().clone() for p in owners], {}
     for name, opt in (("D", state.opt_D), ("G", state.opt_G)):
 
-        def stepped(step=opt.step, name=name):
+        def step(step=opt.step, name=name):
             step()
             moved[name] = [not p.equal(b) for p, b in zip(owners, before, strict=True)]
 
-        opt.step = stepped
+        opt.step = step
     step_on(state, args, x, codes)
     assert moved["D"] == [owner == "D" for owner in owners.values()]
     assert all(moved["G"])
 
-
-def test_L_I_trains_the_trunk_only_where_it_should():
-    """With D's own loss taken away, the trunk moves by L_I alone, or not at all."""
-    for info_to in ("trunk", "head"):
-        ends = []
-        for lam in ("0", "1"):
-            state, args, x, codes = tiny_state("--info-to", info_to, "--lam-cat", lam)
-            step_on(state, args, x, codes)
-            ends.append(torch.cat([p.detach().flatten() for p in state.D.trunk.parameters()]))
-        assert ends[0].equal(ends[1]) == (info_to == "head")
+    trunks = (stepped("--info-to", info_to, "--lam-cat", lam).D.trunk for lam in "01")
+    without, with_L_I = (flat(trunk.parameters()) for trunk in trunks)
+    assert without.equal(with_L_I) == (info_to == "head")
 
 
 def test_r1_is_the_squared_slope_and_comes_lazily():
@@ -708,13 +700,9 @@ def test_r1_is_the_squared_slope_and_comes_lazily():
     assert infogan.r1_penalty((x * w).sum((1, 2, 3)), x).allclose(w.square().sum() / 2)
 
     def moves_D(step: int, *flags: str) -> bool:
-        ends = []
-        for r1 in (["--r1", "0"], flags):
-            state, args, x, codes = tiny_state(*r1)
-            state.step, state.per_epoch = step, 16
-            step_on(state, args, x, codes)
-            ends.append(torch.cat([p.detach().flatten() for p in state.D.parameters()]))
-        return not ends[0].equal(ends[1])
+        states = (stepped(*r1, step=step, per_epoch=16) for r1 in (flags, ("--r1", "0")))
+        with_r1, without = (flat(state.D.parameters()) for state in states)
+        return not with_r1.equal(without)
 
     assert moves_D(0, "--r1", "5") and moves_D(infogan.R1_EVERY, "--r1", "5")
     assert not moves_D(1, "--r1", "5")
@@ -725,10 +713,9 @@ def test_r1_is_the_squared_slope_and_comes_lazily():
 
 def test_the_average_of_G_takes_in_its_batch_statistics():
     state, *_ = tiny_state()
-    with torch.no_grad():
-        for t in (*state.G.parameters(), *state.G.buffers()):
-            t.copy_(torch.full_like(t, 3))
-        before = {k: v.clone() for k, v in state.G_ema.state_dict().items()}
+    for t in state.G.state_dict().values():
+        t.fill_(3)
+    before = {name: t.clone() for name, t in state.G_ema.state_dict().items()}
     infogan.update_ema(state.G_ema, state.G, torch.tensor(0.9))
     for name, average in state.G_ema.state_dict().items():
         whole = name.endswith("num_batches_tracked")
@@ -739,41 +726,37 @@ def test_the_average_of_G_takes_in_its_batch_statistics():
 
 def test_the_average_lasts_a_share_of_the_run():
     state, args, x, codes = tiny_state("--ema", "0.5")
-    old = {k: v.clone() for k, v in state.G_ema.named_parameters()}
+    old = flat(state.G_ema.parameters())
     state.step = 9  # after the tenth step the half-life is five steps
     step_on(state, args, x, codes)
-    now, G = dict(state.G_ema.named_parameters()), dict(state.G.named_parameters())
-    assert all(now[k].allclose(0.5**0.2 * old[k] + (1 - 0.5**0.2) * G[k]) for k in old)
-    assert any(not G[k].allclose(old[k]) for k in old)
+    now, G = flat(state.G_ema.parameters()), flat(state.G.parameters())
+    assert now.allclose(0.5**0.2 * old + (1 - 0.5**0.2) * G) and not G.allclose(old)
 
 
 def test_bfloat16_is_for_convolutions_alone_and_follows_float32(monkeypatch):
     """Losses, L_I and R1 take float32, and eight steps go almost the same way."""
     layers, taken, moves = {}, {}, []
 
-    def watch(name: str) -> None:
-        real = getattr(infogan, name)
-
+    def watch(name: str, real) -> None:
         def watched(*given):
-            floats = (t for t in tree_leaves(given) if isinstance(t, torch.Tensor))
-            taken.setdefault(name, set()).update(t.dtype for t in floats)
+            tensors = (t for t in tree_leaves(given) if isinstance(t, torch.Tensor))
+            taken.setdefault(name, set()).update(t.dtype for t in tensors)
             return real(*given)
 
         monkeypatch.setattr(infogan, name, watched)
 
     for name in ("d_loss", "g_loss", "log_q", "identity_loss", "r1_penalty"):
-        watch(name)
+        watch(name, getattr(infogan, name))
     for amp in ("--no-amp", "--amp"):
         state, args, x, _ = tiny_state("--r1", "1", amp)
-        params = [*state.G.parameters(), *state.D.parameters()]
-        before = torch.cat([p.detach().flatten() for p in params])
-        for m in (*state.G.modules(), *state.D.modules()):
+        nets = torch.nn.ModuleList([state.G, state.D])
+        before, seen = flat(nets.parameters()), layers.setdefault(amp, set())
+        for m in nets.modules():
             if isinstance(m, (torch.nn.Conv2d, torch.nn.ConvTranspose2d)):
-                note = layers.setdefault(amp, set()).add
-                m.register_forward_hook(lambda m, x, y, note=note: note(y.dtype))
+                m.register_forward_hook(lambda m, x, y, seen=seen: seen.add(y.dtype))
         for i in range(8):
             step_on(state, args, x, state.spec.sample(8, seeded(i)))
-        moves.append(torch.cat([p.detach().flatten() for p in params]) - before)
+        moves.append(flat(nets.parameters()) - before)
     assert layers == {"--no-amp": {torch.float32}, "--amp": {torch.bfloat16}}
     assert taken.pop("log_q") == {torch.float32, torch.int64}  # c_cat
     assert [*taken.values()] == [{torch.float32}] * 4
