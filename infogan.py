@@ -789,7 +789,7 @@ class GraphedStep:
                 metrics = train_step(state, args, self.batch, kind)
         finally:
             torch.cuda.set_stream(usual)  # torch.cuda.graph does not where a capture fails
-        usual.wait_stream(self.stream)
+            usual.wait_stream(self.stream)
         return graph, metrics
 
 
