@@ -89,6 +89,20 @@ def train(faces: Path, out: Path, *more: object, code: int = 0) -> None:
     assert infogan.main(tiny(faces, out, *more)) == code
 
 
+def before_steps(do, patch=setattr) -> None:
+    """do(how many steps were taken) comes before each."""
+    real_step = infogan.train_step
+    patch(infogan, "train_step", lambda state, *a: (do(state.step), real_step(state, *a))[1])
+
+
+def told_at_the_end(capsys) -> str:
+    """The one line of stderr by the program itself, beside its progress."""
+    said = capsys.readouterr().err
+    (line,) = [line for line in said.splitlines() if line.startswith("infogan.py: ")]
+    assert "Traceback" not in said
+    return line
+
+
 def tiny_state(*flags: str) -> tuple[infogan.State, Namespace, torch.Tensor, Codes]:
     args = infogan.parse_args([*TINY, "--channels", "3", "--no-amp", *flags])
     state = infogan.new_state(args, CPU)
@@ -801,26 +815,23 @@ def put_pictures(folder: Path) -> None:
     (folder / "folder.png").mkdir()
 
 
-@pytest.fixture
-def decoded_16(tmp_path) -> dict[str, torch.Tensor]:
-    """put_pictures at 16x16: int (16, 16, 3) by file name."""
+def test_every_format_and_mode_has_its_colours(tmp_path, capsys):
+    """On white, upright and cropped at the centre; copies and what cannot be read are told."""
     put_pictures(tmp_path)
     pictures = infogan.load_pictures(str(tmp_path), 16)
+    told = capsys.readouterr().out
+    assert "13 pictures" in told and "1 exact copy" in told and "3 unreadable files" in told
+    assert all(name in told for name in ("empty.png", "page.jpg", "cut.jpg")), told
+    assert pictures.x.shape == (13, 16, 16, 3) and pictures.x.dtype == torch.uint8
     names = [Path(name).name for name in pictures.names]
-    return dict(zip(names, pictures.x.int(), strict=True))
-
-
-def test_every_format_and_mode_has_its_colours(decoded_16):
-    colours = dict.fromkeys(("copy of rgb.png", "upper.JPG", "w.webp", "b.bmp"), RED)
-    colours |= dict.fromkeys(("cmyk.jpeg", "palette.png", "two.gif"), RED)
-    colours |= {"deep.png": (128,) * 3, "grey.png": (77,) * 3}
-    for name, colour in colours.items():
-        off = decoded_16[name] - torch.tensor(colour)
-        assert off.abs().max() < (6 if Path(name).suffix in (".JPG", ".jpeg") else 2), name
-
-
-def test_transparent_pixels_are_white(decoded_16):
-    assert (decoded_16["clear.png"] == 255).all() and (decoded_16["la.png"] == 255).all()
+    seen = dict(zip(names, pictures.x.int(), strict=True))
+    turned, lossy = seen.pop("turned.jpg"), ("upper.JPG", "cmyk.jpeg")
+    assert turned[:6].max() < 20 and turned[10:].min() > 230
+    colours = {"deep.png": (128,) * 3, "grey.png": (77,) * 3, "wide.png": (0,) * 3}
+    colours |= {"clear.png": WHITE, "la.png": WHITE}
+    for name, x in seen.items():
+        off = (x - torch.tensor(colours.get(name, RED))).abs().max()
+        assert off < (6 if name in lossy else 1), name
 
 
 def portraits(folder: Path, tall: int, square: int = 0) -> Path:
@@ -834,19 +845,20 @@ def portraits(folder: Path, tall: int, square: int = 0) -> Path:
 
 
 def test_crop_top_keeps_the_upper_part_of_tall_pictures(tmp_path):
-    folder = str(portraits(tmp_path / "set", 3))
+    folder = portraits(tmp_path / "set", 3)
     wide = Image.new("RGB", (60, 20))
     wide.paste(WHITE, (20, 0, 40, 20))
-    wide.save(tmp_path / "set/wide.png")
-    centre, top = (infogan.load_pictures(folder, 16, crop=crop) for crop in ("centre", "top"))
+    wide.save(folder / "wide.png")
+    centre, top = (infogan.load_pictures(str(folder), 16, crop=crop) for crop in infogan.CROPS)
     rows = [int((pictures.x[0, :, 0, 0] > 128).sum()) for pictures in (centre, top)]
     assert rows == [4, 8]  # of 16, as 5 and 10 of 20
     assert (centre.x[-1] > 200).all() and top.x[-1].equal(centre.x[-1])
-    assert centre.fingerprint != top.fingerprint  # no run goes on with the other
-    again = infogan.load_pictures(folder, 16)
-    assert again.x.equal(centre.x) and again.fingerprint == centre.fingerprint
-    seen = infogan.read_picture(tmp_path / "set/0.png", 16, 3, "top")
+    seen = infogan.read_picture(folder / "0.png", 16, 3, "top")
     assert seen.pixels == top.x[0].numpy().tobytes()
+    train(folder, tmp_path / "run", "--max-steps", 1, "--crop", "top")
+    held = infogan.load_checkpoint(tmp_path / "run/last.pt")
+    assert held["args"]["crop"] == "top"  # no run goes on with the other
+    assert held["fingerprint"] == top.fingerprint != centre.fingerprint
 
 
 @pytest.mark.parametrize(("tall", "square", "is_told"), [(2, 17, True), (2, 18, False)])
@@ -861,51 +873,21 @@ def test_that_much_is_cropped_is_told_at_each_start(tmp_path, capsys, tall, squa
     assert "--crop" not in capsys.readouterr().out
 
 
-def test_a_run_takes_the_crop_that_is_asked_for(tmp_path):
-    folder, run = portraits(tmp_path / "set", 4), ["--max-steps", 1, "--batch-size", 4]
-    for crop, rows in ("centre", 4), ("top", 8):
-        assert infogan.main(tiny(folder, tmp_path / crop, *run, "--crop", crop)) == 0
-        assert infogan.load_checkpoint(tmp_path / crop / "last.pt")["args"]["crop"] == crop
-        real = Image.open(tmp_path / crop / "samples/real.png").convert("L")
-        whites = max(sum(real.getpixel((x, y)) > 128 for y in range(18)) for x in range(5, 15))
-        assert whites - rows in (0, 1, 2), whites
-
-
-def test_photos_are_upright_and_cropped_at_the_centre(decoded_16):
-    assert (decoded_16["wide.png"] == 0).all()
-    turned = decoded_16["turned.jpg"]
-    assert turned[:6].max() < 20 and turned[10:].min() > 230
-
-
-def test_copies_and_unreadable_files_are_left_out_and_told(tmp_path, capsys):
-    put_pictures(tmp_path)
-    pictures = infogan.load_pictures(str(tmp_path), 16)
-    told = capsys.readouterr().out
-    assert "13 pictures" in told and "1 exact copy" in told and "3 unreadable files" in told
-    assert all(name in told for name in ("empty.png", "page.jpg", "cut.jpg")), told
-    assert pictures.x.shape == (13, 16, 16, 3) and pictures.x.dtype == torch.uint8
-    assert len({*pictures.names}) == 13 and all(Path(name).is_file() for name in pictures.names)
-
-
 def put_rubbish(folder: Path) -> int:
     """Files that are no usable pictures, one of each kind; returns how many."""
+    folder.mkdir()
     noise = Image.frombytes("RGB", (64, 64), random.Random(0).randbytes(3 * 64 * 64))
-    whole = {}
-    for kind in ("jpg", "png", "gif", "webp", "bmp"):
+    for kind in ("jpeg", "gif", "webp", "bmp", "png"):
         buffer = io.BytesIO()
-        noise.save(buffer, {"jpg": "jpeg"}.get(kind, kind))
-        whole[kind] = buffer.getvalue()
-        (folder / f"cut.{kind}").write_bytes(whole[kind][: len(whole[kind]) // 2])
+        noise.save(buffer, kind)
+        raw = buffer.getvalue()
+        (folder / f"cut.{kind}").write_bytes(raw[: len(raw) // 2])
+    (folder / "new\nline.png").write_bytes(raw[:99])
     (folder / "zero.png").touch()
     (folder / "page.jpg").write_text("<!doctype html><title>404</title>")
-    (folder / "script.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
-    (folder / "zip.webp").write_bytes(b"PK\3\4" + bytes(99))
-    (folder / "new\nline.png").write_bytes(whole["png"][:99])
     head = b"IHDR" + (50_000).to_bytes(4, "big") * 2 + bytes([8, 2, 0, 0, 0])
-    sure = zlib.crc32(head).to_bytes(4, "big")
-    (folder / "bomb.png").write_bytes(
-        b"\x89PNG\r\n\x1a\n\0\0\0\r" + head + sure + whole["png"][33:]
-    )
+    head += zlib.crc32(head).to_bytes(4, "big")
+    (folder / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n\0\0\0\r" + head + raw[33:])
     Image.new("L", (9460, 9460)).save(folder / "wide bomb.png")  # decodes, and is too large
     with open(folder / "vast.bmp", "wb") as file:
         file.truncate(2**29)
@@ -919,32 +901,24 @@ def put_rubbish(folder: Path) -> int:
     return sum(p.suffix != "" for p in folder.iterdir())
 
 
-def test_rubbish_among_pictures_is_told_and_the_rest_trains(faces, tmp_path, capsys, monkeypatch):
+def test_rubbish_among_pictures_is_told_and_the_rest_trains(tmp_path, capsys, monkeypatch):
     folder = tmp_path / "data \u00e9"
-    folder.mkdir()
     bad = put_rubbish(folder)
+    train(folder, tmp_path / "run", code=2)
+    said = said_one_line(capsys, "0 pictures", f"{bad} unreadable", ", ..., at least 2")
+    assert "\\u2026" not in said  # an ellipsis that was escaped like the names
+    assert not (tmp_path / "run").exists()
+
     odd = {"a b.png": (1, 1), "tall.png": (1, 20_000), "long.png": (20_000, 1), "c\nd.png": (9, 9)}
     for i, (name, size) in enumerate(odd.items()):
         Image.new("RGB", size, (60 * i, 0, 0)).save(folder / name)
     gone, real = folder / "gone.png", infogan.find_pictures
     gone.touch()
     monkeypatch.setattr(infogan, "find_pictures", lambda f: (real(f), gone.unlink())[0])
-    for path in sorted(faces.glob("*.png"))[:36]:
-        shutil.copy(path, folder)
-    assert infogan.main(tiny(folder, tmp_path / "run", "--max-steps", 2)) == 0
+    train(folder, tmp_path / "run", "--max-steps", 2)
     told = capsys.readouterr().out
-    assert f"40 pictures in {folder}" in told and f"{bad + 1} unreadable files skipped" in told
+    assert f"4 pictures in {folder}" in told and f"{bad + 1} unreadable files skipped" in told
     assert "bomb.png (DecompressionBombError)" in told and "broken.png (FileNotFoundError)" in told
-
-
-def test_a_folder_of_rubbish_alone_is_one_line(tmp_path, capsys):
-    folder = tmp_path / "data"
-    folder.mkdir()
-    bad = put_rubbish(folder)
-    assert infogan.main(tiny(folder, tmp_path / "run")) == 2
-    said = said_one_line(capsys, "0 pictures", f"{bad} unreadable", ", ..., at least 2")
-    assert "\\u2026" not in said  # an ellipsis that was escaped like the names
-    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("data", ["none", "one", "mnist"])
@@ -976,35 +950,27 @@ def test_linked_folders_are_followed_once(tmp_path, capsys):
     assert len(infogan.load_pictures(str(tmp_path / "link"), 16).x) == 4
 
 
-def test_what_is_passed_over_is_told_with_the_reason(ckpt, tmp_path, capsys):
+def test_what_is_passed_over_is_told_with_the_reason(tmp_path, capsys):
     folder = four_pictures(tmp_path / "set")
     four_pictures(folder / ".Trash-1000/files", 4)
     four_pictures(folder / "@eaDir", 8)
     four_pictures(folder / "$Recycle.Bin/S-1", 12)
+    for i, marks in enumerate(infogan.OUR_FOLDERS):
+        ours = four_pictures(folder / f"{i}/ours", 16)
+        for name in marks:
+            (ours / name).touch()
     shutil.copy(folder / "0.png", folder / "._0.png")
     for name in (".DS_Store", "a.heic", "b.HEIC", "c.txt", "nothing"):
         (folder / name).touch()
-    run = ["--max-steps", 1, "--batch-size", 4]
-    assert infogan.main(tiny(folder, folder / "run", *run)) == 0
-    said = capsys.readouterr().out
-    (line,) = [line for line in said.splitlines() if "passed over" in line]
-    for part in ("2 of .heic, ", "1 of .txt", "1 of no suffix", "1 hidden", "1 folder .Trash-1000"):
+    assert len(infogan.load_pictures(str(folder), 16).x) == 4
+    (line, _) = capsys.readouterr().out.splitlines()
+    assert ", 2 of .heic, " in line and "DS_Store" not in line
+    assert f"{len(infogan.OUR_FOLDERS)} folder ours (a run, or by generate.py)" in line
+    for part in ("1 of .txt", "1 of no suffix", "1 hidden", "folder .Trash-1000", "folder @eaDir"):
         assert part in line, line
-    assert "1 folder @eaDir" in line and "1 folder $Recycle.Bin" in line and "DS_Store" not in line
-    assert "4 pictures" in said
 
-    for mode, out in ((["--samples", "3"], "samples"), (["--codes", "cat0"], "sheets")):
-        out = ["--out", str(folder / out)]
-        assert generate.main(["--ckpt", str(ckpt), *out, *mode]) == 0
-    capsys.readouterr()
-    assert infogan.main(tiny(folder, folder / "run", "--max-steps", 2, *run[2:])) == 0
-    said = capsys.readouterr().out
-    for name in ("run", "samples", "sheets"):
-        assert f"1 folder {name} (a run, or by generate.py)" in said
-    assert "4 pictures" in said
-
-    for own in (folder / ".Trash-1000", folder / "@eaDir", folder / "samples"):  # named: used
-        assert len(infogan.load_pictures(str(own), 16).x) == (3 if own.name == "samples" else 4)
+    for own in (folder / ".Trash-1000", folder / "@eaDir", folder / "0/ours"):  # named: used
+        assert len(infogan.load_pictures(str(own), 16).x) == 4
     assert "folder" not in capsys.readouterr().out
 
 
@@ -1065,13 +1031,6 @@ def test_memory_of_decoding_is_bounded(tmp_path, monkeypatch):
     monkeypatch.setattr(infogan, "to_square", slow)
     assert len(infogan.load_pictures(str(tmp_path), 16).x) == 41 and alone == [True]
     assert 2 < max(counts) <= infogan.DECODE_THREADS + 1
-
-
-def test_grey_sets_have_one_channel_unless_three_are_asked_for(tmp_path):
-    for i in range(3):
-        Image.new("L", (8, 8), 50 * i).save(tmp_path / f"{i}.png")
-    assert infogan.load_pictures(str(tmp_path), 16).x.shape == (3, 16, 16, 1)
-    assert infogan.load_pictures(str(tmp_path), 16, 3).x.shape == (3, 16, 16, 3)
 
 
 def test_a_batch_is_from_minus_one_to_one_and_flip_mirrors_half_of_it():
@@ -1156,21 +1115,25 @@ def test_a_grey_set_is_asked_for_in_each_number_of_channels(tmp_path):
 
 
 def test_a_changed_folder_is_decoded_again_in_the_same_place(tmp_path, own_cache):
-    folder = few_pictures(tmp_path / "faces")
-    seen = [infogan.load_pictures(str(folder), 16)]
-    (folder / "1.png").rename(folder / "9.png")
-    seen.append(infogan.load_pictures(str(folder), 16))
-    assert seen[0].fingerprint == seen[1].fingerprint  # the same pictures
-    few_pictures(tmp_path / "more", 7)
-    shutil.copy(tmp_path / "more/6.png", folder)
-    seen.append(infogan.load_pictures(str(folder), 16))
-    shutil.copy(tmp_path / "more/5.png", folder / "6.png")  # as many bytes, later
-    os.utime(folder / "6.png", (10**9, 10**9))
-    seen.append(infogan.load_pictures(str(folder), 16))
-    (folder / "6.png").unlink()
-    seen.append(infogan.load_pictures(str(folder), 16))
+    folder, seen = few_pictures(tmp_path / "faces"), []
+    more = few_pictures(tmp_path / "more", 7)
+
+    def later() -> None:
+        shutil.copy(more / "5.png", folder / "6.png")  # as many bytes
+        os.utime(folder / "6.png", (10**9, 10**9))
+
+    for change in (
+        lambda: None,
+        lambda: (folder / "1.png").rename(folder / "9.png"),
+        lambda: shutil.copy(more / "6.png", folder),
+        later,
+        (folder / "6.png").unlink,
+    ):
+        change()
+        seen.append(infogan.load_pictures(str(folder), 16))
     assert [len(p.x) for p in seen] == [5, 5, 6, 6, 5]
-    assert len({p.fingerprint for p in seen}) == 3  # the last is the first again
+    first, same_ones, *others, last = (p.fingerprint for p in seen)
+    assert first == same_ones == last and len({first, *others}) == 3
     assert seen[1].x.equal(seen[4].x) and len([*own_cache.iterdir()]) == 1
 
 
@@ -1200,24 +1163,22 @@ def test_a_damaged_cache_is_made_anew(tmp_path, own_cache, decoded, kind):
         assert file.read_bytes() == raw and first.x.equal(whole)
 
 
-def test_training_needs_no_cache(tmp_path, monkeypatch, capsys):
-    folder, blocked = few_pictures(tmp_path / "faces"), tmp_path / "file"
-    blocked.touch()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(blocked))
-    pictures = infogan.load_pictures(str(folder), 16)
+@pytest.mark.parametrize("blocked", [True, False])
+def test_training_needs_no_cache(tmp_path, monkeypatch, capsys, blocked):
+    folder, file = few_pictures(tmp_path / "faces"), tmp_path / "file"
+    file.touch()
+    monkeypatch.chdir(tmp_path)
+    if blocked:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(file))
+    else:
+        monkeypatch.delenv("XDG_CACHE_HOME")
+        monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as for an unknown user
+    pictures = infogan.load_pictures("faces", 16)
     told = capsys.readouterr().out.splitlines()
     assert len(told) == 2 and "not cached" in told[0] and "5 pictures" in told[1]
+    assert {*tmp_path.iterdir()} == {folder, file}
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    assert infogan.load_pictures(str(folder), 16).x.equal(pictures.x)
-
-
-def test_without_a_home_pictures_are_not_cached(tmp_path, monkeypatch, capsys):
-    folder = few_pictures(tmp_path / "few")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as for an unknown user
-    assert len(infogan.load_pictures(str(folder), 16).x) == 5
-    assert "not cached" in capsys.readouterr().out and [*tmp_path.iterdir()] == [folder]
+    assert infogan.load_pictures("faces", 16).x.equal(pictures.x)
 
 
 def cache_in(folder: Path) -> None:
@@ -1225,11 +1186,11 @@ def cache_in(folder: Path) -> None:
 
 
 @unix
-def test_two_starts_at_once_share_a_cache(faces, tmp_path):
-    prepare, runs = partial(cache_in, tmp_path), []
+def test_two_starts_at_once_share_a_cache(tmp_path):
+    few, runs = few_pictures(tmp_path / "few", 60), []
     for name in "ab":
-        argv = tiny(faces, tmp_path / name, "--max-steps", 1)
-        runs.append(Run(argv, tmp_path / f"said {name}", prepare))
+        argv = tiny(few, tmp_path / name, "--max-steps", 1)
+        runs.append(Run(argv, tmp_path / f"said {name}", partial(cache_in, tmp_path)))
     assert [run.end()[0] for run in runs] == [0, 0]
     assert same(tmp_path / "a/last.pt", tmp_path / "b/last.pt")
     assert len([*(tmp_path / "infogan").iterdir()]) == 1
@@ -1249,12 +1210,12 @@ def test_a_full_disk_is_one_line_and_costs_nothing(faces, trained, tmp_path):
     out, said = copied(trained, tmp_path / "run", 1), tmp_path / "said"
     good = (out / "last.pt").read_bytes()
     assert len(good) > 40_000
-    code, told = Run(tiny(faces, out, "--max-steps", 36), said, small_files).end()
+    code, told = Run(tiny(faces, out, "--max-steps", 20), said, small_files).end()
     line = [t for t in told.splitlines() if t.startswith("infogan.py: ")]
     assert code == 2 and len(line) == 1 and "last.pt" in line[0] and "too large" in line[0], told
     assert "Traceback" not in told and not list(out.rglob(".*"))
     assert (out / "last.pt").read_bytes() == good
-    assert infogan.main(tiny(faces, out, "--max-steps", 36)) == 0
+    train(faces, out, "--max-steps", 20)
 
 
 def test_a_file_whose_name_is_refused_leaves_the_one_before(tmp_path, monkeypatch):
@@ -1289,7 +1250,7 @@ def failing_saves(monkeypatch, name: str, fails) -> list[int]:
 def test_a_save_that_fails_for_a_while_costs_nothing(faces, tmp_path, monkeypatch, capsys):
     out = tmp_path / "run"
     steps = failing_saves(monkeypatch, "last.pt", range(3, 6).__contains__)
-    assert infogan.main(tiny(faces, out, "--max-steps", 8)) == 0
+    train(faces, out, "--max-steps", 8)
     said = capsys.readouterr().err
     assert said.count(f"{out / 'last.pt'}: I/O error; training goes on and tries again") == 3
     assert steps == [*range(1, 9)] and step_of(out) == 8
@@ -1299,99 +1260,86 @@ def test_a_save_that_fails_for_a_while_costs_nothing(faces, tmp_path, monkeypatc
 def test_a_save_that_fails_for_too_long_ends_the_run(faces, tmp_path, monkeypatch, capsys, steps):
     """In the middle of it at the sixth failure, or at its end at once; what was saved stays."""
     out = tmp_path / "run"
-    failing_saves(monkeypatch, "last.pt", lambda n: n > 1)
-    assert infogan.main(tiny(faces, out, "--max-steps", steps)) == 2
-    said = capsys.readouterr().err
-    (line,) = [line for line in said.splitlines() if line.startswith("infogan.py: ")]
-    assert f"{out / 'last.pt'}: I/O error; fix this" in line and "Traceback" not in said
-    assert said.count("tries again") == (5 if steps > 2 else 0) and step_of(out) == 1
+    tried = failing_saves(monkeypatch, "last.pt", lambda n: n > 1)
+    train(faces, out, "--max-steps", steps, code=2)
+    assert f"{out / 'last.pt'}: I/O error; fix this" in told_at_the_end(capsys)
+    assert tried == [*range(1, min(steps, 7) + 1)] and step_of(out) == 1
 
 
 def test_a_kept_checkpoint_that_cannot_be_saved_is_told_and_training_goes_on(
-    faces, tmp_path, monkeypatch, capsys
+    tmp_path, monkeypatch, capsys
 ):
-    out = tmp_path / "run"
+    out, few = tmp_path / "run", few_pictures(tmp_path / "few")
     failing_saves(monkeypatch, "epoch_*.pt", lambda n: n != 2)
-    assert infogan.main(tiny(faces, out, "--save-every", 1, "--epochs", 3)) == 0
+    train(few, out, "--save-every", 1, "--epochs", 3)
     said = capsys.readouterr().err
     assert f"{out / 'epoch_0001.pt'}: I/O error; training goes on" in said
     assert said.count("training goes on") == 1
-    assert step_of(out) == 54 and [p.name for p in out.glob("epoch*")] == ["epoch_0002.pt"]
+    assert step_of(out) == 3 and [p.name for p in out.glob("epoch*")] == ["epoch_0002.pt"]
 
 
 def test_a_folder_that_is_away_for_a_while_misses_nothing(faces, tmp_path, monkeypatch, capsys):
     """Renamed in a step before a save of log.csv and last.pt, and back three steps later."""
-    out, away, real_step = tmp_path / "run", tmp_path / "away", infogan.train_step
-
-    def step(state, *rest):
-        if state.step in (12, 15):
-            [out, away][state.step == 15].rename([out, away][state.step == 12])
-        return real_step(state, *rest)
-
+    out, away = tmp_path / "run", tmp_path / "away"
+    moves = {14: lambda: out.rename(away), 17: lambda: away.rename(out)}
+    before_steps(lambda step: moves.get(step, int)(), monkeypatch.setattr)
     failing_saves(monkeypatch, "none", bool)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # its thread would complain
-    monkeypatch.setattr(infogan, "train_step", step)
-    assert infogan.main(tiny(faces, out, "--max-steps", 40, "--sample-every", 1)) == 0
+    train(faces, out, "--max-steps", 20, "--sample-every", 1)
     said = capsys.readouterr().err
     assert said.count("last.pt: No such file or directory; training goes on and tries again") == 3
     assert said.count(f"{out / 'log.csv'}: No such file or directory; training goes on") == 1
     rows = (out / "log.csv").read_text().splitlines()
-    assert [row.split(",")[0] for row in rows] == ["step", "16", "32"] and step_of(out) == 40
+    assert [row.split(",")[0] for row in rows] == ["step", "16"] and step_of(out) == 20
     assert not list(out.rglob(".*")) and not away.exists()
 
 
 def test_a_run_that_fails_in_its_first_minute_leaves_its_log(faces, tmp_path, monkeypatch):
     """Nothing is saved by then; log.csv and curves.png show how it came to that."""
     real, calls = infogan.d_loss, itertools.count()
-    lost = lambda *d: real(*d) * (math.nan if next(calls) > 40 else 1)  # noqa: E731
+    lost = lambda *d: real(*d) * (math.nan if next(calls) > 10 else 1)  # noqa: E731
     monkeypatch.setattr(infogan, "d_loss", lost)
-    assert infogan.main(tiny(faces, tmp_path / "run", "--max-steps", 100)) == 1
+    monkeypatch.setattr(infogan, "LOG_EVERY", 4)
+    train(faces, tmp_path / "run", "--max-steps", 100, code=1)
     rows = [row.split(",") for row in (tmp_path / "run/log.csv").read_text().splitlines()]
-    assert [row[0] for row in rows] == ["step", "16", "32", "48"] and rows[3][3] == "nan"
+    assert [row[0] for row in rows] == ["step", "4", "8", "12"] and rows[3][3] == "nan"
     assert Image.open(tmp_path / "run/curves.png").width == 640
     assert not (tmp_path / "run/last.pt").exists()
 
 
-@pytest.mark.parametrize("where, step", [("weights", 36), ("loss", 30), ("loss", 35), ("loss", 37)])
+@pytest.mark.parametrize("where, step, seen, good", [
+    ("weights", 36, 36, 1), ("loss", 30, 32, 1), ("loss", 35, 36, 1), ("loss", 37, 48, 2),
+])  # fmt: skip
 def test_nan_stops_the_run_and_never_reaches_a_checkpoint(
-    faces, trained, tmp_path, capsys, monkeypatch, where, step
+    faces, trained, tmp_path, capsys, monkeypatch, where, step, seen, good
 ):
     """Epochs end at 18 and 36, rows of log.csv at 32 and 48: whichever comes first must see it.
 
     In the weights after the last step before a save, where no loss shows it; or in the loss alone.
     """
-    out, steps = copied(trained, tmp_path / "run", 1), itertools.count(19)
-    real_step, real_loss, good = infogan.train_step, infogan.d_loss, (out / "last.pt").read_bytes()
+    out, real_step = copied(trained, tmp_path / "run", 1), infogan.train_step
 
-    def poisoned_step(state, *rest):
+    def poisoned(state, *rest):
         metrics = real_step(state, *rest)
-        if where == "weights" and state.step + 1 == step:
-            with torch.no_grad():
-                next(state.D.parameters()).fill_(math.nan)
+        if state.step + 1 == step:
+            lost = next(state.D.parameters()).data if where == "weights" else metrics["loss_D"]
+            lost.fill_(math.nan)
         return metrics
 
-    def poisoned_loss(*d):  # a constant: gradients are as before
-        return real_loss(*d) + (math.nan if where == "loss" and next(steps) == step else 0.0)
-
-    monkeypatch.setattr(infogan, "train_step", poisoned_step)
-    monkeypatch.setattr(infogan, "d_loss", poisoned_loss)
-    assert infogan.main(tiny(faces, out, "--save-every", 1)) == 1
-    line = [t for t in capsys.readouterr().err.splitlines() if t.startswith("infogan.py")]
+    monkeypatch.setattr(infogan, "train_step", poisoned)
+    train(faces, out, "--save-every", 1, code=1)
+    line = told_at_the_end(capsys)
     what = "D has weights that are not finite" if where == "weights" else "loss_D is nan"
-    seen = 32 if step <= 32 else 36 if step <= 36 else 48
-    assert len(line) == 1 and f"step {seen}: {what}" in line[0], line
-    assert "last.pt is the last good" in line[0]
-    assert step_of(out) == (18 if step <= 36 else 36)
-    assert step > 36 or (out / "last.pt").read_bytes() == good
+    assert f"step {seen}: {what}" in line and "last.pt is the last good" in line
+    assert same(out / "last.pt", trained / f"epoch_000{good}.pt") and step_of(out) == 18 * good
 
 
 def test_a_finished_run_that_is_far_off_says_so(faces, tmp_path, capsys):
     out = tmp_path / "run"
-    rates = ("--lr-g", 1, "--lr-d", 1, "--max-steps", 64, "--no-amp")
-    assert infogan.main(tiny(faces, out, *rates)) == 1
-    (line,) = [t for t in capsys.readouterr().err.splitlines() if t.startswith("infogan.py: ")]
-    assert re.search(r"64 steps, .*, but (loss_[DG]|cat\d|cont\d) is -?\d+: it has learned", line)
-    assert "--lr-g" in line and step_of(out) == 64
+    train(faces, out, "--lr-g", 1, "--lr-d", 1, "--max-steps", 32, "--no-amp", code=1)
+    line = told_at_the_end(capsys)
+    assert re.search(r"32 steps, .*, but (loss_[DG]|cat\d|cont\d) is -?\d+: it has learned", line)
+    assert "--lr-g" in line and step_of(out) == 32
 
 
 class Attack:
@@ -1448,26 +1396,26 @@ def test_a_resumed_run_equals_an_undisturbed_one_bit_for_bit(faces, trained, tmp
     """54 steps at once are 7 + 14 + 33, over the ends of epochs; log.csv and grids too."""
     out = tmp_path / "run"
     for steps in (7, 21, 54):
-        assert infogan.main(tiny(faces, out, *EACH, "--max-steps", steps)) == 0
+        train(faces, out, *EACH, "--max-steps", steps)
     assert same(trained / "last.pt", out / "last.pt")
-    logs = [
-        [row.split(",")[3:] for row in (run / "log.csv").read_text().splitlines()]
-        for run in (trained, out)
-    ]
+    logs, grids = [], []
+    for run in (trained, out):
+        rows = (run / "log.csv").read_text().splitlines()
+        logs.append([row.split(",")[3:] for row in rows])  # all but the minutes
+        grids.append({path.name: path.read_bytes() for path in run.glob("samples/*")})
     assert logs[0] == logs[1] and len(logs[0]) == 4
-    grids = [{p.name: p.read_bytes() for p in run.glob("samples/*")} for run in (trained, out)]
     assert grids[0] == grids[1] and len(grids[0]) == 6
 
 
 def test_the_same_pictures_under_other_names_go_on_bit_for_bit(faces, trained, tmp_path):
     """In other folders, in another order, one of them twice."""
-    out, other = copied(trained, tmp_path / "run", 1), tmp_path / "other"
+    out, other = copied(trained, tmp_path / "run", 2), tmp_path / "other"
     for i, path in enumerate(sorted(faces.glob("*.png"), reverse=True)):
         (other / str(i % 3)).mkdir(parents=True, exist_ok=True)
         shutil.copy(path, other / str(i % 3) / f"{i}.PNG")
     shutil.copy(path, other / "copy.png")
     (out / "samples/real.png").unlink()
-    assert infogan.main(tiny(other, out, *EACH, "--epochs", 3)) == 0
+    train(other, out, *EACH, "--epochs", 3)
     assert same(trained / "last.pt", out / "last.pt")
     a, b = ((run / "samples/real.png").read_bytes() for run in (trained, out))
     assert a == b
@@ -1475,24 +1423,22 @@ def test_the_same_pictures_under_other_names_go_on_bit_for_bit(faces, trained, t
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_the_same_command_gives_the_same_bytes_and_another_seed_others(faces, tmp_path, threads):
-    before = torch.get_num_threads()
+    before, grids = torch.get_num_threads(), []
     torch.set_num_threads(threads)
     try:
         for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-            flags = ("--max-steps", 4, "--seed", seed)
-            assert infogan.main(tiny(faces, tmp_path / name, *flags)) == 0
+            train(faces, tmp_path / name, "--max-steps", 2, "--seed", seed)
+            grids.append({*files_in(tmp_path / name / "samples").values()})
     finally:
         torch.set_num_threads(before)
-    a, b, c = ({p.name: p.read_bytes() for p in (tmp_path / name / "samples").iterdir()}
-               for name in "abc")  # fmt: skip
-    assert a == b and len(a) == 3 and not {*a.values()} & {*c.values()}
+    assert grids[0] == grids[1] and len(grids[0]) == 3 and not grids[0] & grids[2]
     assert same(tmp_path / "a/last.pt", tmp_path / "b/last.pt")
     assert not same(tmp_path / "a/last.pt", tmp_path / "c/last.pt")
 
 
 def test_a_finished_run_is_left_as_it_is(faces, trained, capsys):
     before = files_in(trained)
-    assert infogan.main(tiny(faces, trained, *EACH, "--epochs", 3)) == 0
+    train(faces, trained, *EACH, "--epochs", 3)
     assert "is finished" in capsys.readouterr().out and files_in(trained) == before
 
 
@@ -1501,12 +1447,12 @@ def test_a_folder_with_logs_or_a_lone_checkpoint_becomes_a_run(faces, trained, t
     (out / "lost+found").mkdir(parents=True)
     for name in ("log.txt", "slurm-1.out", "job.e17", "desktop.ini", "Thumbs.db", ".DS_Store"):
         (out / name).touch()
-    assert infogan.main(tiny(faces, out, "--max-steps", 1)) == 0
+    train(faces, out, "--max-steps", 1)
     for name in ("last.pt", "epoch_0001.pt"):
         lone = tmp_path / name / "run"
         lone.mkdir(parents=True)
         shutil.copy(trained / "epoch_0001.pt", lone / name)
-        assert infogan.main(tiny(faces, lone, "--max-steps", 19)) == 0
+        train(faces, lone, "--max-steps", 19)
         assert f"{name}, step 18" in capsys.readouterr().out
         assert step_of(lone) == 19
 
@@ -1516,8 +1462,8 @@ def test_a_folder_with_anything_else_is_refused(faces, tmp_path, capsys, name):
     mine = tmp_path / "full" / name
     mine.parent.mkdir(parents=True)
     mine.write_text("precious")
-    assert infogan.main(tiny(faces, tmp_path / "full")) == 2
-    assert name.split("/")[0] in capsys.readouterr().err
+    train(faces, tmp_path / "full", code=2)
+    said_one_line(capsys, name.split("/")[0])
     assert files_in(tmp_path) == {mine: b"precious"}
 
 
@@ -1536,105 +1482,86 @@ def test_going_on_with_another_run_is_refused(
     monkeypatch.chdir(tmp_path)
     few_pictures(tmp_path / "few")
     before = files_in(trained)
-    assert infogan.main(tiny(faces, trained, "--epochs", 4, *flags)) == 2
+    train(faces, trained, "--epochs", 4, *flags, code=2)
     said = said_one_line(capsys, *words, "another --out starts a new run")
     assert ("--allow-changes" in said) == ("--batch-size" in said or "pictures" in said)
     assert files_in(trained) == before and len(decoded) == (6 if flags[1:] == ("few",) else 0)
 
 
-def test_changes_that_are_allowed_go_on_and_what_was_passed_counts(faces, trained, tmp_path):
+def test_changes_that_are_allowed_go_on_and_what_was_passed_counts(trained, tmp_path):
     """Other pictures, an epoch of another length, and other rates."""
     out, few = copied(trained, tmp_path / "run", 1), few_pictures(tmp_path / "few", 8)
     rewritten(out / "last.pt", out / "last.pt", lambda c: c.update(step=25))  # in epoch 1
-    flags = ("--batch-size", 4, "--lr-g", 0.01, "--r1", 1, "--allow-changes", "--save-every", 1)
+    flags = ("--batch-size", 4, "--lr-g", 0.01, "--r1", 1, "--save-every", 1)
     first = (out / "epoch_0001.pt").read_bytes()
-    assert infogan.main(tiny(few, out, *flags, "--epochs", 4)) == 0
+    train(few, out, *flags, "--allow-changes", "--epochs", 4)
     ckpt = infogan.load_checkpoint(out / "last.pt")
     assert ckpt["opt_G"]["param_groups"][0]["lr"] == 0.01 and ckpt["args"]["r1"] == 1
     assert ckpt["step"] == 29 and ckpt["changed"] == (25, 2)  # two epochs of two steps
     assert (out / "epoch_0001.pt").read_bytes() == first
     assert infogan.load_checkpoint(out / "epoch_0003.pt")["step"] == 27
-    assert infogan.main(tiny(few, out, *flags[:-1], 1, "--max-steps", 30, "--epochs", 9)) == 0
+    train(few, out, *flags, "--max-steps", 30, "--epochs", 9)
     assert infogan.load_checkpoint(out / "last.pt")["changed"] == (25, 2)
 
 
-def test_flags_are_told_as_one_types_them(faces, trained, tmp_path, capsys):
+def test_other_flags_may_change_and_are_told_as_one_types_them(faces, trained, tmp_path, capsys):
     out = copied(trained, tmp_path / "run", 1)
-    assert infogan.main(tiny(faces, out, "--max-steps", 19, "--no-flip")) == 0
-    assert "until now it had --flip, not --no-flip\n" in capsys.readouterr().out
-
-
-def test_other_flags_may_change_and_are_told_in_one_line(faces, trained, tmp_path, capsys):
-    out = copied(trained, tmp_path / "run", 1)
-    flags = ("--r1", 1, "--lam-cat", 2, "--max-steps", 20)
-    for _ in range(2):
-        assert infogan.main(tiny(faces, out, *flags)) == 0
-    assert "until now" not in capsys.readouterr().out.partition("is finished")[2]
-    copied(trained, out, 1)
-    assert infogan.main(tiny(faces, out, *flags)) == 0
+    flags = ("--no-flip", "--r1", 1, "--lam-cat", 2, "--max-steps")
+    train(faces, out, *flags, 20)
     said = capsys.readouterr().out.splitlines()
-    flags_then = "--lam-cat 1.0, not --lam-cat 2.0, --r1 0.01, not --r1 1.0"
-    assert f"until now it had {flags_then}, --r1-from 75, not --r1-from 0" in said
+    then = "--flip, not --no-flip, --lam-cat 1.0, not --lam-cat 2.0, --r1 0.01, not --r1 1.0"
+    assert f"until now it had {then}, --r1-from 75, not --r1-from 0" in said
     args = infogan.load_checkpoint(out / "last.pt")["args"]
     assert (args["r1"], args["lam_cat"]) == (1.0, 2.0) and step_of(out) == 20
-    assert infogan.main(tiny(faces, out, *flags[:-1], 21)) == 0
-    assert "until now" not in capsys.readouterr().out
+    for steps in (20, 21):  # finished; and on
+        train(faces, out, *flags, steps)
+        assert "until now" not in capsys.readouterr().out
+
+
+def begin(init: Path, faces: Path, *flags: object, code: int = 0) -> None:
+    """A run with the weights, codes and networks of a checkpoint; no rate moves its weights."""
+    argv = ["--init", init, "--data", faces, "--lr-g", 0, "--lr-d", 0, "--batch-size", 8, *flags]
+    assert infogan.main([*map(str, argv)]) == code
 
 
 def test_a_new_run_begins_with_another_s_weights(ckpt, faces, tmp_path, capsys, monkeypatch):
     """Codes and networks come with them, and G's average, which outlives the first step."""
     monkeypatch.chdir(tmp_path)
-    before = Path("before.pt")
+    before, out = Path("before.pt"), Path("checkpoint/cat2-cont3")
     rewritten(ckpt, before, lambda c: c["G_ema"]["layers.0.weight"].add_(1))
-    still = ["--data", str(faces), "--lr-g", "0", "--lr-d", "0", "--batch-size", "8"]
-    begin = [*still, "--init", "before.pt"]
-    assert infogan.main([*begin, "--n-cat", "3", "--max-steps", "1"]) == 2
+    begin(before, faces, "--n-cat", 3, code=2)
     said_one_line(capsys, "before.pt", "--n-cat 2, not --n-cat 3")
-    assert infogan.main([*begin, "--max-steps", "1"]) == 0
-    out = Path("checkpoint/cat2-cont3")
+    begin(before, faces, "--max-steps", 1)
     old, new = weights(before), weights(out / "last.pt")
     assert all(old[k].equal(v) for k, v in new.items() if "weight" in k and "G_ema" not in k)
     moved = (new["G_ema.layers.0.weight"] - old["G_ema.layers.0.weight"]).abs().max()
     assert 0 < moved < 0.1
     assert json.loads((out / "args.json").read_text())["init"] == "before.pt"
-    assert infogan.load_checkpoint(out / "last.pt")["step"] == 1
+    assert step_of(out) == 1
 
     before.unlink()  # its codes are not known now, so neither is the run's default folder
-    other = ["--data", str(faces), *TINY[:6], "--max-steps", "1"]
-    assert infogan.main([*other, "--out", "checkpoint/cat1-cont2"]) == 0
     capsys.readouterr()
-    assert infogan.main([*begin, "--max-steps", "2"]) == 2
+    begin(before, faces, "--max-steps", 2, code=2)
     said_one_line(capsys, "before.pt: no such checkpoint")
-    assert infogan.main([*begin, "--max-steps", "2", "--out", str(out)]) == 0
-    assert infogan.load_checkpoint(out / "last.pt")["step"] == 2
-    capsys.readouterr()
-    again = [*still, "--init", str(ckpt), "--out", str(out), "--max-steps", "3"]
-    assert infogan.main(again) == 0
+    begin(before, faces, "--max-steps", 2, "--out", out)
+    assert step_of(out) == 2
+    begin(ckpt, faces, "--max-steps", 3, "--out", out)
     assert f"until now it had --init before.pt, not --init {ckpt}" in capsys.readouterr().out
+    begin(out / "last.pt", faces, "--max-steps", 1, "--out", "next")
+    assert infogan.load_checkpoint("next/last.pt")["args"]["init"] == f"{out / 'last.pt'}"
 
 
-def test_an_init_whose_weights_do_not_fit_is_one_line(ckpt, faces, tmp_path, capsys):
-    bad, out = tmp_path / "bad.pt", tmp_path / "run"
-    rewritten(ckpt, bad, lambda c: c.pop("D"))
-    assert infogan.main(["--data", str(faces), "--out", str(out), "--init", str(bad)]) == 2
-    assert "--out" not in said_one_line(capsys, f"{bad}: ", "give another --init")
-    assert not out.exists()
-
-
-def test_a_shrunken_checkpoint_and_a_run_s_own_begin_a_run(ckpt, faces, tmp_path):
+def test_an_init_may_be_shrunken_and_must_fit(ckpt, faces, tmp_path, capsys):
     small, out = tmp_path / "small.pt", tmp_path / "run"
     assert generate.main(["--ckpt", str(ckpt), "--shrink", str(small)]) == 0
-    begin = ["--data", str(faces), "--out", str(out), "--max-steps", "1", "--lr-g", "0"]
-    assert infogan.main([*begin, "--init", str(small)]) == 0
+    begin(small, faces, "--max-steps", 1, "--out", out)
     half, new = infogan.load_checkpoint(small)["G_ema"], weights(out / "last.pt")
     assert all(new[f"G.{k}"].equal(w.float()) for k, w in half.items() if w.dim() > 1)
-    begin[3] = str(tmp_path / "next")
-    assert infogan.main([*begin, "--init", str(out / "last.pt")]) == 0
-    args = infogan.load_checkpoint(tmp_path / "next/last.pt")["args"]
-    assert args["init"] == str(out / "last.pt")
-    args = infogan.parse_args(["--init", str(HERE / "checkpoint/animefaces-v3.pt")])
-    assert (args.n_cat, args.n_cont, args.width) == (10, 20, 48) and args.lam_cont == 0.15
-    assert args.out == "checkpoint/cat10-cont20"
+    bad = rewritten(ckpt, tmp_path / "bad.pt", lambda c: c.pop("D"))
+    capsys.readouterr()
+    begin(bad, faces, "--out", tmp_path / "new", code=2)
+    assert "--out" not in said_one_line(capsys, f"{bad}: ", "give another --init")
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_broken_last_pt_falls_back_on_the_newest_that_loads(faces, trained, tmp_path, capsys):
@@ -1642,7 +1569,7 @@ def test_a_broken_last_pt_falls_back_on_the_newest_that_loads(faces, trained, tm
     good = (out / "last.pt").read_bytes()
     (out / "last.pt").write_bytes(good[: len(good) // 2])
     (out / "epoch_0003.pt").write_bytes(b"")
-    assert infogan.main(tiny(faces, out, *EACH, "--epochs", 3)) == 0
+    train(faces, out, *EACH, "--epochs", 3)
     said = capsys.readouterr()
     assert "resuming from" in said.out and "epoch_0002.pt, step 36" in said.out
     assert said.err.count("broken, or not a checkpoint") == 2
@@ -1652,17 +1579,17 @@ def test_a_broken_last_pt_falls_back_on_the_newest_that_loads(faces, trained, tm
 def test_a_run_with_other_metrics_is_refused(faces, trained, tmp_path, capsys):
     out = copied(trained, tmp_path / "run")
     rewritten(out / "last.pt", out / "last.pt", lambda c: c["sums"].pop("loss_G"))
-    assert infogan.main(tiny(faces, out, "--epochs", 4)) == 2
+    train(faces, out, "--epochs", 4, code=2)
     said_one_line(capsys, "training cannot go on", "METRICS has changed", "another --out")
 
 
 def test_a_run_without_a_checkpoint_that_loads_is_refused(faces, tmp_path, capsys):
-    out = tmp_path / "run"
-    out.mkdir()
-    (out / "last.pt").write_bytes(b"precious")
-    assert infogan.main(tiny(faces, out)) == 2
+    mine = tmp_path / "run/last.pt"
+    mine.parent.mkdir()
+    mine.write_bytes(b"precious")
+    train(faces, mine.parent, code=2)
     assert "none of its checkpoints" in capsys.readouterr().err
-    assert files_in(out) == {out / "last.pt": b"precious"}
+    assert files_in(tmp_path) == {mine: b"precious"}
 
 
 def nobody() -> None:
@@ -1689,9 +1616,9 @@ def test_a_read_only_folder_is_one_line_and_costs_nothing(faces, trained, tmp_pa
 def test_one_run_at_a_time_in_a_folder(faces, trained, tmp_path, capsys):
     out = copied(trained, tmp_path / "run")
     with infogan.locked(out):
-        assert infogan.main(tiny(faces, out, "--epochs", 4)) == 2
+        train(faces, out, "--epochs", 4, code=2)
         said_one_line(capsys, f"--out {out}: another process is training there")
-    assert infogan.main(tiny(faces, out, "--max-steps", 55)) == 0
+    train(faces, out, "--max-steps", 55)
     assert not list(out.glob(".*"))
 
 
@@ -1706,33 +1633,10 @@ def test_a_drive_without_locks_is_told_and_used(tmp_path, monkeypatch, capsys):
     assert said.count("\n") == 1 and f"{tmp_path / 'run'}: cannot be locked" in said
 
 
-def test_a_folder_that_vanishes_is_one_line(faces, tmp_path, capsys, monkeypatch):
-    out, real_step = tmp_path / "run", infogan.train_step
-
-    def gone(state, *rest):
-        if state.step == 10:
-            shutil.rmtree(out)
-        return real_step(state, *rest)
-
-    monkeypatch.setattr(infogan, "train_step", gone)
-    monkeypatch.setattr(infogan, "SAVE_SECONDS", 0)
-    monkeypatch.setattr(infogan, "MOST_FAILED_SAVES", 0)
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # its thread would complain
-    assert infogan.main(tiny(faces, out, "--max-steps", 20)) == 2
-    said = capsys.readouterr().err
-    assert "No such file" in said and str(out) in said and "Traceback" not in said
-
-
 def signals_in_a_step(number: signal.Signals, times: int, patch=setattr) -> None:
-    """They come in the middle of the sixth step."""
-    real_step = infogan.train_step
-
-    def step(state, *rest):
-        for _ in range(times if state.step == 5 else 0):
-            signal.raise_signal(number)
-        return real_step(state, *rest)
-
-    patch(infogan, "train_step", step)
+    """They come in the sixth step."""
+    signals = [number] * times
+    before_steps(lambda step: step == 5 and [*map(signal.raise_signal, signals)], patch)
 
 
 @unix
@@ -1747,7 +1651,7 @@ def test_a_signal_ends_the_step_saves_and_leaves(
     signal.signal(number, signal.default_int_handler)  # else a default would end the tests
     signals_in_a_step(number, times, monkeypatch.setattr)
     try:
-        assert infogan.main(tiny(faces, out, *ENDLESS)) == 128 + number
+        train(faces, out, *ENDLESS, code=128 + number)
     finally:
         signal.signal(number, before)
     said = capsys.readouterr()
@@ -1757,23 +1661,25 @@ def test_a_signal_ends_the_step_saves_and_leaves(
 
 @unix
 def test_what_nohup_ignores_is_ignored(faces, tmp_path, monkeypatch):
-    out, before = tmp_path / "run", signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signals_in_a_step(signal.SIGHUP, 1, monkeypatch.setattr)
     try:
-        assert infogan.main(tiny(faces, out, "--max-steps", 8)) == 0
+        train(faces, tmp_path / "run", "--max-steps", 8)
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
 
 
 def test_a_thread_of_another_program_trains_and_leaves_signals_and_streams_alone(faces, tmp_path):
-    before, argv = [signal.getsignal(s) for s in infogan.SIGNALS], tiny(faces, tmp_path / "run")
-    streams = sys.stdout, sys.stderr
+    def theirs() -> list:
+        return [sys.stdout, sys.stderr, *map(signal.getsignal, infogan.SIGNALS)]
+
+    before = theirs()
     with ThreadPoolExecutor(1) as pool:
-        assert pool.submit(infogan.main, [*argv, "--max-steps", "2"]).result() == 0
-    assert [signal.getsignal(s) for s in infogan.SIGNALS] == before
-    assert infogan.main([*argv, "--max-steps", "3"]) == 0
-    assert (sys.stdout, sys.stderr) == streams, "they are the caller's"
+        pool.submit(train, faces, tmp_path / "run", "--max-steps", 2).result()
+    assert theirs() == before
+    train(faces, tmp_path / "run", "--max-steps", 3)
+    assert theirs() == before
 
 
 @unix
