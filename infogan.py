@@ -1491,6 +1491,7 @@ class Recorder:
     ):
         self.state, self.args, self.fingerprint = state, args, pictures.fingerprint
         self.log, self.last_step, self.end, self.row = log, last_step, end, {}
+        self.batch_size = min(args.batch_size, len(pictures.x))
         rng = torch.Generator().manual_seed(args.seed)  # the same pictures and z at each start
         chosen = pictures.order[torch.randperm(len(pictures.x), generator=rng)[:64]]
         self.latents = state.spec.join(state.spec.sample(64, rng)).to(state.device)
@@ -1499,12 +1500,10 @@ class Recorder:
             self.draw("epoch_0000")
         self.in_terminal = bool(sys.stderr) and sys.stderr.isatty()
         self.shown = Every(0.5 if self.in_terminal else SHOW_SECONDS)
-        self.saved, (self.drawn, self.kept) = (
-            Every(SAVE_SECONDS),
-            (
-                Every(SHOW_SECONDS, epochs) if given is AUTO else Every(0, given)
-                for given, epochs in ((args.sample_every, 5), (args.save_every, 25))
-            ),
+        self.saved = Every(SAVE_SECONDS)
+        self.drawn, self.kept = (
+            Every(SHOW_SECONDS, epochs) if given is AUTO else Every(0, given)
+            for given, epochs in ((args.sample_every, 5), (args.save_every, 25))
         )
         self.began, self.failed_saves = time.monotonic(), 0
         self.first_step, self.minutes_before = state.step, state.minutes
@@ -1543,7 +1542,7 @@ class Recorder:
         speed = (state.step - self.first_step) / (now - self.began)  # steps a second
         left = timedelta(seconds=max(0, round(min(steps / speed, self.end - now, 1e10))))
         text = f"epoch {state.epochs:.1f}/{epochs:.12g}  {describe_row(state.spec, self.row)}"
-        text += f"  {speed * self.args.batch_size:,.0f} img/s  eta {left}"
+        text += f"  {speed * self.batch_size:,.0f} img/s  eta {left}"
         if self.in_terminal:
             width = shutil.get_terminal_size().columns - 1
             text = f"\r{text:<{width}.{width}}"
@@ -1690,8 +1689,9 @@ def report(state: State, recorder: Recorder, stopped_by: int | None) -> int:
 # flags --------------------------------------------------------------------------------------------
 
 AUTO = "auto"  # a default that follows from other flags, the pictures or the device
-SAME, ALLOWED, TOLD, FREE = "same", "allowed", "told", "free"  # when a run resumes, a flag must be
-# the same; or must be, but for --allow-changes; may change, which is told; may change
+# When a run resumes, a flag must be the SAME; or it may change if --allow-changes is given
+# (ALLOWED); or it may change, which the run tells (TOLD); or nobody minds (FREE).
+SAME, ALLOWED, TOLD, FREE = "same", "allowed", "told", "free"
 # fmt: off
 RECIPES = {  # what differs from the defaults in FLAGS
 "default": {},
