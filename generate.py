@@ -73,7 +73,7 @@ def load_model(path: str, device: torch.device) -> Model:
 
 def draw(model: Model, joined: Tensor) -> Tensor:
     """Pictures (n, channels, size, size) in [-1, 1] of G's inputs (n, spec.dim), on the CPU."""
-    # always as many at once, as rounding depends on it: on one device a seed is always one file
+    # always as many at once: rounding depends on it, and on one device a seed must be one file
     full = F.pad(joined, (0, 0, 0, -len(joined) % AT_ONCE))
     parts = [model.G(part.to(model.device)).cpu() for part in full.split(AT_ONCE)]
     return torch.cat(parts)[: len(joined)]
@@ -185,8 +185,8 @@ def heat_map(x: Tensor, y: Tensor) -> Tensor:
     """Where x becomes y: the mean face, red where the mean |x - y| is large, (3, size, size)."""
     heat, face = (x - y).abs().mean((0, 1)), x.mean((0, 1)) / 2
     much = (heat / heat.max().clamp(min=1e-8)).square()  # squared: small changes are everywhere
-    red = torch.tensor([1.0, -0.4, -0.8])[:, None, None].expand(3, *face.shape)
-    return torch.lerp(face.expand_as(red), red, much)
+    red = torch.tensor([1.0, -0.4, -0.8])[:, None, None]
+    return face + much * (red - face)
 
 
 def ask_Q(model: Model, parts: Iterable[Tensor]) -> infogan.QOutput:
@@ -591,10 +591,16 @@ def onnx(model: Model, args: Namespace) -> str:
     """G as ONNX, from "codes" (n, spec.dim) to "x" (n, channels, size, size) in [-1, 1]."""
     spec, G = model.spec, model.G.cpu().to(memory_format=torch.contiguous_format)
     path, n = claim(args.out, "generator.onnx"), torch.export.Dim("n")
-    how = {"input_names": ["codes"], "output_names": ["x"], "dynamic_shapes": ({0: n},)}
+    codes = torch.zeros(2, spec.dim)
     try:
         program = torch.onnx.export(
-            G, (torch.zeros(2, spec.dim),), dynamo=True, verbose=False, **how
+            G,
+            (codes,),
+            input_names=["codes"],
+            output_names=["x"],
+            dynamic_shapes=({0: n},),
+            dynamo=True,
+            verbose=False,
         )
     except ImportError as error:
         raise UserError("--onnx: needs `pip install onnx onnxscript`") from error
@@ -684,11 +690,8 @@ def read_names(model: Model, given: str | None) -> Names:
         if given or path.exists():
             names = {**names, **json.loads(path.read_text(encoding="utf-8-sig"))}
         for code, name in names.items():
-            if not (
-                re.fullmatch("(cat|cont)[0-9]+", code)
-                and name.isprintable()
-                and 0 < len(name) <= 40
-            ):
+            is_code, fits = re.fullmatch("(cat|cont)[0-9]+", code), 0 < len(name) <= 40
+            if not (is_code and fits and name.isprintable()):
                 raise ValueError(f"not {code!a}: {name!a}")
     except infogan.BROKEN as error:
         must = 'must be a table like {"cont3": "tilt"}, each name in one line of up to 40 letters'
@@ -742,8 +745,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     if args.seeds and (given & {"--seed", "--rows"} or args.samples):
         raise UserError("--seeds: leave out --seed, --rows and N of --samples")
     count = {"--samples": args.samples, "--read": N_READ}.get(args.mode, args.rows)
-    next_ones = range(args.seed, args.seed + count)
-    args.seeds = read_seeds(args.seeds) if args.seeds else [*next_ones]
+    args.seeds = read_seeds(args.seeds) if args.seeds else [*range(args.seed, args.seed + count)]
     bounds = {"--walk": (2, 100), "--samples": (1, MOST_SAMPLES)}
     least, most = bounds.get(args.mode, (1, 100))
     if not least <= len(args.seeds) <= most:
@@ -766,7 +768,8 @@ def show(args: Namespace) -> int:
     args.range = args.range or (-reach, reach)
     place = place if path.name == "last.pt" else f"{path.stem}-{place}"
     args.out = Path(args.out or path.parent / place)
-    # a GPU in full precision, with the same kernels each time: a seed is one file on one device
+    # a GPU draws in full precision and always with the same kernels: on one device a seed is
+    # always the same file, on others up to rounding
     torch.set_float32_matmul_precision("highest")
     with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
         print(write(model, args))

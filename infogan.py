@@ -52,7 +52,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from functools import partial
 from importlib import import_module
-from itertools import cycle, product, zip_longest
+from itertools import chain, cycle, product, zip_longest
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -849,21 +849,21 @@ def find_pictures(root: Path) -> tuple[list[Path], Counter]:
     """
     files, passed_over, visited = [], Counter(), set()
     suffixes = {end for end, name in Image.registered_extensions().items() if name in FORMATS}
-    for here, folders, names in os.walk(
-        root, followlinks=True, onerror=lambda error: files.append(Path(error.filename))
-    ):
-        folder, real = Path(here), Path(os.path.realpath(here))
+    walk = os.walk(root, onerror=lambda e: files.append(Path(e.filename)), followlinks=True)
+    for here, folders, names in walk:
+        folder, real = Path(here), Path(here).resolve()
         is_ours = folder != root and any(marks <= {*names} for marks in OUR_FOLDERS)
-        if is_ours:
-            passed_over[f"folder {folder.name} (a run, or by generate.py)"] += 1
-        around = real != root and root.is_relative_to(real)  # a link to a folder that holds the set
-        if is_ours or around or real in visited:
+        passed_over[f"folder {folder.name} (a run, or by generate.py)"] += is_ours
+        holds_root = real in root.resolve().parents  # a link upwards
+        if is_ours or holds_root or real in visited:
             folders.clear()
             continue
         visited.add(real)
-        hidden = [name for name in folders if re.fullmatch(HIDDEN, name)]
+        hidden = {name for name in folders if re.fullmatch(HIDDEN, name)}
         passed_over.update(f"folder {name}" for name in hidden)
-        folders[:] = sorted({*folders} - {*hidden}, key=lambda f: (Path(here, f).is_symlink(), f))
+        folders[:] = sorted(
+            {*folders} - hidden, key=lambda name: ((folder / name).is_symlink(), name)
+        )
         for file in map(folder.joinpath, names):
             suffix = re.split("[?:_]", file.suffix.lower())[0]  # .jpg?w=400 and .jpg_large too
             if file.name.startswith("."):
@@ -959,10 +959,9 @@ def decode(flag: str, items: list, size: int, channels: int, crop: str) -> dict:
                 raw += x
     n, hashes, summary = len(first), [*first], ""
     if copies := len(items) - len(unreadable) - n:
-        summary += f", {copies:,} exact {'copy' if copies == 1 else 'copies'} dropped"
+        summary += f", exact copies dropped: {copies:,}"
     if unreadable:
-        files = "file" if len(unreadable) == 1 else "files"
-        summary += f", {len(unreadable):,} unreadable {files} skipped: {first_ten(unreadable)}"
+        summary += f", unreadable files skipped: {len(unreadable):,} ({first_ten(unreadable)})"
     if n < 2:
         raise UserError(f"{flag}: {n} pictures{summary}, at least 2 are needed; {GET_PICTURES}")
     if crop == "centre" and n_cut > n / 10:
@@ -1390,9 +1389,9 @@ class Log:
         """One event for the whole row: one for each value takes as long as a GPU's step."""
         from tensorboard.compat.proto.summary_pb2 import Summary
 
-        tags = {f"GAN/{name}": row[name] for name in METRICS}
-        tags |= {f"L_I/{name}": row[name] for name in self.spec.names}
-        values = [{"tag": tag, "simple_value": value} for tag, value in tags.items()]
+        groups = {"GAN": METRICS, "L_I": self.spec.names}
+        tags = [(f"{group}/{name}", name) for group, names in groups.items() for name in names]
+        values = [{"tag": tag, "simple_value": row[name]} for tag, name in tags]
         self.board.file_writer.add_summary(Summary(value=values), row["step"])
 
     def save(self) -> None:
@@ -1430,20 +1429,19 @@ def draw_panel(
 ) -> Image.Image:
     """A chart of 640x200 that shows zero, `top` and all but the most extreme 2% of the values."""
     colours = ("#1f77b4", "#d62728", "#2ca02c", "#ff7f0e", "#9467bd", "#8c564b", "#e377c2")
-    values = sorted(v for line in lines for v in line)
-    low, high = min(0.0, values[len(values) // 50]), max(top, values[-1 - len(values) // 50])
-    panel, font = Image.new("RGB", (640, 200), "white"), ImageFont.load_default(13)
-    pen = ImageDraw.Draw(panel)
+    values, panel = sorted(chain(*lines)), Image.new("RGB", (640, 200), "white")
+    extreme, width = len(values) // 50, (x[-1] - x[0]) or 1
+    low, high = min(0.0, values[extreme]), max(top, values[-1 - extreme])
+    pen, font, height = ImageDraw.Draw(panel), ImageFont.load_default(13), (high - low) or 1
 
     def at(u: float, v: float) -> tuple[float, float]:
-        share = (min(max(v, low), high) - low) / ((high - low) or 1)
-        return 50 + 570 * (u - x[0]) / ((x[-1] - x[0]) or 1), 175 - 145 * share
+        return 50 + 570 * (u - x[0]) / width, 175 - 145 * (min(max(v, low), high) - low) / height
 
     for v in {0.0, high, low if low < -0.08 * high else 0.0}:  # labels that do not overlap
         pen.line([at(x[0], v), at(x[-1], v)], "#dddddd")
         pen.text((44, at(x[0], v)[1]), f"{v:.2f}", "black", font, anchor="rm")
     for line, colour in zip(lines, cycle(colours), strict=False):
-        pen.line([at(*point) for point in zip(x, line, strict=True)], colour, 2)
+        pen.line([*map(at, x, line)], colour, 2)
     pen.text((50, 8), title, "black", font)
     pen.text((50, 180), f"epoch {x[0]:.1f} to {x[-1]:.1f}", "black", font)
     return panel
@@ -1493,6 +1491,7 @@ class Recorder:
     ):
         self.state, self.args, self.fingerprint = state, args, pictures.fingerprint
         self.log, self.last_step, self.end, self.row = log, last_step, end, {}
+        self.batch_size = min(args.batch_size, len(pictures.x))
         rng = torch.Generator().manual_seed(args.seed)  # the same pictures and z at each start
         chosen = pictures.order[torch.randperm(len(pictures.x), generator=rng)[:64]]
         self.latents = state.spec.join(state.spec.sample(64, rng)).to(state.device)
@@ -1501,12 +1500,10 @@ class Recorder:
             self.draw("epoch_0000")
         self.in_terminal = bool(sys.stderr) and sys.stderr.isatty()
         self.shown = Every(0.5 if self.in_terminal else SHOW_SECONDS)
-        self.saved, (self.drawn, self.kept) = (
-            Every(SAVE_SECONDS),
-            (
-                Every(SHOW_SECONDS, epochs) if given is AUTO else Every(0, given)
-                for given, epochs in ((args.sample_every, 5), (args.save_every, 25))
-            ),
+        self.saved = Every(SAVE_SECONDS)
+        self.drawn, self.kept = (
+            Every(SHOW_SECONDS, epochs) if given is AUTO else Every(0, given)
+            for given, epochs in ((args.sample_every, 5), (args.save_every, 25))
         )
         self.began, self.failed_saves = time.monotonic(), 0
         self.first_step, self.minutes_before = state.step, state.minutes
@@ -1545,7 +1542,7 @@ class Recorder:
         speed = (state.step - self.first_step) / (now - self.began)  # steps a second
         left = timedelta(seconds=max(0, round(min(steps / speed, self.end - now, 1e10))))
         text = f"epoch {state.epochs:.1f}/{epochs:.12g}  {describe_row(state.spec, self.row)}"
-        text += f"  {speed * self.args.batch_size:,.0f} img/s  eta {left}"
+        text += f"  {speed * self.batch_size:,.0f} img/s  eta {left}"
         if self.in_terminal:
             width = shutil.get_terminal_size().columns - 1
             text = f"\r{text:<{width}.{width}}"
@@ -1692,8 +1689,9 @@ def report(state: State, recorder: Recorder, stopped_by: int | None) -> int:
 # flags --------------------------------------------------------------------------------------------
 
 AUTO = "auto"  # a default that follows from other flags, the pictures or the device
-SAME, ALLOWED, TOLD, FREE = "same", "allowed", "told", "free"  # when a run resumes, a flag must be
-# the same; or must be, but for --allow-changes; may change, which is told; may change
+# When a run resumes, a flag must be the SAME; or it may change if --allow-changes is given
+# (ALLOWED); or it may change, which the run tells (TOLD); or nobody minds (FREE).
+SAME, ALLOWED, TOLD, FREE = "same", "allowed", "told", "free"
 # fmt: off
 RECIPES = {  # what differs from the defaults in FLAGS
 "default": {},

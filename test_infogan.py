@@ -805,7 +805,7 @@ def test_every_format_and_mode_has_its_colours(tmp_path, capsys):
     put_pictures(tmp_path)
     pictures = infogan.load_pictures(str(tmp_path), 16)
     told = capsys.readouterr().out
-    assert "13 pictures" in told and "1 exact copy" in told and "3 unreadable files" in told
+    assert "13 pictures" in told and "exact copies dropped: 1, unreadable files skipped: 3" in told
     assert all(name in told for name in ("empty.png", "page.jpg", "cut.jpg")), told
     assert pictures.x.shape == (13, 16, 16, 3) and pictures.x.dtype == torch.uint8
     names = [Path(name).name for name in pictures.names]
@@ -890,7 +890,7 @@ def test_rubbish_among_pictures_is_told_and_the_rest_trains(tmp_path, capsys, mo
     folder = tmp_path / "data \u00e9"
     bad = put_rubbish(folder)
     train(folder, tmp_path / "run", code=2)
-    said = said_one_line(capsys, "0 pictures", f"{bad} unreadable", ", ..., at least 2")
+    said = said_one_line(capsys, "0 pictures", f"skipped: {bad} (", ", ...), at least 2")
     assert "\\u2026" not in said  # an ellipsis that was escaped like the names
     assert not (tmp_path / "run").exists()
 
@@ -902,7 +902,7 @@ def test_rubbish_among_pictures_is_told_and_the_rest_trains(tmp_path, capsys, mo
     monkeypatch.setattr(infogan, "find_pictures", lambda f: (real(f), gone.unlink())[0])
     train(folder, tmp_path / "run", "--max-steps", 2)
     told = capsys.readouterr().out
-    assert f"4 pictures in {folder}" in told and f"{bad + 1} unreadable files skipped" in told
+    assert f"4 pictures in {folder}" in told and f"unreadable files skipped: {bad + 1} (" in told
     assert "bomb.png (DecompressionBombError)" in told and "broken.png (FileNotFoundError)" in told
 
 
@@ -971,7 +971,7 @@ def test_all_that_pillow_reads_safely_are_pictures(tmp_path, capsys):
     Image.new("F", (40, 40), 0.5).save(tmp_path / "float.tif")
     pictures = infogan.load_pictures(str(tmp_path), 16)
     told = capsys.readouterr().out
-    assert len(pictures.x) == len(kinds) - 3 and "2 unreadable" in told
+    assert len(pictures.x) == len(kinds) - 3 and "skipped: 2" in told
     assert "eps.png" in told and "float.tif (NotImplementedError)" in told
     assert all(f"1 of .{suffix}" in told for suffix in ("png~", "eps", "pdf"))
     for name, x in zip(pictures.names, pictures.x.int(), strict=True):
@@ -1081,7 +1081,7 @@ def test_a_second_start_decodes_nothing_and_tells_the_same(tmp_path, capsys, dec
     folder = few_pictures(tmp_path / "faces")
     first = infogan.load_pictures(str(folder), 16)
     told = capsys.readouterr().out
-    assert len(decoded) == 6 and "1 exact copy dropped, 1 unreadable file skipped" in told
+    assert len(decoded) == 6 and "copies dropped: 1, unreadable files skipped: 1" in told
     for channels in (None, 3):
         again = infogan.load_pictures(str(folder), 16, channels)
         assert again.x.equal(first.x) and again.fingerprint == first.fingerprint
