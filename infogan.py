@@ -1061,10 +1061,10 @@ def next_batch(state: State, args: Namespace, pictures: Pictures) -> Batch:
     real = make_batch(x.index_select(0, rows), args.flip, state.rng, device)
     codes = state.spec.sample(n, state.rng)
     codes = pair(codes) if args.lam_identity else codes
-    u = torch.rand(n, N_U, generator=state.rng)
+    codes = Codes(*(to_device(c, device) for c in codes))
+    u = to_device(torch.rand(n, N_U, generator=state.rng), device)
     numbers = float(max_shift_at(state, args)), beta_at(state, args)
-    numbers = [torch.full((), v, device=device) for v in numbers]
-    return Batch(real, *tree_map(lambda t: to_device(t, device), (codes, u)), *numbers)
+    return Batch(real, codes, u, *(torch.full((), v, device=device) for v in numbers))
 
 
 # checkpoint ---------------------------------------------------------------------------------------
