@@ -1677,7 +1677,8 @@ def test_the_animation_names_each_epoch_and_rests_on_the_last(tmp_path, size, ep
     """Of a long run it has 60, the first and the last among them."""
     (tmp_path / "samples").mkdir()
     (tmp_path / "samples/epoch_0005 copy.png").touch()
-    shades = [ImageColor.getrgb(f"hsl({300 * epoch / epochs[-1]}, 100%, 50%)") for epoch in epochs]
+    hues = (300 * i / len(epochs) for i in range(len(epochs)))
+    shades = [ImageColor.getrgb(f"hsl({hue}, 100%, 50%)") for hue in hues]
     for epoch, shade in zip(epochs, shades, strict=True):
         Image.new("RGB", size, shade).save(tmp_path / f"samples/epoch_{epoch:04d}.png")
     infogan.save_animation(tmp_path)
