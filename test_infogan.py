@@ -1505,6 +1505,8 @@ def test_a_new_run_begins_with_another_s_weights(ckpt, faces, tmp_path, capsys, 
     assert step_of(out) == 1
 
     before.unlink()  # its codes are not known now, so neither is the run's default folder
+    other = ["--data", str(faces), *TINY[:4], "--batch-size", "8", "--max-steps", "1"]
+    assert infogan.main(other) == 0 and step_of(Path("checkpoint/cat1-cont2")) == 1
     capsys.readouterr()
     begin(before, faces, "--max-steps", 2, code=2)
     said_one_line(capsys, "before.pt: no such checkpoint")
