@@ -658,14 +658,13 @@ def new_state(args: Namespace, device: torch.device) -> State:
     for net in (G, D):
         init_weights(net, rng)
         net.to(device, memory_format=torch.channels_last)
-    heads = {"trunk": [D.trunk, D.d_head, D.q_head], "head": [D.trunk, D.d_head]}[args.info_to]
-    with_D = [p for part in heads for p in part.parameters()]
-    with_G = [*G.parameters()]
-    if args.info_to == "head":
-        with_G += D.q_head.parameters()
-    adam = partial(torch.optim.Adam, betas=(0.5, 0.999), fused=device.type in ("cpu", "cuda"))
-    adam = partial(adam, capturable=args.cuda_graph is True)
-    opt_G, opt_D = adam(with_G, args.lr_g), adam(with_D, args.lr_d)
+    with_G, with_D = [*G.parameters()], [*D.trunk.parameters(), *D.d_head.parameters()]
+    with_Q = with_D if args.info_to == "trunk" else with_G
+    with_Q += D.q_head.parameters()
+    adam = {"betas": (0.5, 0.999), "fused": device.type in ("cpu", "cuda")}
+    adam["capturable"] = args.cuda_graph is True
+    opt_G = torch.optim.Adam(with_G, args.lr_g, **adam)
+    opt_D = torch.optim.Adam(with_D, args.lr_d, **adam)
     G_ema = copy.deepcopy(G).eval().requires_grad_(False)
     return State(G.spec, device, G, G_ema, D, opt_G, opt_D, rng)
 
@@ -677,7 +676,7 @@ def pick_device(name: str) -> torch.device:
     """The fastest device for "auto", a GPU always with its number. Raises UserError if missing."""
     here = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     here += ["mps", "cpu"] if torch.backends.mps.is_available() else ["cpu"]
-    named = here if name == "auto" else [d for d in here if name in (d, d.partition(":")[0])]
+    named = [d for d in here if name in ("auto", d, d.partition(":")[0])]
     if not named:
         raise UserError(f"--device {name}: not available here; use --device auto")
     return torch.device(named[0])  # "cuda" is cuda:0
@@ -1771,17 +1770,18 @@ def flags_that(resume: str) -> list[str]:
 def derived(args: dict) -> dict:
     """The defaults that follow from the codes, the size and the recipe."""
     n_cat, n_cont = args["n_cat"], args["n_cont"]
-    values = {"out": f"checkpoint/cat{n_cat}-cont{n_cont}"}
-    values["lam_cont"] = min(0.3, 3 / max(n_cont, 1))  # their sum stays the same
-    few = n_cat + n_cont <= 5
-    values["cap_cont"] = 3.0 if few else 1.4  # else they go on growing, and categoricals fade
-    large = args["image_size"] >= 64
-    values["r1"] = 0.3 if large else 0.01  # without it D wins
-    values["r1_from"] = 0 if large or args["r1"] is not AUTO else 75  # small: not before
-    values["shift"] = 0.125 if large else 0.0625  # small pictures lose variety with more
+    few, large = n_cat + n_cont <= 5, args["image_size"] >= 64
+    lam_cont = min(0.3, 3 / max(n_cont, 1))  # their sum stays the same
     if args["recipe"] == "notebook":  # its defect: of its v3 the loss of 20 codes was never added
-        values["lam_cont"] = 0.0 if n_cont == 20 else 0.1
-    return values
+        lam_cont = 0.0 if n_cont == 20 else 0.1
+    return {
+        "out": f"checkpoint/cat{n_cat}-cont{n_cont}",
+        "lam_cont": lam_cont,
+        "cap_cont": 3.0 if few else 1.4,  # else they go on growing, and categoricals fade
+        "r1": 0.3 if large else 0.01,  # without it D wins
+        "r1_from": 0 if large or args["r1"] is not AUTO else 75,  # small: not before
+        "shift": 0.125 if large else 0.0625,  # small pictures lose variety with more
+    }
 
 
 def resolve(given: dict, shape: dict) -> Namespace:
