@@ -79,7 +79,7 @@ compare: drawn  ## the notebook's recipe beside ours, short: table and picture o
 	$(PY) generate.py --ckpt checkpoint/compare/ours/last.pt \
 		--versus checkpoint/compare/notebook/last.pt --data "$(COMPARED)"
 
-test: $(READY)  ## the tests: no network, no GPU, under four minutes
+test: $(READY)  ## the tests: no network, no GPU, under two minutes
 	$(PY) -m pytest -q $(TESTS) $(ARGS)
 
 browser:
