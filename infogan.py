@@ -21,6 +21,7 @@ What the default adds to the paper; `--recipe notebook` leaves it out:
     --r1            a penalty on D's gradient, so it does not win (1801.04406)
     --ema           what is shown and saved is an average of G's weights (2312.02696)
     --upsample      nearest neighbours and 3x3 convolutions in G, not transposed ones
+    --cont-at       continuous codes enter G at its 8x8 layer, where they move and reshape
 
 Sections, the paper first (search for "# step ---"): limits, codes, networks, objective, step; then
 device, pictures, checkpoint, run folder, display, train, flags, program.
