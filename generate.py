@@ -531,7 +531,7 @@ def read(model: Model, args: Namespace) -> str:
 def folded(G: Generator) -> list[tuple[Tensor, Tensor]]:
     """G's convolutions with batch norm in them: weights (inputs, outputs, k, k) and biases.
 
-    At the end, where G has them, CodeMaps: its weights are what each code adds at 8x8.
+    At the end, where G has them, CodeMaps: what each code adds at 8x8.
     """
     layers, gains = [], []
     for m in G.layers:
@@ -545,8 +545,7 @@ def folded(G: Generator) -> list[tuple[Tensor, Tensor]]:
             transposed = isinstance(m, nn.ConvTranspose2d)
             layers.append((m.weight if transposed else m.weight.transpose(0, 1), m.bias))
     if G.maps:
-        U = infogan.MAP_GAIN * (G.maps.weight - G.maps.weight.mean((2, 3), keepdim=True))
-        layers.append((U * gains[1], torch.zeros_like(layers[1][1])))
+        layers.append((G.maps.kernel() * gains[1], torch.zeros_like(layers[1][1])))
     return layers
 
 

@@ -224,8 +224,12 @@ class ConvTranspose2dFromPixel(nn.ConvTranspose2d):
     """A transposed convolution whose input is one pixel (n, channels, 1, 1): the same."""
 
     def forward(self, x: Tensor) -> Tensor:
-        y = x.flatten(1) @ flatten_hwc(self.weight)
+        y = x.flatten(1) @ flatten_hwc(self.kernel())
         return y.unflatten(1, (*self.kernel_size, -1)).permute(0, 3, 1, 2)
+
+    def kernel(self) -> Tensor:
+        """(in, out, h, w)."""
+        return self.weight
 
 
 class UpsampleConv2d(nn.Conv2d):
@@ -244,19 +248,22 @@ class UpsampleConv2d(nn.Conv2d):
         return kernel.flip(2, 3).transpose(0, 1)
 
 
-MAP_GAIN = 10  # with Adam's steps as they are, maps change ten times as fast as other weights
-
-
 class CodeMaps(ConvTranspose2dFromPixel):
-    """The sum over k of c_k U_k, with a learned map U_k (channels, size, size) for each code.
+    """The sum over k of c_k L_k U_k, with a learned map U_k (channels, size, size) for each code.
 
     U_k has mean 0 in each channel, so a code moves and reshapes, and does not tint (after
-    EigenGAN, 2104.12476).
+    EigenGAN, 2104.12476). It has root mean square 1, so U_k turns fast and its strength L_k grows
+    slowly: maps that grew fast kept the first change that they found.
     """
 
-    def forward(self, c: Tensor) -> Tensor:
-        y = MAP_GAIN * super().forward(c)
-        return y - y.mean((2, 3), keepdim=True)
+    def __init__(self, n_cont: int, channels: int, size: int):
+        super().__init__(n_cont, channels, size, bias=False)
+        self.L = nn.Parameter(torch.full((n_cont, 1, 1, 1), 0.2))
+
+    def kernel(self) -> Tensor:
+        """L_k U_k: (n_cont, channels, size, size)."""
+        U = self.weight - self.weight.mean((2, 3), keepdim=True)
+        return self.L * U / U.square().mean((1, 2, 3), keepdim=True).sqrt()
 
 
 class Generator(nn.Module):
@@ -290,7 +297,7 @@ class Generator(nn.Module):
         else:
             layers[-1] = double(width, channels, bias=True)
         self.layers = nn.Sequential(*layers, nn.Tanh())
-        self.maps = CodeMaps(n_maps, widths[1], 8, bias=False) if n_maps else None
+        self.maps = CodeMaps(n_maps, widths[1], 8) if n_maps else None
 
     def forward(self, joined: Tensor) -> Tensor:
         joined = joined[:, :, None, None]
