@@ -40,6 +40,7 @@ N_MEASURED, N_MOVED = 400, 100  # samples behind a table's figures; behind its t
 MOST_SHOWN = 100  # categories on a sheet
 AT_ONCE, N_READ = 32, 4  # pictures in each pass of a network; drawings beside one of --read
 N_REAL, MOST_SAMPLES = 1000, 10**6  # pictures that --versus compares, that --samples writes
+N_TRIED, N_FACES, N_NEAR = 64, 10, 5  # seeds for the page: tried, shown; see typical()
 PAGE = Path(__file__).parent / "data/explorer.html"
 FONTS = ["DejaVuSans", "NotoSansCJK-Regular", "DroidSansFallbackFull", "arial", "msyh", "malgun"]
 to_floats = partial(infogan.make_batch, flip=False, rng=None, device=torch.device("cpu"))
@@ -549,11 +550,29 @@ def folded(G: Generator) -> list[tuple[Tensor, Tensor]]:
     return layers
 
 
+def typical(model: Model, codes: Codes) -> list[int]:
+    """Which of the codes have the most typical pictures, the most typical first.
+
+    Those whose N_NEAR nearest are near in the features that D and Q share, as in 1904.06991. D(x)
+    would take broken faces: it is highest for what training has seldom shown to D.
+    """
+    x = draw(model, model.spec.join(codes))
+    h = torch.cat([model.D.trunk(part.to(model.device)).cpu() for part in x.split(AT_ONCE)])
+    h = h.flatten(1) / h.flatten(1).std(0).clamp(min=1e-6)
+    near = torch.cdist(h, h).sort(1).values[:, 1 : N_NEAR + 1].mean(1)
+    return near.argsort()[:N_FACES].tolist()
+
+
 def explorer(model: Model, args: Namespace) -> str:
-    """One HTML file that draws by itself, from --set on; its first z are those of the sheets."""
+    """One HTML file that draws by itself. It opens on a typical face, or on the first of --seeds."""
     spec, path = model.spec, claim(args.out, "explorer.html")
     rows, codes, layers, weights, scales = measure(model, args.seed), [], [], [], []
     print_rows(rows, args.names)
+    faces, seeds = sample_seeds(spec, args.seeds, args.set), args.seeds
+    if not args.chosen:
+        best = typical(model, faces)
+        faces, seeds = Codes(*(c[best] for c in faces)), [args.seeds[k] for k in best]
+    values = torch.cat(faces[1:], 1).tolist()
     for weight, bias in folded(model.G.cpu()):  # 8 bits a weight, with a scale for each channel
         scale = weight.abs().amax((0, 2, 3)).clamp(min=1e-12) / 127
         weights.append((weight / scale[:, None, None]).round().to(torch.int8).flatten())
@@ -572,10 +591,12 @@ def explorer(model: Model, args: Namespace) -> str:
         "spec": vars(spec),
         "range": args.range,
         "set": args.set,
-        "seeds": args.seeds,
+        "seeds": seeds,
+        "tried": 0 if args.chosen else len(args.seeds),
+        "faces": [dict(zip(spec.names, (round(v, 4) for v in row), strict=True)) for row in values],
         "layers": layers,
         "codes": codes,
-        "z": sample_seeds(spec, args.seeds, {}).z.tolist(),
+        "z": [[round(v, 5) for v in z] for z in faces.z.tolist()],
         "weights": encode(torch.cat(weights).numpy().tobytes()),
         "scales": encode(torch.cat(scales).numpy().tobytes()),
     }
@@ -631,7 +652,7 @@ def shrink(model: Model, args: Namespace) -> str:
 # fmt: off
 MODES = {  # by whom; what it writes, beside the checkpoint; the flags that it takes
 "sheets": (sheets, "traversals", "out codes rows seed seeds set range steps zoom gif names"),
-"--explorer": (explorer, "traversals", "out rows seed seeds set range names"),
+"--explorer": (explorer, "traversals", "out seed seeds set range names"),
 "--walk": (walk, "traversals/walk.gif", "out rows seed seeds set steps zoom"),
 "--samples": (samples, "generated", "out seed seeds set data"),
 "--read": (read, "traversals", "out seed seeds set codes names zoom"),
@@ -743,7 +764,8 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
         raise UserError(f"--out {args.out}: must end with .gif or .webp")
     if args.seeds and (given & {"--seed", "--rows"} or args.samples):
         raise UserError("--seeds: leave out --seed, --rows and N of --samples")
-    count = {"--samples": args.samples, "--read": N_READ}.get(args.mode, args.rows)
+    counts = {"--samples": args.samples, "--read": N_READ, "--explorer": N_TRIED}
+    count, args.chosen = counts.get(args.mode, args.rows), bool(args.seeds)
     args.seeds = read_seeds(args.seeds) if args.seeds else [*range(args.seed, args.seed + count)]
     bounds = {"--walk": (2, 100), "--samples": (1, MOST_SAMPLES)}
     least, most = bounds.get(args.mode, (1, 100))
