@@ -18,6 +18,7 @@ import socket
 import subprocess
 import sys
 import urllib.request
+from argparse import Namespace
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -540,8 +541,42 @@ def test_codes_that_are_set_are_held_wherever_something_is_drawn(ckpt, tmp_path,
             if mode == "sheets" and len(x) == 3:  # a sheet of one row
                 assert cat1.tolist() == [0, 1, 2], "the other categorical moves alone"
     monkeypatch.undo()
-    page = draws([*head, "--explorer"], tmp_path / "page")["explorer.html"].decode()
-    assert '"set": {"cat0": 2.0, "cont1": -0.5}' in page and '"seeds": [3, 4,' in page
+    page = page_of([*head, "--explorer"], tmp_path / "page")
+    assert page["set"] == {"cat0": 2.0, "cont1": -0.5} and {*page["seeds"]} <= {*range(3, 67)}
+    assert all(face["cat0"] == 2 and face["cont1"] == -0.5 for face in page["faces"])
+
+
+def page_of(argv: list[object], out: Path) -> dict:
+    """What generate.py writes into the explorer's page."""
+    page = draws(argv, out)["explorer.html"].decode()
+    return json.loads(re.search("data = (.*);", page)[1])
+
+
+def test_typical_pictures_are_near_to_others(monkeypatch):
+    features = torch.randn(60, 8, 2, 2, generator=seeded())
+    features[5::4] *= 0.1  # 14 alike, and none of the others
+    monkeypatch.setattr(generate, "draw", lambda model, x: features)
+    model = Namespace(D=Namespace(trunk=lambda x: x), spec=CodeSpec(1, 3, 2, 4), device=CPU)
+    best = generate.typical(model, model.spec.sample(60, seeded()))
+    assert len({*best}) == 10 and all(k % 4 == 1 for k in best)
+
+
+@pytest.mark.parametrize("name", ["animefaces-v1.pt", "animefaces-v3.pt"])
+def test_the_page_opens_on_the_most_typical_of_64_seeds_or_those_given(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(generate, "N_MEASURED", 8)
+    ckpt = HERE / "checkpoint" / name
+    model, command = generate.load_model(str(ckpt), CPU), ["--ckpt", ckpt, "--explorer"]
+    page = page_of([*command, "--device", "cpu"], tmp_path / "a")
+    assert (tmp_path / "a/explorer.html").stat().st_size < 9e6
+    tried = generate.sample_seeds(model.spec, range(64), {})
+    assert page["seeds"] == generate.typical(model, tried) and page["tried"] == 64
+    for seeds, page in ((page["seeds"], page), ([6, 2], None)):
+        page = page or page_of([*command, "--seeds", "6,2"], tmp_path / "b")
+        codes = generate.sample_seeds(model.spec, seeds, {})
+        values = torch.tensor([[face[code] for code in model.spec.names] for face in page["faces"]])
+        assert page["seeds"] == seeds and torch.tensor(page["z"]).allclose(codes.z, atol=1e-5)
+        assert values.allclose(torch.cat(codes[1:], 1), atol=1e-4)
+    assert page["tried"] == 0
 
 
 def test_a_walk_is_closed_and_its_z_keeps_its_length(tmp_path, monkeypatch):
@@ -746,7 +781,7 @@ def explorer(browser, page) -> tuple[Generator, CodeSpec, str]:
 
 def test_the_explorer_draws_what_python_draws(browser, explorer):
     (G, spec, _), rng, seen = explorer, random.Random(0), []
-    z = generate.sample_seeds(spec, range(8), {}).z
+    z = generate.sample_seeds(spec, browser.run("return data.seeds"), {}).z
     for k in (0, 3, 7):
         values = {f"cat{i}": rng.randrange(spec.cat_dim) for i in range(spec.n_cat)}
         values |= {f"cont{i}": round(rng.uniform(-1, 1), 2) for i in range(spec.n_cont)}
@@ -766,12 +801,10 @@ def test_the_explorer_opens_with_the_codes_that_are_set(browser, explorer, page,
     of_codes = ["--set", given] if held else []
     draws(["--ckpt", page[0], "--explorer", "--seeds", "6,2", *of_codes], tmp_path / "out")
     browser.ask("/url", url=(tmp_path / "out/explorer.html").as_uri())
-    plain = Codes(*map(torch.zeros_like, spec.sample(1, seeded())))
-    codes = generate.hold(spec, plain._replace(z=generate.sample_seeds(spec, [6], {}).z), held)
+    codes = generate.sample_seeds(spec, [6], held)
     assert (browser.face() - (G(spec.join(codes))[0] + 1) * 127.5).abs().max() <= 2
     thumbs = "return [...document.querySelectorAll('.one')].slice(0, 3).map(b => b.title)"
-    titles = [f"character {k}" for k in range(3)] if spec.n_cat else ["seed 6", "seed 2", "z 2"]
-    assert browser.run(thumbs) == titles
+    assert browser.run(thumbs) == ["seed 6", "seed 2", "face 2"]
 
 
 def test_the_explorer_has_a_control_for_each_code_and_they_move_the_picture(browser, explorer):
@@ -779,13 +812,13 @@ def test_the_explorer_has_a_control_for_each_code_and_they_move_the_picture(brow
     count = "return document.querySelectorAll(`input[type=${given[0]}]`).length"
     assert browser.run(count, "range") == spec.n_cont
     assert browser.run(count, "radio") == spec.n_cat * spec.cat_dim
-    loaded = "return [...document.querySelectorAll('legend img')].map(i => i.naturalWidth)"
+    loaded = "return [...document.querySelectorAll('.head img')].map(i => i.naturalWidth)"
     assert browser.run(loaded) == [browser.face().shape[2]] * len(spec.names), (
         "a heat map beside each"
     )
     seen = [browser.face()]
     if spec.n_cat:
-        browser.run("document.querySelectorAll('input[type=radio]')[1].click()")
+        browser.run("document.querySelector('input[type=radio]:not(:checked)').click()")
         seen.append(browser.face())
         assert not seen[-1].equal(seen[-2])
     if spec.n_cont:
@@ -807,7 +840,48 @@ def test_the_address_is_written_when_a_slider_rests_and_may_be_refused(browser, 
     browser.run(slide)
     assert not browser.face().equal(before)
     assert browser.address() == "" and browser.run("return window.asked") == 1
+    browser.run("$('undo').click()")
+    assert browser.face().equal(before), "a movement is one step"
     assert not [e for e in browser.ask("/se/log", type="browser") if e["level"] == "SEVERE"]
+
+
+def test_the_explorer_draws_in_a_frame_without_an_address(browser, explorer, page):
+    """As notebooks and Streamlit show pages."""
+    frame = "const f = document.createElement('iframe'); f.id = 'f'; f.srcdoc = given[0];"
+    browser.run(frame + "document.body.prepend(f)", page[1].read_text(encoding="utf-8"))
+    inside = "const w = document.getElementById('f').contentWindow;"
+    drawn = "const d = w.document, told = d && d.getElementById('told');"
+    drawn += "return !!told && told.textContent.includes(' ms')"
+    wait_until(lambda: browser.run(inside + drawn), lambda: True, lambda: "no face")
+    pixels = "const s = d => d.getElementById('face').toDataURL();"
+    assert browser.run(inside + pixels + "return s(w.document) === s(document)")
+    browser.run(inside + "w.document.getElementById('any').click()")
+    browser.address()  # what would be written by now
+    assert not browser.run(inside + pixels + "return s(w.document) === s(document)")
+    assert not [e for e in browser.ask("/se/log", type="browser") if e["level"] == "SEVERE"]
+
+
+def test_a_thumbnail_of_a_category_is_the_face_of_that_category(browser, explorer):
+    """As are those of faces, and the first of these is the one that the page opens with."""
+    seen = "const a = given[0], s = c => c.getContext('2d').getImageData(0, 0, c.width, c.height);"
+    seen += "const [x, y] = [a, '#face'].map(q => s(document.querySelector(q)).data.join());"
+    for what in ["#row .one canvas", *[":checked ~ canvas"] * (explorer[1].n_cat > 0)]:
+        drawn = f"return thumbs.get(document.querySelector('{what}')).drawn !== ''"
+        browser.run(f"document.querySelector('{what}').scrollIntoView()")
+        wait_until(partial(browser.run, drawn), lambda: True, lambda: what)
+        assert browser.run(seen + "return x === y", what), what
+
+
+def test_a_code_plays_to_and_fro_until_it_is_moved(browser, explorer):
+    if not explorer[1].n_cont:
+        pytest.skip("no slider")
+    code = browser.run("document.querySelector('.play').click(); return playing")
+    first, second = (browser.run("return state[given[0]]", code) for _ in range(2))
+    assert first != second and browser.run("return playing") == code
+    browser.run("document.querySelector('.value').click()")
+    assert browser.run("return [playing, state[given[0]]]", code) == ["", 0]
+    browser.run("$('undo').click(); $('undo').click()")
+    assert browser.run("return state[given[0]] === data.faces[0][given[0]]", code)
 
 
 def test_the_explorers_keys_take_another_face_and_go_back(browser, explorer):
@@ -815,7 +889,7 @@ def test_the_explorers_keys_take_another_face_and_go_back(browser, explorer):
     for key in ("r", "0"):
         browser.run("document.dispatchEvent(new KeyboardEvent('keydown', { key: given[0] }))", key)
         seen.append(browser.face())
-    assert browser.address() == "#z=0"
+    assert browser.address().split("&")[0] == "#z=0"
     assert not seen[1].equal(seen[0]) and seen[2].equal(seen[0])
 
 
@@ -833,6 +907,11 @@ def test_the_explorer_takes_another_character_pose_or_z_and_keeps_the_rest(brows
             moved = {re.sub("[0-9]", "", code) for code in before if before[code] != after[code]}
             tries -= 1
         assert moved == ({kind} if n else set())
+    before, after = (
+        dict(browser.run(f"{click} return Object.entries(state)"))
+        for click in ("", "$('neutral').click();")
+    )
+    assert after == {c: 0 if c.startswith("cont") else v for c, v in before.items()}
     row = "return [...document.querySelectorAll('.one')].map(b => b.title)"
     first = browser.run(row)
     assert len({*first}) == 10
