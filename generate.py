@@ -564,7 +564,7 @@ def typical(model: Model, codes: Codes) -> list[int]:
 
 
 def explorer(model: Model, args: Namespace) -> str:
-    """One HTML file that draws by itself. It opens on a typical face, or on the first of --seeds."""
+    """One HTML file that draws by itself; opens on a typical face, or the first of --seeds."""
     spec, path = model.spec, claim(args.out, "explorer.html")
     rows, codes, layers, weights, scales = measure(model, args.seed), [], [], [], []
     print_rows(rows, args.names)
