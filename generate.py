@@ -41,6 +41,7 @@ N_MEASURED, N_MOVED = 400, 100  # samples behind a table's figures; behind its t
 MOST_SHOWN = 100  # categories on a sheet
 AT_ONCE, N_READ = 32, 4  # pictures in each pass of a network; poses of each one of --read
 FIT_ROUNDS, FIT_STEPS, FIT_RATE = 3, 100, 0.1  # of find_codes: more steps change nothing
+N_FOLLOWED = 4  # categories of one code that find_codes follows to the end
 N_REAL, MOST_SAMPLES = 1000, 10**6  # pictures that --versus compares, that --samples writes
 PAGE = Path(__file__).parent / "data/explorer.html"
 FONTS = ["DejaVuSans", "NotoSansCJK-Regular", "DroidSansFallbackFull", "arial", "msyh", "malgun"]
@@ -513,7 +514,7 @@ def look(model: Model, x: Tensor) -> Tensor:
     where G cannot draw a line in its place, they ask for none, and pictures get soft.
     """
     coarse, fine = (F.adaptive_avg_pool2d(x, size) for size in (4, 16))
-    parts = (4.0, coarse), (2.0, fine), (0.5, model.D.trunk[:2](x))
+    parts = (10.0, coarse), (2.0, fine), (0.5, model.D.trunk[:2](x))
     weighted = [part.flatten(1) * math.sqrt(w / part[0].numel()) for w, part in parts]
     return torch.cat(weighted, 1).float()
 
@@ -531,15 +532,21 @@ def find_codes(model: Model, x: Tensor, guess: Codes) -> Codes:
     gradient. What training never drew is no face: |z| stays within sqrt(z_dim), its usual length,
     and continuous codes within [-1, 1]. To four decimals, as codes.csv has them.
     """
-    spec, wanted = model.spec, look(model, x.to(model.device))
-    codes = Codes(*(c.to(model.device) for c in guess))
+    spec, device, n = model.spec, model.device, len(x)
+    wanted, owner = look(model, x.to(device)), torch.arange(n, device=device)
+    codes = Codes(*(c.to(device, copy=True) for c in guess))
     codes = codes._replace(z=torch.zeros_like(codes.z), c_cont=codes.c_cont.clamp(-1, 1))
-    owner = torch.arange(len(x), device=model.device).repeat_interleave(spec.cat_dim)
     for k in tqdm([*range(spec.n_cat)] * FIT_ROUNDS, "categories", leave=False, disable=None):
         tried = spec.join(spec.traverse(codes, f"cat{k}", range(spec.cat_dim)))
-        parts = zip(tried.split(AT_ONCE), owner.split(AT_ONCE), strict=True)
-        far = torch.cat([misfit(model, part, wanted[i]) for part, i in parts])
-        codes.c_cat[:, k] = far.view(len(x), -1).argmin(1)
+        whose = owner.repeat_interleave(spec.cat_dim)
+        parts = zip(tried.split(AT_ONCE), whose.split(AT_ONCE), strict=True)
+        far = torch.cat([misfit(model, part, wanted[i]) for part, i in parts]).view(n, -1)
+        codes.c_cat[:, k] = far.argmin(1)
+    if spec.n_cat:  # z can turn the order of the last code's best ones: with it each is tried
+        nearest = far.topk(min(N_FOLLOWED, spec.cat_dim), largest=False).indices
+        owner = owner.repeat_interleave(nearest.shape[1])
+        codes, wanted = Codes(*(c[owner] for c in codes)), wanted[owner]
+        codes.c_cat[:, -1] = nearest.flatten()
     moved = [c.requires_grad_() for c in (codes.z, codes.c_cont) if c.numel()]
     adam = torch.optim.Adam(moved, FIT_RATE) if moved else None
     for step in tqdm(range(FIT_STEPS if moved else 0), "z, cont", leave=False, disable=None):
@@ -550,8 +557,11 @@ def find_codes(model: Model, x: Tensor, guess: Codes) -> Codes:
         with torch.no_grad():
             codes.c_cont.clamp_(-1, 1)
             codes.z.copy_(codes.z.renorm(2, 0, spec.z_dim**0.5))
-    z, c_cat, c_cont = (c.detach().cpu() for c in codes)
-    return Codes(*(c.double().round(decimals=4).to(c) for c in (z, c_cat, c_cont)))
+    with torch.no_grad():
+        far = misfit(model, spec.join(codes), wanted).view(n, -1)
+    best = torch.arange(n, device=device) * far.shape[1] + far.argmin(1)
+    codes = Codes(*(c.detach()[best].cpu() for c in codes))
+    return Codes(*(c.double().round(decimals=4).to(c.dtype) for c in codes))
 
 
 def read(model: Model, args: Namespace) -> str:
@@ -576,7 +586,8 @@ def read(model: Model, args: Namespace) -> str:
     c_cat, c_cont = values.split([spec.n_cat, spec.n_cont], 1)
     z = args.base.z[:1].expand(len(x), -1)
     by_Q = hold(spec, Codes(z, c_cat.long(), c_cont), args.set)
-    columns = (column.split(AT_ONCE) for column in (x, *by_Q))
+    # so that the pictures which find_codes follows are at most as many as in other passes
+    columns = (column.split(AT_ONCE // N_FOLLOWED) for column in (x, *by_Q))
     each = [
         find_codes(model, to_floats(part), Codes(*guess))
         for part, *guess in zip(*columns, strict=True)
