@@ -4,6 +4,7 @@
     python generate.py --ckpt checkpoint/v3/last.pt --explorer        a web page that moves codes
     python generate.py --ckpt checkpoint/v3/last.pt --sort ~/faces    real faces, by their codes
     python generate.py --ckpt checkpoint/v3/last.pt --samples 50 --set cat0=3    of one category
+    python generate.py --ckpt checkpoint/v3/last.pt --read me.png     the codes that draw a picture
 
 The architecture comes from the checkpoint. README.md has an example of each mode.
 """
@@ -38,7 +39,9 @@ from infogan import Codes, CodeSpec, Generator, UserError, load_pictures, save_p
 Held, Names = dict[str, float], dict[str, str]  # of codes: the values of --set; what people say
 N_MEASURED, N_MOVED = 400, 100  # samples behind a table's figures; behind its tints, heat maps
 MOST_SHOWN = 100  # categories on a sheet
-AT_ONCE, N_READ = 32, 4  # pictures in each pass of a network; drawings beside one of --read
+AT_ONCE, N_READ = 32, 4  # pictures in each pass of a network; poses of each one of --read
+FIT_ROUNDS, FIT_STEPS, FIT_RATE = 3, 100, 0.1  # of find_codes: more steps change nothing
+N_FOLLOWED = 4  # categories of one code that find_codes follows to the end
 N_REAL, MOST_SAMPLES = 1000, 10**6  # pictures that --versus compares, that --samples writes
 N_TRIED, N_FACES, N_NEAR = 64, 10, 5  # seeds for the page: tried, shown; see typical()
 PAGE = Path(__file__).parent / "data/explorer.html"
@@ -100,6 +103,12 @@ def traversal(model: Model, base: Codes, code: str, values: Sequence, held: Held
     return draw(model, model.spec.join(moved)).unflatten(0, (-1, len(values)))
 
 
+def quick(device: torch.device) -> torch.autocast:
+    """bfloat16 on a CPU that is fast at it, for what need not be exact; a GPU needs none of it."""
+    fast = device.type == "cpu" and infogan.speed_up(device)
+    return torch.autocast(device.type, torch.bfloat16, enabled=fast)
+
+
 def claim(folder: Path, file: str = "") -> Path:
     """The folder, made if missing, or a file in it, for us to write.
 
@@ -124,6 +133,13 @@ def save_table(path: Path, lines: Iterable[Iterable[object]]) -> None:
         writer.writerow(f"{round(v, 4):g}" if isinstance(v, float) else v for v in line)
     with infogan.replacing(path) as file:
         file.write(text.getvalue().encode(errors="surrogateescape"))
+
+
+def save_codes(path: Path, spec: CodeSpec, first: dict[str, list], values: Tensor) -> None:
+    """codes.csv: columns of their own, then values (n, codes), or (n, codes + z_dim)."""
+    names = [*spec.names, *(f"z{i}" for i in range(spec.z_dim))][: values.shape[1]]
+    lines = zip(*first.values(), values.tolist(), strict=True)
+    save_table(path, [[*first, *names], *([*line[:-1], *line[-1]] for line in lines)])
 
 
 def print_table(lines: list[list[str]]) -> None:
@@ -200,11 +216,10 @@ def measure(model: Model, seed: int) -> list[Row]:
     """Rows for z and each kind of code together, then for every code, strongest effect first."""
     spec, rng, rows = model.spec, torch.Generator().manual_seed(seed), []
     codes, other = spec.sample(N_MEASURED, rng), spec.sample(N_MEASURED, rng)
-    few, device = Codes(*(c[:N_MOVED] for c in codes)), model.device
-    fast = device.type == "cpu" and infogan.speed_up(device)  # a GPU needs no bfloat16 for this
+    few = Codes(*(c[:N_MOVED] for c in codes))
 
     def pictures(codes: Codes) -> Tensor:
-        with torch.autocast(device.type, torch.bfloat16, enabled=fast):
+        with quick(model.device):
             return draw(model, spec.join(codes))
 
     x = pictures(codes)
@@ -294,11 +309,11 @@ def sheet(
 def sheets(model: Model, args: Namespace) -> str:
     """The table, a sheet per code, sheets of several codes; nothing selected: the seed's first."""
     spec, out, zoom, held = model.spec, claim(args.out), args.zoom, args.set
-    rows, base = measure(model, args.seed), sample_seeds(spec, args.seeds, held)
+    rows, base = measure(model, args.seed), args.base
     save_table(out / "table.csv", print_rows(rows, args.names))
     values = [round(v, 6) + 0.0 for v in torch.linspace(*args.range, args.steps).tolist()]
     axes = {"cat": [*range(spec.cat_dim)][:MOST_SHOWN], "cont": values}
-    seeds, strips = [f"seed {seed}" for seed in args.seeds], []
+    seeds, strips = args.faces, []
     for row in (row for row in rows if row.code in args.codes):
         kind = row.code.rstrip("0123456789")
         name, axis, heat = args.labels[row.code], axes[kind], row.heat[None]
@@ -341,7 +356,7 @@ def save_loop(path: Path, frames: Iterable[Image.Image], milliseconds: int) -> N
 def walk(model: Model, args: Namespace) -> str:
     """From the face of each seed to the next, and from the last to the first, as GIF or WebP."""
     spec, size, path = model.spec, model.shape[0], claim(args.out.parent, args.out.name)
-    a = spec.join(sample_seeds(spec, args.seeds, args.set))[:, None]
+    a = spec.join(args.base)[:, None]
     t = torch.arange(args.steps)[:, None] / args.steps
     codes = a.lerp(a.roll(-1, 0), t)  # (faces, steps, spec.dim)
     # of variance 1 on the way too, so that faces stay sharp
@@ -364,13 +379,13 @@ def save_pngs(folder: Path, parts: Iterable[Tensor], names: list[str]) -> None:
 def samples(model: Model, args: Namespace) -> str:
     """A PNG for each seed and codes.csv, its codes; of --data, what a run sees, into OUT-real."""
     spec, out, names = model.spec, args.out, [f"{seed:06d}.png" for seed in args.seeds]
-    codes = sample_seeds(spec, args.seeds, args.set)
+    codes, first = args.base, {"file": names}
+    first |= {} if args.start else {"seed": args.seeds}
     (claim(out) / "codes.csv").unlink(missing_ok=True)  # of other pictures
     save_pngs(out, (draw(model, part) for part in spec.join(codes).split(AT_ONCE)), names)
-    table, values = [["file", "seed", *spec.names]], torch.cat([codes.c_cat, codes.c_cont], 1)
-    for name, seed, row in zip(names, args.seeds, values.tolist(), strict=True):
-        table.append([name, seed, *row])
-    save_table(out / "codes.csv", table)
+    # a seed tells z by itself
+    values = [codes.c_cat, codes.c_cont, *([codes.z] if args.start else [])]
+    save_codes(out / "codes.csv", spec, first, torch.cat(values, 1))
     written = f"{out} has {len(names):,} pictures and codes.csv"
     if args.data:
         real, x = out.with_name(f"{out.name}-real"), load_pictures(args.data, *model.shape).x
@@ -391,7 +406,6 @@ def versus(model: Model, args: Namespace) -> str:
     if args.data:
         real = load_pictures(args.data, *model.shape).x
         real = to_floats(real[torch.randperm(len(real), generator=rng)[:N_REAL]])
-    base = sample_seeds(spec, args.seeds, args.set)
     first = sample_seeds(spec, range(args.seed, args.seed + columns), args.set)
     for run in (model, other):
         print(run.path)
@@ -406,7 +420,7 @@ def versus(model: Model, args: Namespace) -> str:
         for code in [row.code for row in rows if row.code in spec.names[spec.n_cat :]][:1]:
             axes[code] = torch.linspace(*args.range, columns).tolist()
         for code, axis in axes.items():
-            shown += [(code, faces) for faces in traversal(run, base, code, axis, args.set)]
+            shown += [(code, faces) for faces in traversal(run, args.base, code, axis, args.set)]
     title = f"above: {model.path}, below: {other.path}"
     save_picture(out / "comparison.png", sheet(title, shown, range(columns), args.zoom))
     return f"{out} has comparison.png"
@@ -494,8 +508,65 @@ def sort(model: Model, args: Namespace) -> str:
     return f"{out} has sheets and codes.csv"
 
 
+def look(model: Model, x: Tensor) -> Tensor:
+    """What two pictures must share to look alike, of x (n, channels, size, size): (n, features).
+
+    Colours by place (4x4, 16x16 averages) and D's first features, which see lines. Not the pixels:
+    where G cannot draw a line in its place, they ask for none, and pictures get soft.
+    """
+    coarse, fine = (F.adaptive_avg_pool2d(x, size) for size in (4, 16))
+    parts = (10.0, coarse), (2.0, fine), (0.5, model.D.trunk[:2](x))
+    weighted = [part.flatten(1) * math.sqrt(w / part[0].numel()) for w, part in parts]
+    return torch.cat(weighted, 1).float()
+
+
+def misfit(model: Model, joined: Tensor, wanted: Tensor) -> Tensor:
+    """How far G's drawings of its inputs (n, spec.dim) are from wanted (n, features): (n,)."""
+    with quick(model.device):
+        return (look(model, model.G(joined)) - wanted).square().sum(1)
+
+
+def find_codes(model: Model, x: Tensor, guess: Codes) -> Codes:
+    """The codes of n pictures x (n, channels, size, size) in [-1, 1], from Q's guess on.
+
+    First the categories, one code after the other; then z, from 0 on, and the continuous codes by
+    gradient. What training never drew is no face: |z| stays within sqrt(z_dim), its usual length,
+    and continuous codes within [-1, 1]. To four decimals, as codes.csv has them.
+    """
+    spec, device, n = model.spec, model.device, len(x)
+    wanted, owner = look(model, x.to(device)), torch.arange(n, device=device)
+    codes = Codes(*(c.to(device, copy=True) for c in guess))
+    codes = codes._replace(z=torch.zeros_like(codes.z), c_cont=codes.c_cont.clamp(-1, 1))
+    for k in tqdm([*range(spec.n_cat)] * FIT_ROUNDS, "categories", leave=False, disable=None):
+        tried = spec.join(spec.traverse(codes, f"cat{k}", range(spec.cat_dim)))
+        whose = owner.repeat_interleave(spec.cat_dim)
+        parts = zip(tried.split(AT_ONCE), whose.split(AT_ONCE), strict=True)
+        far = torch.cat([misfit(model, part, wanted[i]) for part, i in parts]).view(n, -1)
+        codes.c_cat[:, k] = far.argmin(1)
+    if spec.n_cat:  # z can turn the order of the last code's best ones: with it each is tried
+        nearest = far.topk(min(N_FOLLOWED, spec.cat_dim), largest=False).indices
+        owner = owner.repeat_interleave(nearest.shape[1])
+        codes, wanted = Codes(*(c[owner] for c in codes)), wanted[owner]
+        codes.c_cat[:, -1] = nearest.flatten()
+    moved = [c.requires_grad_() for c in (codes.z, codes.c_cont) if c.numel()]
+    adam = torch.optim.Adam(moved, FIT_RATE) if moved else None
+    for step in tqdm(range(FIT_STEPS if moved else 0), "z, cont", leave=False, disable=None):
+        adam.param_groups[0]["lr"] = FIT_RATE * min(1, 2 - 2 * step / FIT_STEPS)  # to rest
+        adam.zero_grad()
+        misfit(model, spec.join(codes), wanted).sum().backward()
+        adam.step()
+        with torch.no_grad():
+            codes.c_cont.clamp_(-1, 1)
+            codes.z.copy_(codes.z.renorm(2, 0, spec.z_dim**0.5))
+    with torch.no_grad():
+        far = misfit(model, spec.join(codes), wanted).view(n, -1)
+    best = torch.arange(n, device=device) * far.shape[1] + far.argmin(1)
+    codes = Codes(*(c.detach()[best].cpu() for c in codes))
+    return Codes(*(c.double().round(decimals=4).to(c.dtype) for c in codes))
+
+
 def read(model: Model, args: Namespace) -> str:
-    """A table of what Q reads from each picture; read.png: each beside what G draws of it."""
+    """A table of what Q reads from each picture; codes.csv, what draws it; read.png shows both."""
     spec, pixels, (size, channels, _) = model.spec, bytearray(), model.shape
     paths = [*map(Path, args.read)]
     for path in paths:
@@ -513,17 +584,30 @@ def read(model: Model, args: Namespace) -> str:
         form = "{:.0f} ({:.0%})" if j < spec.n_cat else "{:+.2f} ± {:.2f}"
         table.append([args.labels[code], *map(form.format, values[:, j], doubts[:, j])])
     print_table(table)
-    n_drawn = len(args.seeds)
-    c_cat, c_cont = values.repeat_interleave(n_drawn, 0).split([spec.n_cat, spec.n_cont], 1)
-    z = sample_seeds(spec, args.seeds, {}).z.repeat(len(x), 1)
-    codes = hold(spec, Codes(z, c_cat.long(), c_cont), args.set)
-    drawn = draw(model, spec.join(codes)).unflatten(0, (-1, n_drawn))
-    shown = torch.cat([to_floats(x)[:, None], drawn], 1)
-    title = "each picture, and what G draws from the codes that Q reads"
-    above = ["picture", *(f"seed {seed}" for seed in args.seeds)]
-    page = sheet(title, zip(names, shown, strict=True), above, args.zoom)
-    save_picture(claim(args.out) / "read.png", page)
-    return f"{args.out} has read.png"
+    c_cat, c_cont = values.split([spec.n_cat, spec.n_cont], 1)
+    z = args.base.z[:1].expand(len(x), -1)
+    by_Q = hold(spec, Codes(z, c_cat.long(), c_cont), args.set)
+    # so that the pictures which find_codes follows are at most as many as in other passes
+    columns = (column.split(AT_ONCE // N_FOLLOWED) for column in (x, *by_Q))
+    each = [
+        find_codes(model, to_floats(part), Codes(*guess))
+        for part, *guess in zip(*columns, strict=True)
+    ]
+    found = hold(spec, Codes(*map(torch.cat, zip(*each, strict=True))), args.set)
+    out, n = claim(args.out), len(args.seeds)
+    save_codes(out / "codes.csv", spec, {"file": names}, torch.cat([*found[1:], found.z], 1))
+    posed = Codes(*(column.repeat_interleave(n, 0) for column in found))
+    other = Codes(*(column.repeat(len(x), *[1] * (column.dim() - 1)) for column in args.base))
+    posed = spec.replace(posed, "cont" if spec.n_cont else "z", other)
+    drawn = [draw(model, spec.join(codes)) for codes in (by_Q, found, posed)]
+    shown = [to_floats(x)[:, None], *(part.unflatten(0, (len(x), -1)) for part in drawn)]
+    title = (
+        "each picture; G's drawing of what Q reads; of the codes found; these, posed as seeds are"
+    )
+    above = ["picture", "Q alone", "found", *(f"as {seed}" for seed in args.faces)]
+    page = sheet(title, zip(names, torch.cat(shown, 1), strict=True), above, args.zoom)
+    save_picture(out / "read.png", page)
+    return f"{out} has read.png, and codes.csv for --start"
 
 
 # for other programs -------------------------------------------------------------------------------
@@ -564,11 +648,11 @@ def typical(model: Model, codes: Codes) -> list[int]:
 
 
 def explorer(model: Model, args: Namespace) -> str:
-    """One HTML file that draws by itself; opens on a typical face, or the first of --seeds."""
+    """One HTML file that draws by itself; opens on a typical face, or on --seeds or --start."""
     spec, path = model.spec, claim(args.out, "explorer.html")
     rows, codes, layers, weights, scales = measure(model, args.seed), [], [], [], []
     print_rows(rows, args.names)
-    faces, seeds = sample_seeds(spec, args.seeds, args.set), args.seeds
+    faces, seeds = args.base, [] if args.start else args.seeds
     if not args.chosen:
         best = typical(model, faces)
         faces, seeds = Codes(*(c[best] for c in faces)), [args.seeds[k] for k in best]
@@ -651,10 +735,10 @@ def shrink(model: Model, args: Namespace) -> str:
 
 # fmt: off
 MODES = {  # by whom; what it writes, beside the checkpoint; the flags that it takes
-"sheets": (sheets, "traversals", "out codes rows seed seeds set range steps zoom gif names"),
-"--explorer": (explorer, "traversals", "out seed seeds set range names"),
-"--walk": (walk, "traversals/walk.gif", "out rows seed seeds set steps zoom"),
-"--samples": (samples, "generated", "out seed seeds set data"),
+"sheets": (sheets, "traversals", "out codes rows seed seeds start set range steps zoom gif names"),
+"--explorer": (explorer, "traversals", "out seed seeds start set range names"),
+"--walk": (walk, "traversals/walk.gif", "out rows seed seeds start set steps zoom"),
+"--samples": (samples, "generated", "out seed seeds start set data"),
 "--read": (read, "traversals", "out seed seeds set codes names zoom"),
 "--sort": (sort, "sorted", "out codes rows steps zoom names"),
 "--versus": (versus, "traversals", "out rows seed seeds set range zoom data"),
@@ -669,6 +753,7 @@ FLAGS = {  # as in infogan.py
     ("--rows", 8, (1, 100), "rows of a sheet; faces of --walk"),
     ("--seed", 0, (0, 10**9), "of the first picture or row; the others have the next numbers"),
     ("--seeds", None, "LIST", "these instead, such as 3,17,40-49"),
+    ("--start", None, "FILE", "begin with faces that --read found: codes.csv, some: codes.csv:0,2"),
     ("--set", None, "LIST", "hold codes at values, such as cat0=3,cont5=-0.8"),
     ("--range", None, "V", "values of a continuous code (default -3 3; of up to 5: -1.5 1.5)"),
     ("--steps", 13, (2, 100), "columns of a continuous code's sheet; frames to the next face"),
@@ -680,7 +765,7 @@ FLAGS = {  # as in infogan.py
     ("--explorer", False, bool, "write explorer.html, a page to move the codes"),
     ("--sort", None, "FOLDER", "sort real pictures by the codes that Q reads: a folder or mnist"),
     ("--samples", None, (0, MOST_SAMPLES), "write N PNGs, or one for each of --seeds; codes.csv"),
-    ("--read", None, "PICTURE", "tell what Q reads from pictures, draw each again"),
+    ("--read", None, "PICTURE", "tell what Q reads from pictures; find codes that draw them"),
     ("--walk", False, bool, "write an animation that moves through the faces of the seeds"),
     ("--versus", None, "FILE", "compare with this checkpoint"),
     ("--data", None, "FOLDER", "real pictures: --versus compares both with them, --samples"
@@ -735,14 +820,44 @@ def read_set(text: str, spec: CodeSpec) -> Held:
     return held
 
 
-def read_seeds(text: str) -> list[int]:
+def read_seeds(text: str, flag: str = "--seeds") -> list[int]:
     """The numbers of "3,17,40-49". Raises UserError where they are not different, or too many."""
     parts = [re.fullmatch(r"\s*(\d{1,9})(?:-(\d{1,9}))?\s*", part) for part in text.split(",")]
     ranges = [range(int(m[1]), int(m[2] or m[1]) + 1) for m in parts if m]
     n = sum(map(len, ranges))
     if not all([*parts, *ranges]) or n > MOST_SAMPLES or len({*chain(*ranges)}) < n:
-        raise UserError(f"--seeds {text}: must be different numbers such as 3,17,40-49")
+        raise UserError(f"{flag} {text}: must be different numbers such as 3,17,40-49")
     return [*chain(*ranges)]
+
+
+def read_start(text: str, spec: CodeSpec) -> tuple[list[str], Codes]:
+    """The files and codes of a codes.csv by --read, or of some of its rows: "codes.csv:0,2-4"."""
+    path, some = re.fullmatch(r"(.+?)(?::([\d,\s-]+))?", text, re.S).groups()
+    names = [*spec.names, *(f"z{i}" for i in range(spec.z_dim))]
+    try:
+        with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
+            head, *rows = csv.reader(file)
+        if head != ["file", *names]:
+            raise ValueError("it has other columns")
+        rows = [rows[i] for i in read_seeds(some, "--start")] if some else rows
+        values = torch.tensor([[*map(float, row[1:])] for row in rows])
+        c_cat, c_cont, z = values.split([spec.n_cat, spec.n_cont, spec.z_dim], 1)
+        is_category = (c_cat == c_cat.floor()) & (c_cat >= 0) & (c_cat < spec.cat_dim)
+        if not is_category.all() or not (values.abs() <= 1000).all():  # NaN too
+            raise ValueError("a value is out of range")
+    except (*infogan.BROKEN, IndexError, csv.Error) as error:
+        must = "must be a codes.csv that --read wrote with this checkpoint, rows from 0"
+        raise UserError(f"--start {text}: {must} ({str(error).splitlines()[0]})") from error
+    return [row[0] for row in rows], Codes(z, c_cat.long(), c_cont)
+
+
+def check_count(args: Namespace) -> None:
+    """Raises UserError for too few or too many faces."""
+    bounds = {"--walk": (2, 100), "--samples": (1, MOST_SAMPLES)}
+    least, most = bounds.get(args.mode, (1, 100))
+    if not least <= len(args.seeds) <= most:
+        what = "rows" if args.start else "seeds"
+        raise UserError(f"{args.mode}: needs {least} to {most:,} {what}, not {len(args.seeds):,}")
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
@@ -765,12 +880,12 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     if args.seeds and (given & {"--seed", "--rows"} or args.samples):
         raise UserError("--seeds: leave out --seed, --rows and N of --samples")
     counts = {"--samples": args.samples, "--read": N_READ, "--explorer": N_TRIED}
-    count, args.chosen = counts.get(args.mode, args.rows), bool(args.seeds)
+    count, args.chosen = counts.get(args.mode, args.rows), bool(args.seeds or args.start)
+    if args.start and (given & {"--seed", "--seeds", "--rows"} or args.samples):
+        raise UserError("--start: leave out --seed, --seeds, --rows and N of --samples")
     args.seeds = read_seeds(args.seeds) if args.seeds else [*range(args.seed, args.seed + count)]
-    bounds = {"--walk": (2, 100), "--samples": (1, MOST_SAMPLES)}
-    least, most = bounds.get(args.mode, (1, 100))
-    if not least <= len(args.seeds) <= most:
-        raise UserError(f"{args.mode}: needs {least} to {most:,} seeds, not {len(args.seeds):,}")
+    if not args.start:
+        check_count(args)
     return args
 
 
@@ -785,6 +900,14 @@ def show(args: Namespace) -> int:
     args.labels = {code: code for code in spec.names}  # of sheets
     args.labels |= {code: f"{code} ({name})" for code, name in args.names.items()}
     args.set = read_set(args.set, spec) if args.set else {}
+    args.faces = [f"seed {seed}" for seed in args.seeds]
+    if args.start:
+        args.faces, base = read_start(args.start, spec)
+        args.seeds = [*range(len(args.faces))]
+        check_count(args)
+    else:
+        base = sample_seeds(spec, args.seeds, {})
+    args.base = hold(spec, base, args.set)
     reach = 3.0 if spec.n_cont > 5 else 1.5
     args.range = args.range or (-reach, reach)
     place = place if path.name == "last.pt" else f"{path.stem}-{place}"

@@ -625,6 +625,90 @@ def test_Q_reads_a_picture_of_one_s_own_and_G_draws_it_again(ckpt, tmp_path, cap
         refused(capsys, [*read, mine[0], bad], "--read", str(bad))
 
 
+SHAPES_READ = [
+    ["--n-cat", "2", "--cat-dim", "4", "--n-cont", "3"],
+    ["--n-cat", "0", "--n-cont", "2", "--channels", "1"],
+    ["--n-cont", "0", "--z-dim", "6"],
+    ["--n-cont", "2", "--z-dim", "0", "--cont-at", "4"],
+    ["--n-cat", "2", "--n-cont", "0", "--z-dim", "0"],
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES_READ, ids=" ".join)
+def test_pictures_that_G_drew_are_found_again_better_than_by_Q(tmp_path, shape):
+    lively(tmp_path / "last.pt", "--image-size", "16", "--width", "8", *shape)
+    model = generate.load_model(str(tmp_path), CPU)
+    spec, guess = model.spec, model.spec.sample(6, seeded(8))
+    x = generate.draw(model, spec.join(spec.sample(6, seeded(7))))
+    q = generate.ask_Q(model, [x])
+    by_Q = guess._replace(c_cat=q.q_logits.argmax(2), c_cont=q.q_mu)
+    before = [column.clone() for column in by_Q]
+    found = generate.find_codes(model, x, by_Q)
+    assert all(a.equal(b) for a, b in zip(by_Q, before, strict=True)), "its guess stays"
+    left, left_by_Q = (
+        (generate.draw(model, spec.join(codes)) - x).square().mean() for codes in (found, by_Q)
+    )
+    assert left < 0.5 * left_by_Q or left == left_by_Q == 0
+    assert (found.z.norm(dim=1) <= 1.001 * spec.z_dim**0.5).all()
+    assert (found.c_cont.abs() <= 1).all() and (found.c_cat < spec.cat_dim).all()
+
+
+def test_a_face_that_was_found_begins_every_mode(tmp_path, capsys):
+    """A grey picture, one with alpha, one of G's: codes.csv draws them as read.png has them."""
+    lively(tmp_path / "last.pt", "--image-size", "16", "--width", "8", "--n-cat", "2")
+    head, mine = ["--ckpt", tmp_path], [tmp_path / f"{name}.png" for name in ("a, b", "c", "d")]
+    for path, mode in zip(mine, ("L", "RGBA", "RGB"), strict=True):
+        noise = random.Random(mode).randbytes(16 * 16 * len(mode.replace("L", "1")))
+        Image.frombytes(mode, (16, 16), noise).save(path)
+    drawn, real = [], generate.draw
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generate, "draw", lambda m, x: (drawn.append(x), real(m, x))[1])
+        draws([*head, "--read", *mine], tmp_path / "read")
+        found, table = drawn[1], tmp_path / "read/codes.csv"
+        assert [row["file"] for row in table_of(table)] == [path.name for path in mine]
+        made = draws([*head, "--samples", "--start", table], tmp_path / "all")
+        assert drawn[-1].equal(found), "bit for bit"
+        assert draws([*head, "--samples", "--start", tmp_path / "all/codes.csv"], tmp_path / "2")
+        assert drawn[-1].equal(found), "what --samples writes is such a file too"
+        some = draws([*head, "--samples", "--start", f"{table}:2,0"], tmp_path / "some")
+        assert drawn[-1].equal(found[[2, 0]]) and some["000000.png"] == made["000002.png"]
+        walk = ["--walk", "--steps", "4", "--start", f"{table}:1-2", "--set", "cat1=3"]
+        assert generate.main([*map(str, [*head, *walk])]) == 0
+        ends = drawn[-1][::4]
+        spec = infogan.load_generator(tmp_path / "last.pt")[1]
+        held = spec.z_dim + spec.cat_dim
+        assert ends[:, :held].allclose(found[1:, :held], atol=1e-6)
+        assert (ends[:, held + 3] == 1).all()
+        drawn.clear()
+        draws([*head, "--start", f"{table}:1", "--codes", "cont0", "--steps", "2"], tmp_path / "s")
+        assert any(len(x) == 2 and x[:, :-2].equal(found[[1, 1], :-2]) for x in drawn)
+    page = draws([*head, "--explorer", "--start", f"{table}:1"], tmp_path / "e")["explorer.html"]
+    data = json.loads(re.search("data = ({.*});", page.decode())[1])
+    row = table_of(table)[1]
+    assert data["set"] == pytest.approx({name: float(row[name]) for name in spec.names})
+    assert data["z"][0] == pytest.approx([float(row[f"z{i}"]) for i in range(spec.z_dim)])
+    assert data["faces"] == ["c.png"]
+
+
+def test_a_start_that_is_none_is_one_line(ckpt, tmp_path, capsys):
+    draws(["--ckpt", ckpt, "--read", few_pictures(tmp_path / "few") / "0.png"], tmp_path / "o")
+    good = (tmp_path / "o/codes.csv").read_text()
+    lines = good.splitlines()
+    bad = {"none": None, "empty": "", "head": lines[0], "other": good.replace("cont2", "cont9")}
+    bad |= {"short": good[:-9], "nan": re.sub(",[^,]*$", ",nan", good), "text": good + "\0"}
+    bad["half"] = f"{lines[0]}\n{re.sub(',[0-9]+', ',0.5', lines[1], count=1)}\n"
+    for name, text in bad.items():
+        path = tmp_path / f"{name}.csv"
+        if text is not None:
+            path.write_text(text)
+        refused(capsys, ["--ckpt", ckpt, "--start", path], "--start", str(path))
+    start = ["--ckpt", ckpt, "--start", f"{tmp_path / 'o/codes.csv'}"]
+    refused(capsys, [*start[:-1], start[-1] + ":1"], "--start", "rows from 0")
+    refused(capsys, [*start, "--walk"], "--walk", "2 to 100 rows, not 1")
+    for more in (["--rows", 3], ["--seeds", "1,2"], ["--samples", 3]):
+        refused(capsys, [*start, *more], "--start", "leave out")
+
+
 def test_any_terminal_can_be_written_to(ckpt, tmp_path):
     """As ASCII it has no ±, and no letters of a name."""
     names, picture = tmp_path / "names.json", few_pictures(tmp_path / "few") / "0.png"
