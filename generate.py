@@ -584,26 +584,25 @@ def read(model: Model, args: Namespace) -> str:
         form = "{:.0f} ({:.0%})" if j < spec.n_cat else "{:+.2f} ± {:.2f}"
         table.append([args.labels[code], *map(form.format, values[:, j], doubts[:, j])])
     print_table(table)
+    out = claim(args.out)
     c_cat, c_cont = values.split([spec.n_cat, spec.n_cont], 1)
     z = args.base.z[:1].expand(len(x), -1)
     by_Q = hold(spec, Codes(z, c_cat.long(), c_cont), args.set)
-    # so that the pictures which find_codes follows are at most as many as in other passes
+    # find_codes follows N_FOLLOWED drawings of each picture: AT_ONCE together
     columns = (column.split(AT_ONCE // N_FOLLOWED) for column in (x, *by_Q))
     each = [
         find_codes(model, to_floats(part), Codes(*guess))
         for part, *guess in zip(*columns, strict=True)
     ]
     found = hold(spec, Codes(*map(torch.cat, zip(*each, strict=True))), args.set)
-    out, n = claim(args.out), len(args.seeds)
     save_codes(out / "codes.csv", spec, {"file": names}, torch.cat([*found[1:], found.z], 1))
-    posed = Codes(*(column.repeat_interleave(n, 0) for column in found))
-    other = Codes(*(column.repeat(len(x), *[1] * (column.dim() - 1)) for column in args.base))
-    posed = spec.replace(posed, "cont" if spec.n_cont else "z", other)
+    n = len(args.seeds)
+    face, pose = torch.arange(len(x)).repeat_interleave(n), torch.arange(n).repeat(len(x))
+    each_face, each_pose = Codes(*(c[face] for c in found)), Codes(*(c[pose] for c in args.base))
+    posed = spec.replace(each_face, "cont" if spec.n_cont else "z", each_pose)
     drawn = [draw(model, spec.join(codes)) for codes in (by_Q, found, posed)]
     shown = [to_floats(x)[:, None], *(part.unflatten(0, (len(x), -1)) for part in drawn)]
-    title = (
-        "each picture; G's drawing of what Q reads; of the codes found; these, posed as seeds are"
-    )
+    title = "each picture; what Q alone makes of it; what is found; that face posed as seeds"
     above = ["picture", "Q alone", "found", *(f"as {seed}" for seed in args.faces)]
     page = sheet(title, zip(names, torch.cat(shown, 1), strict=True), above, args.zoom)
     save_picture(out / "read.png", page)
