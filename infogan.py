@@ -1907,8 +1907,11 @@ def run(
 
 def as_program(main: Callable[[], int]) -> None:
     """Runs main and ends the process, with streams that take any letter."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # not those of a notebook
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if getattr(stream, "closed", stream is None):  # in a service, or after >&-
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        with suppress(AttributeError, ValueError):  # those of a notebook have no reconfigure
             stream.reconfigure(errors="backslashreplace")
     sys.exit(main())
 

@@ -1871,6 +1871,26 @@ def test_an_error_has_a_line_of_its_own_in_a_terminal(faces, tmp_path, monkeypat
     assert told_at_the_end(capsys).startswith("infogan.py: step 16: loss_D is nan")
 
 
+class NotebookStream(io.StringIO):
+    """As in a notebook: it has letters of any kind, and nothing to set."""
+
+    reconfigure = property()
+
+
+@pytest.mark.parametrize("kind", [NotebookStream, type(None), "closed"])
+def test_any_streams_or_none_are_no_reason_to_stop(tmp_path, monkeypatch, kind):
+    few = few_pictures(tmp_path / "few")
+    for name in ("stdout", "stderr"):
+        stream = io.StringIO() if kind == "closed" else kind()
+        if kind == "closed":
+            stream.close()
+        monkeypatch.setattr(sys, name, stream)
+    flags = tiny(few, tmp_path / "run", "--max-steps", 1)
+    with pytest.raises(SystemExit) as ended:
+        infogan.as_program(lambda: infogan.main(flags))
+    assert ended.value.code == 0 and step_of(tmp_path / "run") == 1
+
+
 # flags --------------------------------------------------------------------------------------------
 
 
