@@ -813,8 +813,8 @@ CROPS = {"centre": 0.5, "top": 0.0}  # how much of what a tall picture loses lie
 HIDDEN = r"(?is)\..*|@eadir|[@#$]recycle(\.bin)?|recycler|#snapshot|__macosx|lost\+found|lost\.dir"
 HIDDEN += r"|found\.000|system volume information|desktop\.ini|thumbs(\.db)?"  # of systems too
 MARK = ".generated"  # generate.py leaves it in each folder that it makes: what G draws is no data
-OUR_FOLDERS = [{"args.json", "log.csv"}, {"last.pt"}, {MARK}, {"codes.csv"}]
-OUR_FOLDERS += [{"table.csv", "overview.png"}]  # of generate.py before there was a mark
+OUR_FOLDERS = [{"args.json", "log.csv"}, {"args.json", "samples"}, {"last.pt"}, {MARK}]
+OUR_FOLDERS += [{"codes.csv"}, {"table.csv", "overview.png"}]  # before there was a mark
 GET_PICTURES = "give a folder of pictures; `make data` downloads faces, `make demo` draws some"
 DATA, IDX = Path("data"), "raw/train-images-idx3-ubyte"  # where torchvision keeps named sets
 NAMED_SETS = {  # torchvision's class, its file; digits and clothes: 32x32, never mirrored
@@ -859,7 +859,7 @@ def find_pictures(root: Path) -> tuple[list[Path], Counter]:
     walk = os.walk(root, onerror=lambda e: files.append(Path(e.filename)), followlinks=True)
     for here, folders, names in walk:
         folder, real = Path(here), Path(here).resolve()
-        is_ours = folder != root and any(marks <= {*names} for marks in OUR_FOLDERS)
+        is_ours = folder != root and any(marks <= {*names, *folders} for marks in OUR_FOLDERS)
         passed_over[f"folder {folder.name} (a run, or by generate.py)"] += is_ours
         holds_root = real in root.resolve().parents  # a link upwards
         if is_ours or holds_root or real in visited:

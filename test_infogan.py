@@ -942,6 +942,7 @@ def test_what_is_passed_over_is_told_with_the_reason(tmp_path, capsys):
     four_pictures(folder / "@eaDir", 8)
     four_pictures(folder / "$Recycle.Bin/S-1", 12)
     marks = "args.json log.csv", "last.pt", infogan.MARK, "codes.csv", "table.csv overview.png"
+    marks += ("args.json samples",)  # of a run that was killed in its first minute
     for i, names in enumerate(marks):
         ours = four_pictures(folder / f"{i}/ours", 16)
         for name in names.split():
@@ -952,7 +953,7 @@ def test_what_is_passed_over_is_told_with_the_reason(tmp_path, capsys):
     assert len(infogan.load_pictures(str(folder), 16).x) == 4
     (line, _) = capsys.readouterr().out.splitlines()
     assert ", 2 of .heic, " in line and "DS_Store" not in line
-    assert "5 folder ours (a run, or by generate.py)" in line
+    assert "6 folder ours (a run, or by generate.py)" in line
     for part in ("1 of .txt", "1 of no suffix", "1 hidden", "folder .Trash-1000", "folder @eaDir"):
         assert part in line, line
 
