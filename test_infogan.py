@@ -919,6 +919,76 @@ def test_what_is_wrong_with_pictures_names_the_flag_that_asked_for_them(
 
 
 @unix
+@pytest.mark.parametrize("low, high, told", [
+    (0, 4095, "0 is black and 4095 is white"), (30_000, 31_000, "30000 is black"), (0, 65_535, ""),
+])  # fmt: skip
+def test_16_bits_of_a_small_range_are_seen(tmp_path, capsys, low, high, told):
+    """As of X-rays, with 12 bits, and of heights."""
+    for i in range(4):
+        deep = Image.new("I;16", (16, 16), low + (high - low) * (i + 1) // 5)
+        deep.paste(low, (0, 0, 16, 4))
+        deep.paste(high, (0, 12, 16, 16))
+        deep.save(tmp_path / f"{i}.png")
+    x = infogan.load_pictures(str(tmp_path), 16).x
+    assert (x[:, 0].float().mean(), x[:, 15].float().mean()) == (0, 255)
+    assert sorted(x[:, 8, 8, 0].tolist()) == pytest.approx([51, 102, 153, 204], abs=1)
+    said = capsys.readouterr().out
+    assert told in said and said.count("16 bits") == bool(told) and "empty" in said  # 6 levels
+
+
+@pytest.mark.parametrize("kind, words", [
+    ("black", "14 levels of brightness from 0 to 13"), ("white", "have one colour"),
+    ("mask", "2 levels"), ("small", "at most 16"), ("fine", ""),
+])  # fmt: skip
+def test_a_set_that_looks_empty_is_told(tmp_path, capsys, kind, words):
+    folder, most = few_pictures(tmp_path / "few"), {"black": 14, "mask": 2}.get(kind, 256)
+    for i, path in enumerate(sorted(folder.glob("?.png"))):
+        noise = torch.randint(most, (16, 16), dtype=torch.uint8, generator=seeded(i))
+        noise = torch.full_like(noise, 254) if kind == "white" else noise
+        noise = noise * 255 if kind == "mask" else noise
+        noise[0, 0] = 250 + i if kind == "white" else noise[0, 0]
+        Image.fromarray(noise.numpy()).save(path)
+    (folder / "copy.png").unlink()
+    for _ in range(2):  # from the cache as well
+        infogan.load_pictures(str(folder), 32 if kind == "small" else 16)
+        told = [*capsys.readouterr().out.splitlines()[1:]]
+        assert len(told) == bool(words) and all(words in line for line in told), told
+
+
+@pytest.mark.parametrize("suffix, words", [
+    (".zip", "python -m zipfile -e "), (".tar.gz", "python -m tarfile -e "),
+    (".npz", "python -c "), (".parquet", "read_parquet"),
+])  # fmt: skip
+def test_an_archive_in_place_of_pictures_names_the_cure(tmp_path, capsys, suffix, words):
+    folder = tmp_path / "my faces"
+    (folder / "a").mkdir(parents=True)
+    archive = folder / f"a/all{suffix}"
+    archive.touch()
+    for data in (folder, archive):
+        train(data, tmp_path / "run", code=2)
+        said = said_one_line(capsys, f"{archive}", words)
+    if suffix == ".npz":  # as one pastes it
+        import numpy as np
+
+        np.savez(archive, np.zeros((3, 8, 8, 3), np.uint8))
+        command = said.partition("unpack it: ")[2].replace("python -c", f"{sys.executable} -c")
+        subprocess.run(command, shell=True, check=True)
+        assert len([*folder.glob("a/all-unpacked/*.png")]) == 3
+
+
+def test_files_can_be_excluded(tmp_path, capsys):
+    folder, out = four_pictures(tmp_path / "set"), tmp_path / "run"
+    four_pictures(folder / "small", 4)
+    shutil.copy(folder / "small/5.png", folder / "0_mask.png")
+    flags = "--exclude", "*_mask.png", "--exclude", "small/*"
+    train(folder, out, "--max-steps", 1, *flags)
+    said = capsys.readouterr().out
+    assert "4 pictures in" in said and "4 by --exclude small/*, 1 by --exclude *_mask.png" in said
+    assert json.loads((out / "args.json").read_text())["exclude"] == ["*_mask.png", "small/*"]
+    train(folder, out, "--max-steps", 2, code=2)
+    assert "other pictures" in told_at_the_end(capsys)
+
+
 def test_linked_folders_are_followed_once(tmp_path, capsys):
     real, far = four_pictures(tmp_path / "set/z"), four_pictures(tmp_path / "far/deep", 4)
     (real.parent / "a").symlink_to(real)  # twice: it keeps the name that it has without the link
@@ -951,7 +1021,7 @@ def test_what_is_passed_over_is_told_with_the_reason(tmp_path, capsys):
     for name in (".DS_Store", "a.heic", "b.HEIC", "c.txt", "nothing"):
         (folder / name).touch()
     assert len(infogan.load_pictures(str(folder), 16).x) == 4
-    (line, _) = capsys.readouterr().out.splitlines()
+    (line, *_) = capsys.readouterr().out.splitlines()
     assert ", 2 of .heic, " in line and "DS_Store" not in line
     assert "6 folder ours (a run, or by generate.py)" in line
     for part in ("1 of .txt", "1 of no suffix", "1 hidden", "folder .Trash-1000", "folder @eaDir"):
