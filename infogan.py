@@ -1638,8 +1638,9 @@ class Recorder:
     def draw(self, name: str, x: Tensor | None = None) -> None:
         """Saves a grid of x, or of what G draws from the run's latents."""
         search, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
-        if x is None:  # in parts, as large pictures take much memory
-            x = torch.cat([self.state.G_ema(part) for part in self.latents.split(16)])
+        if x is None:  # in parts, so that no grid takes more memory than a step
+            parts = self.latents.split(min(16, self.batch_size))
+            x = torch.cat([self.state.G_ema(part).cpu() for part in parts])
         torch.backends.cudnn.benchmark = search  # for kernels, which pays only in training
         path = self.log.out / f"samples/{name}.png"
         self.log.attempt("samples", save_picture, path, to_image(make_grid(x)))

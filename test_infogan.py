@@ -1942,6 +1942,13 @@ def test_an_error_has_a_line_of_its_own_in_a_terminal(faces, tmp_path, monkeypat
     assert told_at_the_end(capsys).startswith("infogan.py: step 16: loss_D is nan")
 
 
+def test_a_grid_is_drawn_in_parts_no_larger_than_a_batch(tmp_path, monkeypatch):
+    at_once, real = set(), Generator.forward
+    monkeypatch.setattr(Generator, "forward", lambda G, x: (at_once.add(len(x)), real(G, x))[1])
+    train(few_pictures(tmp_path / "few"), tmp_path / "run", "--max-steps", 1, "--batch-size", 3)
+    assert max(at_once) == 3
+
+
 class NotebookStream(io.StringIO):
     """As in a notebook: it has letters of any kind, and nothing to set."""
 
