@@ -900,7 +900,7 @@ def test_rubbish_among_pictures_is_told_and_the_rest_trains(tmp_path, capsys, mo
         Image.new("RGB", size, (60 * i, 0, 0)).save(folder / name)
     gone, real = folder / "gone.png", infogan.find_pictures
     gone.touch()
-    monkeypatch.setattr(infogan, "find_pictures", lambda f: (real(f), gone.unlink())[0])
+    monkeypatch.setattr(infogan, "find_pictures", lambda *a: (real(*a), gone.unlink())[0])
     train(folder, tmp_path / "run", "--max-steps", 2)
     told = capsys.readouterr().out
     assert f"4 pictures in {folder}" in told and f"unreadable files skipped: {bad + 1} (" in told
@@ -925,10 +925,9 @@ def test_what_is_wrong_with_pictures_names_the_flag_that_asked_for_them(
 def test_16_bits_of_a_small_range_are_seen(tmp_path, capsys, low, high, told):
     """As of X-rays, with 12 bits, and of heights."""
     for i in range(4):
-        deep = Image.new("I;16", (16, 16), low + (high - low) * (i + 1) // 5)
-        deep.paste(low, (0, 0, 16, 4))
-        deep.paste(high, (0, 12, 16, 16))
-        deep.save(tmp_path / f"{i}.png")
+        deep = torch.full((16, 16), low + (high - low) * (i + 1) // 5, dtype=torch.int32)
+        deep[:4], deep[12:] = low, high
+        Image.fromarray(deep.numpy().astype("uint16")).save(tmp_path / f"{i}.png")
     x = infogan.load_pictures(str(tmp_path), 16).x
     assert (x[:, 0].float().mean(), x[:, 15].float().mean()) == (0, 255)
     assert sorted(x[:, 8, 8, 0].tolist()) == pytest.approx([51, 102, 153, 204], abs=1)
