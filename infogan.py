@@ -52,6 +52,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
+from difflib import get_close_matches
 from fnmatch import fnmatch
 from functools import partial
 from importlib import import_module
@@ -1199,9 +1200,10 @@ def save_file(path: Path, values: dict) -> None:
 def load_checkpoint(path: str | Path) -> dict:
     """A checkpoint on the CPU: "args" (a dict of the flags), "step", "G_ema", "D", …
 
+    Of a folder it takes last.pt.
     Runs no code from the file. Raises UserError for a file that is not a checkpoint of ours.
     """
-    path = Path(path)
+    path = Path(path, "last.pt") if os.path.isdir(path) else Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint; infogan.py saves last.pt in a run's folder")
     try:
@@ -1347,7 +1349,7 @@ def as_typed(name: str, value: object) -> str:
     flag = name.replace("_", "-")
     if isinstance(value, bool):
         return f"--{flag}" if value else f"--no-{flag}"
-    return f"--{flag} {value}"
+    return f"--{flag} {shlex.quote(str(value))}"
 
 
 def refuse(args: Namespace, changes: list[str], for_good: bool = False) -> None:
@@ -1729,6 +1731,9 @@ def describe(state: State, args: Namespace, n: int, last_step: int) -> None:
         print("--recipe notebook: the notebook's settings and its defects, to compare with")
     if last_step < 1000 and not args.max_minutes:
         print(f"{last_step} steps are too few to learn from; raise --epochs or --max-steps")
+    if n < 1000:
+        text = f"{n} pictures are few: some thousands of one kind are needed"
+        print(text + (not args.init) * ", or begin with --init")
     if args.batch_size > n:
         print(f"--batch-size {args.batch_size}: there are only {n} pictures, so a batch is {n}")
     text = f"{state.device.type.upper()}, {torch.get_num_threads()} threads"
@@ -1770,7 +1775,7 @@ def report(state: State, recorder: Recorder, stopped_by: int | None) -> int:
         raise Diverged(f"{steps}, but {far_off[0]}: {cure}")
     why, advice = "time is up", "the same command resumes"
     if finished:
-        why, advice = "finished", f"see python generate.py --ckpt {path}"
+        why, advice = "finished", f"see python generate.py --ckpt {shlex.quote(str(path))}"
     elif stopped_by:
         why = signal.Signals(stopped_by).name
     print(f"{why}: {steps}. {path} is saved; {advice}")
@@ -1939,7 +1944,12 @@ class Parser(ArgumentParser):
         return value
 
     def given(self, argv: list[str] | None = None) -> dict:
-        """Only the flags that argv has, by their names in args."""
+        """Only the flags that argv has, by their names in args. Raises UserError for others."""
+        known = [flag[2:] for flag in self._option_string_actions]
+        for word in sys.argv[1:] if argv is None else argv:
+            name = word.partition("=")[0][2:] if word.startswith("--") else ""
+            if name and name not in known and (near := get_close_matches(name, known, 1, 0.7)):
+                raise UserError(f"--{name}: did you mean --{near[0]}?")
         return vars(self.parse_args(argv))
 
     def error(self, message: str) -> None:
@@ -1952,10 +1962,10 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     shape = {}
     if init := given.get("init"):
         run = Path(given.get("out", ""), "last.pt")  # has them too, should the file be gone
-        before = load_checkpoint(run if "out" in given and not os.path.isfile(init) else init)
+        before = load_checkpoint(run if "out" in given and not os.path.exists(init) else init)
         shape = {name: before["args"][name] for name in LIMITS}
         if other := differences(Namespace(**{**shape, **given}), shape, [*LIMITS]):
-            raise UserError(f"--init {init} has {other[0]}; leave this flag out")
+            raise UserError(f"--init {init} has {', '.join(other)}; leave these flags out")
     args = resolve(given, shape)
     spec_of(args)
     return args

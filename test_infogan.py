@@ -17,6 +17,7 @@ import os
 import pickle
 import random
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -1583,9 +1584,37 @@ def test_a_new_run_begins_with_another_s_weights(ckpt, faces, tmp_path, capsys, 
     begin(before, faces, "--max-steps", 2, "--out", out)
     assert step_of(out) == 2
     begin(ckpt, faces, "--max-steps", 3, "--out", out)
-    assert f"until now it had --init before.pt, not --init {ckpt}" in capsys.readouterr().out
+    assert (
+        f"until now it had --init before.pt, not --init {shlex.quote(str(ckpt))}"
+        in capsys.readouterr().out
+    )
     begin(out / "last.pt", faces, "--max-steps", 1, "--out", "next")
     assert infogan.load_checkpoint("next/last.pt")["args"]["init"] == f"{out / 'last.pt'}"
+
+
+def test_init_takes_a_folder_and_names_all_that_contradicts_it(ckpt, faces, tmp_path, capsys):
+    begin(ckpt.parent, faces, "--max-steps", 1, "--out", tmp_path / "run")
+    assert step_of(tmp_path / "run") == 1
+    capsys.readouterr()
+    begin(ckpt, faces, "--n-cat", 3, "--z-dim", 7, code=2)
+    said_one_line(capsys, "--n-cat 2, not --n-cat 3", "--z-dim 100, not --z-dim 7")
+
+
+def test_hints_can_be_pasted_and_few_pictures_are_told(tmp_path, capsys):
+    train(few_pictures(tmp_path / "few"), tmp_path / "my run", "--max-steps", 1)
+    said = capsys.readouterr().out
+    assert f"--ckpt '{tmp_path}/my run/last.pt'" in said
+    assert "5 pictures are few: some thousands" in said
+
+
+@pytest.mark.parametrize("module, flags, words", [
+    (infogan, "--epoch 3", "--epoch: did you mean --epochs?"),
+    (infogan, "--batchsize=3", "--batchsize: did you mean --batch-size?"),
+    (generate, "--cpkt last.pt", "--cpkt: did you mean --ckpt?"),
+])  # fmt: skip
+def test_a_misspelt_flag_is_named_with_the_right_one(capsys, module, flags, words):
+    assert module.main(flags.split()) == 2
+    said_one_line(capsys, words)
 
 
 def test_an_init_may_be_shrunken_and_must_fit(ckpt, faces, tmp_path, capsys):
