@@ -37,6 +37,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -51,6 +52,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
+from difflib import get_close_matches
+from fnmatch import fnmatch
 from functools import partial
 from importlib import import_module
 from itertools import chain, cycle, product, zip_longest
@@ -808,13 +811,13 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "JPEG2000", "PPM", "ICO"
 FORMATS += ("QOI", "TGA", "AVIF")  # not all that Pillow knows: for EPS it starts a program
 MAX_PIXELS = 2**30 // 12  # of one file, Pillow's own limit: decoding takes up to 16 bytes for each
 DECODE_THREADS = 8  # what is larger than their share of MAX_PIXELS is decoded alone
-DECODER_VERSION = 5  # counts up whenever decode changes its result
+DECODER_VERSION = 6  # counts up whenever decode changes its result
 CROPS = {"centre": 0.5, "top": 0.0}  # how much of what a tall picture loses lies above the square
 HIDDEN = r"(?is)\..*|@eadir|[@#$]recycle(\.bin)?|recycler|#snapshot|__macosx|lost\+found|lost\.dir"
 HIDDEN += r"|found\.000|system volume information|desktop\.ini|thumbs(\.db)?"  # of systems too
 MARK = ".generated"  # generate.py leaves it in each folder that it makes: what G draws is no data
-OUR_FOLDERS = [{"args.json", "log.csv"}, {"last.pt"}, {MARK}, {"codes.csv"}]
-OUR_FOLDERS += [{"table.csv", "overview.png"}]  # of generate.py before there was a mark
+OUR_FOLDERS = [{"args.json", "log.csv"}, {"args.json", "samples"}, {"last.pt"}, {MARK}]
+OUR_FOLDERS += [{"codes.csv"}, {"table.csv", "overview.png"}]  # before there was a mark
 GET_PICTURES = "give a folder of pictures; `make data` downloads faces, `make demo` draws some"
 DATA, IDX = Path("data"), "raw/train-images-idx3-ubyte"  # where torchvision keeps named sets
 NAMED_SETS = {  # torchvision's class, its file; digits and clothes: 32x32, never mirrored
@@ -849,9 +852,10 @@ def first_ten(texts: Sequence[str]) -> str:
     return ascii(", ".join(texts if len(texts) <= 10 else [*texts[:10], "..."]))[1:-1]
 
 
-def find_pictures(root: Path) -> tuple[list[Path], Counter]:
+def find_pictures(root: Path, exclude: Sequence[str] = ()) -> tuple[list[Path], Counter]:
     """All picture files below a folder, sorted, and how often what else was passed over.
 
+    exclude: patterns such as "*_mask.png" or "small/*" for paths within root.
     Linked folders are followed, each once; what cannot be opened counts as a file.
     """
     files, passed_over, visited = [], Counter(), set()
@@ -859,7 +863,7 @@ def find_pictures(root: Path) -> tuple[list[Path], Counter]:
     walk = os.walk(root, onerror=lambda e: files.append(Path(e.filename)), followlinks=True)
     for here, folders, names in walk:
         folder, real = Path(here), Path(here).resolve()
-        is_ours = folder != root and any(marks <= {*names} for marks in OUR_FOLDERS)
+        is_ours = folder != root and any(marks <= {*names, *folders} for marks in OUR_FOLDERS)
         passed_over[f"folder {folder.name} (a run, or by generate.py)"] += is_ours
         holds_root = real in root.resolve().parents  # a link upwards
         if is_ours or holds_root or real in visited:
@@ -873,7 +877,10 @@ def find_pictures(root: Path) -> tuple[list[Path], Counter]:
         )
         for file in map(folder.joinpath, names):
             suffix = re.split("[?:_]", file.suffix.lower())[0]  # .jpg?w=400 and .jpg_large too
-            if file.name.startswith("."):
+            inside = file.relative_to(root).as_posix()
+            if by := [pattern for pattern in exclude if fnmatch(inside, pattern)]:
+                passed_over[f"by --exclude {by[0]}"] += 1
+            elif file.name.startswith("."):
                 passed_over["hidden"] += suffix in suffixes
             elif suffix in suffixes or not file.exists():
                 files.append(file)
@@ -897,13 +904,20 @@ def open_named_set(name: str, flag: str) -> Collection[tuple]:
         raise UserError(f"{flag} {name}: {why} ({type(error).__name__}: {error})") from error
 
 
-def to_square(image: Image.Image, size: int, channels: int, crop: str = "centre") -> Image.Image:
+DEEP = 0, 65535  # black and white of 16-bit pictures
+
+
+def to_square(
+    image: Image.Image, size: int, channels: int, crop: str = "centre", deep: tuple = DEEP
+) -> Image.Image:
     """Any picture as (size, size) in 1 or 3 channels: upright, on white, cropped, scaled."""
     ImageOps.exif_transpose(image, in_place=True)
     if image.mode == "F":
         raise NotImplementedError("floats have no known white")
     if image.mode.startswith("I"):  # 16 bit, which convert() would clip instead of scale
-        image = image.convert("I").point(lambda v: v * (1 / 257)).convert("L")
+        scale = 255 / (deep[1] - deep[0])
+        offset = 1e-6 - deep[0] * scale  # convert() rounds down
+        image = image.convert("I").point(lambda v: v * scale + offset).convert("L")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -918,10 +932,17 @@ class Decoded(NamedTuple):
     pixels: bytes = b""  # (size, size, channels)
     is_cut: bool = False  # whether the crop takes a third or more
     error: Exception | None = None
+    side: int = 0  # the shorter one of the file's picture
+    deep: tuple = ()  # its least and its greatest value, where it has 16 bits
 
 
 def read_picture(
-    item: Path | Image.Image, size: int, channels: int, crop: str = "centre", most: int = MAX_PIXELS
+    item: Path | Image.Image,
+    size: int,
+    channels: int,
+    crop: str = "centre",
+    most: int = MAX_PIXELS,
+    deep: tuple = DEEP,
 ) -> Decoded:
     """Decodes a file of up to `most` pixels, or a picture."""
     try:
@@ -938,32 +959,56 @@ def read_picture(
         image.draft(None, (2 * size, 2 * size))  # a JPEG is decoded at 1/2, 1/4 or 1/8
         if math.prod(whole if "progressive" in image.info else image.size) > most:
             raise Image.DecompressionBombError
-        pixels = to_square(image, size, channels, crop).tobytes()
-        return Decoded(hashlib.sha256(raw).hexdigest(), pixels, 3 * min(whole) <= 2 * max(whole))
+        found = image.getextrema() if image.mode.startswith("I") else ()
+        pixels = to_square(image, size, channels, crop, deep).tobytes()
+        is_cut = 3 * min(whole) <= 2 * max(whole)
+        return Decoded(hashlib.sha256(raw).hexdigest(), pixels, is_cut, None, min(whole), found)
     except Exception as error:  # decoders raise anything
         return Decoded(error=error)
 
 
-def decode(flag: str, items: list, size: int, channels: int, crop: str) -> dict:
-    """Decodes paths or pictures: the values of Pictures. flag, with its value, names the set."""
+def looks_empty(x: Tensor) -> str:
+    """What is wrong with bytes (n, size, size, channels) in which there is little to see, or ""."""
+    some = x[:: -(-len(x) // 500)].flatten(1)
+    low, high, levels = some.min().item(), some.max().item(), len(some.unique())
+    spread = some.float().std(1).median().item()
+    if high - low >= 32 and spread >= 2 and levels > 8:
+        return ""
+    what = f"{levels} levels of brightness from {low} to {high} (of 0 to 255)"
+    if spread < 2:
+        what += ", and half of the pictures or more have one colour"
+    cure = "are they masks, or white drawings on nothing? Look at samples/real.png"
+    return f"\nthey look empty: {what}; {cure}; --exclude leaves files out"
+
+
+def decode(flag: str, items: list, size: int, channels: int, crop: str, deep: tuple = DEEP) -> dict:
+    """Decodes paths or pictures: the values of Pictures. flag, with its value, names the set.
+
+    deep: the black and the white of 16-bit pictures; those of a small range are decoded again.
+    """
     first, unreadable, raw, n_cut, is_grey = {}, [], bytearray(), 0, True  # first: by hash
+    sides, found = [], set()
     Image.init()  # loads Pillow's formats, which threads must not do at the same time
     with warnings.catch_warnings(), ThreadPoolExecutor(DECODE_THREADS) as pool:
         warnings.simplefilter("ignore")  # Pillow's, about files that it can read all the same
         most = MAX_PIXELS // DECODE_THREADS
-        read = pool.map(lambda item: read_picture(item, size, channels, crop, most), items)
+        read = pool.map(lambda item: read_picture(item, size, channels, crop, most, deep), items)
         read = tqdm(read, "pictures", len(items), leave=False, disable=None)
         for i, picture in enumerate(read):
             if isinstance(picture.error, Image.DecompressionBombError):  # too large for eight
-                picture = read_picture(items[i], size, channels, crop)
+                picture = read_picture(items[i], size, channels, crop, MAX_PIXELS, deep)
             x = picture.pixels
             if picture.error:
                 unreadable.append(f"{items[i]} ({type(picture.error).__name__})")
             elif picture.hash not in first:
                 first[picture.hash] = i
                 n_cut += picture.is_cut
+                sides.append(picture.side)
+                found.update(picture.deep)
                 is_grey = is_grey and all(x[::channels] == x[c::channels] for c in range(channels))
                 raw += x
+    if deep == DEEP and found and 0 < max(found) - min(found) < DEEP[1] / 2:
+        return decode(flag, items, size, channels, crop, (min(found), max(found)))
     n, hashes, summary = len(first), [*first], ""
     if copies := len(items) - len(unreadable) - n:
         summary += f", exact copies dropped: {copies:,}"
@@ -974,9 +1019,16 @@ def decode(flag: str, items: list, size: int, channels: int, crop: str) -> dict:
     if crop == "centre" and n_cut > n / 10:
         summary += f"\n{n_cut:,} of them lose a third of their area or more: their middle is taken;"
         summary += " infogan.py --crop top takes the upper part of tall ones"
+    if deep != DEEP:
+        summary += f"\n16 bits: {deep[0]} is black and {deep[1]} is white, the range that they have"
+    if max(sides) < size:
+        summary += f"\nall are smaller than {size}x{size}, at most {max(sides)}: they are enlarged,"
+        summary += " which takes time and shows no more; give a smaller --image-size"
+    x = torch.frombuffer(raw, dtype=torch.uint8).view(n, size, size, channels)
+    summary += looks_empty(x)
     names = [str(items[i] if isinstance(items[i], Path) else i) for i in first.values()]
     return {
-        "x": torch.frombuffer(raw, dtype=torch.uint8).view(n, size, size, channels),
+        "x": x,
         "fingerprint": hashlib.sha256("".join([crop, *sorted(hashes)]).encode()).hexdigest()[:16],
         "names": names,
         "order": torch.tensor(sorted(range(n), key=hashes.__getitem__)),
@@ -1011,13 +1063,38 @@ def write_cache(path: Path, values: dict) -> None:
         print(f"{path}: {why}; not cached, each start decodes the pictures")
 
 
+def how_to_unpack(root: Path) -> str:
+    """Where pictures are in an archive, root or one below it: the command that gets them out."""
+    tools = {".zip": "zipfile", ".tar": "tarfile", ".gz": "tarfile", ".tgz": "tarfile"}
+    codes = {  # after these, i counts and v is a picture
+        ".npz": "numpy as t, PIL.Image as I; [I.fromarray(v).save(f'{i:06d}.png')"
+        " for i, v in enumerate(next(iter(t.load(PATH).values())))]",
+        ".parquet": "pandas as t; [open(f'{i:06d}.png', 'wb').write(v['bytes'])"
+        " for i, v in enumerate(t.read_parquet(PATH)['image'])]",
+    }
+    for path in [root] if root.is_file() else sorted(root.rglob("*")):
+        folder = shlex.quote(str(path.with_suffix("")) + "-unpacked")
+        if tool := tools.get(path.suffix.lower()):
+            return f"unpack it: python -m {tool} -e {shlex.quote(str(path))} {folder}"
+        if code := codes.get(path.suffix.lower()):
+            code = shlex.quote("import " + code.replace("PATH", repr(str(path.absolute()))))
+            return f"unpack it: mkdir {folder} && cd {folder} && python -c {code}"
+    return GET_PICTURES
+
+
 def load_pictures(
-    data: str, size: int, channels: int | None = None, crop: str = "centre", flag: str = "--data"
+    data: str,
+    size: int,
+    channels: int | None = None,
+    crop: str = "centre",
+    flag: str = "--data",
+    exclude: Sequence[str] = (),
 ) -> Pictures:
     """A folder or a named set, decoded once: later starts map the cache's file into memory.
 
     channels None takes what the set has: 1 when every picture is grey, else 3. crop: the "centre"
-    or the "top" of tall pictures. Exact copies and unreadable files are left out and counted.
+    or the "top" of tall pictures. exclude: see find_pictures.
+    Exact copies and unreadable files are left out and counted.
     Raises UserError, with the flag that names the set, when fewer than two remain.
     """
     named = data in NAMED_SETS
@@ -1025,12 +1102,15 @@ def load_pictures(
     if named and not root.exists():
         open_named_set(data, flag)  # downloads it
     elif not named and not root.is_dir():
-        raise UserError(f"{flag} {data}: no such folder; {GET_PICTURES}")
+        why = "is not a folder" if root.exists() else "no such folder"
+        raise UserError(f"{flag} {data}: {why}; {how_to_unpack(root)}")
     root, form = root.resolve(), (size, channels or 3, crop)  # one set, however its path is written
-    files, passed_over = ([root], Counter()) if named else find_pictures(root)
+    files, passed_over = ([root], Counter()) if named else find_pictures(root, exclude)
     if passed_over:
         most = [f"{n:,} {what}" for what, n in passed_over.most_common()]
         print(f"passed over in {data}: {first_ten(most)}")
+    if not files:
+        raise UserError(f"{flag} {data}: 0 pictures, at least 2 are needed; {how_to_unpack(root)}")
     place = hashlib.sha256(os.fsencode(f"{DECODER_VERSION} {form} {root}"))
     stamp = hashlib.sha256()  # changes with every name, size and time
     for path in files:
@@ -1120,9 +1200,10 @@ def save_file(path: Path, values: dict) -> None:
 def load_checkpoint(path: str | Path) -> dict:
     """A checkpoint on the CPU: "args" (a dict of the flags), "step", "G_ema", "D", …
 
+    Of a folder it takes last.pt.
     Runs no code from the file. Raises UserError for a file that is not a checkpoint of ours.
     """
-    path = Path(path)
+    path = Path(path, "last.pt") if os.path.isdir(path) else Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint; infogan.py saves last.pt in a run's folder")
     try:
@@ -1268,7 +1349,7 @@ def as_typed(name: str, value: object) -> str:
     flag = name.replace("_", "-")
     if isinstance(value, bool):
         return f"--{flag}" if value else f"--no-{flag}"
-    return f"--{flag} {value}"
+    return f"--{flag} {shlex.quote(str(value))}"
 
 
 def refuse(args: Namespace, changes: list[str], for_good: bool = False) -> None:
@@ -1559,8 +1640,9 @@ class Recorder:
     def draw(self, name: str, x: Tensor | None = None) -> None:
         """Saves a grid of x, or of what G draws from the run's latents."""
         search, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
-        if x is None:  # in parts, as large pictures take much memory
-            x = torch.cat([self.state.G_ema(part) for part in self.latents.split(16)])
+        if x is None:  # in parts, so that no grid takes more memory than a step
+            parts = self.latents.split(min(16, self.batch_size))
+            x = torch.cat([self.state.G_ema(part).cpu() for part in parts])
         torch.backends.cudnn.benchmark = search  # for kernels, which pays only in training
         path = self.log.out / f"samples/{name}.png"
         self.log.attempt("samples", save_picture, path, to_image(make_grid(x)))
@@ -1620,7 +1702,11 @@ def open_pictures(args: Namespace, ckpt: dict | None) -> Pictures:
     """The run's pictures; sets args.channels. Raises UserError where they are not those of ckpt."""
     channels = ckpt["args"]["channels"] if ckpt else args.channels
     pictures = load_pictures(
-        args.data, args.image_size, None if channels is AUTO else channels, args.crop
+        args.data,
+        args.image_size,
+        None if channels is AUTO else channels,
+        args.crop,
+        exclude=args.exclude or (),
     )
     if ckpt and ckpt.get("fingerprint", pictures.fingerprint) != pictures.fingerprint:
         refuse(args, ["other pictures"])
@@ -1645,6 +1731,9 @@ def describe(state: State, args: Namespace, n: int, last_step: int) -> None:
         print("--recipe notebook: the notebook's settings and its defects, to compare with")
     if last_step < 1000 and not args.max_minutes:
         print(f"{last_step} steps are too few to learn from; raise --epochs or --max-steps")
+    if n < 1000:
+        text = f"{n} pictures are few: some thousands of one kind are needed"
+        print(text + (not args.init) * ", or begin with --init")
     if args.batch_size > n:
         print(f"--batch-size {args.batch_size}: there are only {n} pictures, so a batch is {n}")
     text = f"{state.device.type.upper()}, {torch.get_num_threads()} threads"
@@ -1686,7 +1775,7 @@ def report(state: State, recorder: Recorder, stopped_by: int | None) -> int:
         raise Diverged(f"{steps}, but {far_off[0]}: {cure}")
     why, advice = "time is up", "the same command resumes"
     if finished:
-        why, advice = "finished", f"see python generate.py --ckpt {path}"
+        why, advice = "finished", f"see python generate.py --ckpt {shlex.quote(str(path))}"
     elif stopped_by:
         why = signal.Signals(stopped_by).name
     print(f"{why}: {steps}. {path} is saved; {advice}")
@@ -1711,6 +1800,8 @@ RECIPES = {  # what differs from the defaults in FLAGS
 FLAGS = {  # by group: flag, default, limits or choices or kind, when a run resumes, meaning
 "pictures": [
     ("--data", "data/anime", "FOLDER", FREE, f"a folder, or {', '.join(NAMED_SETS)}"),
+    ("--exclude", None, "PATTERN", FREE, "leave out files whose path within --data fits, such as"
+     " '*_mask.png' or 'small/*'; may be given several times"),
     ("--image-size", 64, LIMITS["image_size"], SAME, "width and height; named sets 32"),
     ("--channels", AUTO, LIMITS["channels"], SAME, "1 grey, 3 colour (default: what the set has)"),
     ("--flip", True, bool, TOLD, "mirror half of them; digits and clothes: off"),
@@ -1767,6 +1858,7 @@ FLAGS = {  # by group: flag, default, limits or choices or kind, when a run resu
     ("--allow-changes", False, bool, FREE, "go on though pictures, --crop or --batch-size are not"
      " those of the run"),
 ]}
+MORE = {"exclude": {"action": "append"}}
 # fmt: on
 
 
@@ -1852,7 +1944,12 @@ class Parser(ArgumentParser):
         return value
 
     def given(self, argv: list[str] | None = None) -> dict:
-        """Only the flags that argv has, by their names in args."""
+        """Only the flags that argv has, by their names in args. Raises UserError for others."""
+        known = [flag[2:] for flag in self._option_string_actions]
+        for word in sys.argv[1:] if argv is None else argv:
+            name = word.partition("=")[0][2:] if word.startswith("--") else ""
+            if name and name not in known and (near := get_close_matches(name, known, 1, 0.7)):
+                raise UserError(f"--{name}: did you mean --{near[0]}?")
         return vars(self.parse_args(argv))
 
     def error(self, message: str) -> None:
@@ -1861,14 +1958,14 @@ class Parser(ArgumentParser):
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
     """All flags of a run; --channels, --amp and --cuda-graph wait for pictures and device."""
-    given = Parser("infogan.py", (__doc__ or "").split("\nSections")[0], FLAGS).given(argv)
+    given = Parser("infogan.py", (__doc__ or "").split("\nSections")[0], FLAGS, MORE).given(argv)
     shape = {}
     if init := given.get("init"):
         run = Path(given.get("out", ""), "last.pt")  # has them too, should the file be gone
-        before = load_checkpoint(run if "out" in given and not os.path.isfile(init) else init)
+        before = load_checkpoint(run if "out" in given and not os.path.exists(init) else init)
         shape = {name: before["args"][name] for name in LIMITS}
         if other := differences(Namespace(**{**shape, **given}), shape, [*LIMITS]):
-            raise UserError(f"--init {init} has {other[0]}; leave this flag out")
+            raise UserError(f"--init {init} has {', '.join(other)}; leave these flags out")
     args = resolve(given, shape)
     spec_of(args)
     return args
@@ -1907,8 +2004,11 @@ def run(
 
 def as_program(main: Callable[[], int]) -> None:
     """Runs main and ends the process, with streams that take any letter."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # not those of a notebook
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if getattr(stream, "closed", stream is None):  # in a service, or after >&-
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        with suppress(AttributeError, ValueError):  # those of a notebook have no reconfigure
             stream.reconfigure(errors="backslashreplace")
     sys.exit(main())
 

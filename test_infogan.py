@@ -17,6 +17,7 @@ import os
 import pickle
 import random
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -900,7 +901,7 @@ def test_rubbish_among_pictures_is_told_and_the_rest_trains(tmp_path, capsys, mo
         Image.new("RGB", size, (60 * i, 0, 0)).save(folder / name)
     gone, real = folder / "gone.png", infogan.find_pictures
     gone.touch()
-    monkeypatch.setattr(infogan, "find_pictures", lambda f: (real(f), gone.unlink())[0])
+    monkeypatch.setattr(infogan, "find_pictures", lambda *a: (real(*a), gone.unlink())[0])
     train(folder, tmp_path / "run", "--max-steps", 2)
     told = capsys.readouterr().out
     assert f"4 pictures in {folder}" in told and f"unreadable files skipped: {bad + 1} (" in told
@@ -919,6 +920,75 @@ def test_what_is_wrong_with_pictures_names_the_flag_that_asked_for_them(
 
 
 @unix
+@pytest.mark.parametrize("low, high, told", [
+    (0, 4095, "0 is black and 4095 is white"), (30_000, 31_000, "30000 is black"), (0, 65_535, ""),
+])  # fmt: skip
+def test_16_bits_of_a_small_range_are_seen(tmp_path, capsys, low, high, told):
+    """As of X-rays, with 12 bits, and of heights."""
+    for i in range(4):
+        deep = torch.full((16, 16), low + (high - low) * (i + 1) // 5, dtype=torch.int32)
+        deep[:4], deep[12:] = low, high
+        Image.fromarray(deep.numpy().astype("uint16")).save(tmp_path / f"{i}.png")
+    x = infogan.load_pictures(str(tmp_path), 16).x
+    assert (x[:, 0].float().mean(), x[:, 15].float().mean()) == (0, 255)
+    assert sorted(x[:, 8, 8, 0].tolist()) == pytest.approx([51, 102, 153, 204], abs=1)
+    said = capsys.readouterr().out
+    assert told in said and said.count("16 bits") == bool(told) and "empty" in said  # 6 levels
+
+
+@pytest.mark.parametrize("kind, words", [
+    ("black", "14 levels of brightness from 0 to 13"), ("white", "have one colour"),
+    ("mask", "2 levels"), ("small", "at most 16"), ("fine", ""),
+])  # fmt: skip
+def test_a_set_that_looks_empty_is_told(tmp_path, capsys, kind, words):
+    folder, most = few_pictures(tmp_path / "few"), {"black": 14, "mask": 2}.get(kind, 256)
+    for i, path in enumerate(sorted(folder.glob("?.png"))):
+        noise = torch.randint(most, (16, 16), dtype=torch.uint8, generator=seeded(i))
+        noise = torch.full_like(noise, 254) if kind == "white" else noise
+        noise = noise * 255 if kind == "mask" else noise
+        noise[0, 0] = 250 + i if kind == "white" else noise[0, 0]
+        Image.fromarray(noise.numpy()).save(path)
+    (folder / "copy.png").unlink()
+    for _ in range(2):  # from the cache as well
+        infogan.load_pictures(str(folder), 32 if kind == "small" else 16)
+        told = [*capsys.readouterr().out.splitlines()[1:]]
+        assert len(told) == bool(words) and all(words in line for line in told), told
+
+
+@pytest.mark.parametrize("suffix, words", [
+    (".zip", "python -m zipfile -e "), (".tar.gz", "python -m tarfile -e "),
+    (".npz", "python -c "), (".parquet", "read_parquet"),
+])  # fmt: skip
+def test_an_archive_in_place_of_pictures_names_the_cure(tmp_path, capsys, suffix, words):
+    folder = tmp_path / "my faces"
+    (folder / "a").mkdir(parents=True)
+    archive = folder / f"a/all{suffix}"
+    archive.touch()
+    for data in (folder, archive):
+        train(data, tmp_path / "run", code=2)
+        said = said_one_line(capsys, f"{archive}", words)
+    if suffix == ".npz":  # as one pastes it
+        import numpy as np
+
+        np.savez(archive, np.zeros((3, 8, 8, 3), np.uint8))
+        command = said.partition("unpack it: ")[2].replace("python -c", f"{sys.executable} -c")
+        subprocess.run(command, shell=True, check=True)
+        assert len([*folder.glob("a/all-unpacked/*.png")]) == 3
+
+
+def test_files_can_be_excluded(tmp_path, capsys):
+    folder, out = four_pictures(tmp_path / "set"), tmp_path / "run"
+    four_pictures(folder / "small", 4)
+    shutil.copy(folder / "small/5.png", folder / "0_mask.png")
+    flags = "--exclude", "*_mask.png", "--exclude", "small/*"
+    train(folder, out, "--max-steps", 1, *flags)
+    said = capsys.readouterr().out
+    assert "4 pictures in" in said and "4 by --exclude small/*, 1 by --exclude *_mask.png" in said
+    assert json.loads((out / "args.json").read_text())["exclude"] == ["*_mask.png", "small/*"]
+    train(folder, out, "--max-steps", 2, code=2)
+    assert "other pictures" in told_at_the_end(capsys)
+
+
 def test_linked_folders_are_followed_once(tmp_path, capsys):
     real, far = four_pictures(tmp_path / "set/z"), four_pictures(tmp_path / "far/deep", 4)
     (real.parent / "a").symlink_to(real)  # twice: it keeps the name that it has without the link
@@ -942,6 +1012,7 @@ def test_what_is_passed_over_is_told_with_the_reason(tmp_path, capsys):
     four_pictures(folder / "@eaDir", 8)
     four_pictures(folder / "$Recycle.Bin/S-1", 12)
     marks = "args.json log.csv", "last.pt", infogan.MARK, "codes.csv", "table.csv overview.png"
+    marks += ("args.json samples",)  # of a run that was killed in its first minute
     for i, names in enumerate(marks):
         ours = four_pictures(folder / f"{i}/ours", 16)
         for name in names.split():
@@ -950,9 +1021,9 @@ def test_what_is_passed_over_is_told_with_the_reason(tmp_path, capsys):
     for name in (".DS_Store", "a.heic", "b.HEIC", "c.txt", "nothing"):
         (folder / name).touch()
     assert len(infogan.load_pictures(str(folder), 16).x) == 4
-    (line, _) = capsys.readouterr().out.splitlines()
+    (line, *_) = capsys.readouterr().out.splitlines()
     assert ", 2 of .heic, " in line and "DS_Store" not in line
-    assert "5 folder ours (a run, or by generate.py)" in line
+    assert "6 folder ours (a run, or by generate.py)" in line
     for part in ("1 of .txt", "1 of no suffix", "1 hidden", "folder .Trash-1000", "folder @eaDir"):
         assert part in line, line
 
@@ -1513,9 +1584,37 @@ def test_a_new_run_begins_with_another_s_weights(ckpt, faces, tmp_path, capsys, 
     begin(before, faces, "--max-steps", 2, "--out", out)
     assert step_of(out) == 2
     begin(ckpt, faces, "--max-steps", 3, "--out", out)
-    assert f"until now it had --init before.pt, not --init {ckpt}" in capsys.readouterr().out
+    assert (
+        f"until now it had --init before.pt, not --init {shlex.quote(str(ckpt))}"
+        in capsys.readouterr().out
+    )
     begin(out / "last.pt", faces, "--max-steps", 1, "--out", "next")
     assert infogan.load_checkpoint("next/last.pt")["args"]["init"] == f"{out / 'last.pt'}"
+
+
+def test_init_takes_a_folder_and_names_all_that_contradicts_it(ckpt, faces, tmp_path, capsys):
+    begin(ckpt.parent, faces, "--max-steps", 1, "--out", tmp_path / "run")
+    assert step_of(tmp_path / "run") == 1
+    capsys.readouterr()
+    begin(ckpt, faces, "--n-cat", 3, "--z-dim", 7, code=2)
+    said_one_line(capsys, "--n-cat 2, not --n-cat 3", "--z-dim 100, not --z-dim 7")
+
+
+def test_hints_can_be_pasted_and_few_pictures_are_told(tmp_path, capsys):
+    train(few_pictures(tmp_path / "few"), tmp_path / "my run", "--max-steps", 1)
+    said = capsys.readouterr().out
+    assert f"--ckpt '{tmp_path}/my run/last.pt'" in said
+    assert "5 pictures are few: some thousands" in said
+
+
+@pytest.mark.parametrize("module, flags, words", [
+    (infogan, "--epoch 3", "--epoch: did you mean --epochs?"),
+    (infogan, "--batchsize=3", "--batchsize: did you mean --batch-size?"),
+    (generate, "--cpkt last.pt", "--cpkt: did you mean --ckpt?"),
+])  # fmt: skip
+def test_a_misspelt_flag_is_named_with_the_right_one(capsys, module, flags, words):
+    assert module.main(flags.split()) == 2
+    said_one_line(capsys, words)
 
 
 def test_an_init_may_be_shrunken_and_must_fit(ckpt, faces, tmp_path, capsys):
@@ -1869,6 +1968,33 @@ def test_an_error_has_a_line_of_its_own_in_a_terminal(faces, tmp_path, monkeypat
     monkeypatch.setattr(infogan, "d_loss", lambda *d: torch.tensor(math.nan))
     train(faces, tmp_path / "run", "--max-steps", 20, "--epochs", 10**5, code=1)
     assert told_at_the_end(capsys).startswith("infogan.py: step 16: loss_D is nan")
+
+
+def test_a_grid_is_drawn_in_parts_no_larger_than_a_batch(tmp_path, monkeypatch):
+    at_once, real = set(), Generator.forward
+    monkeypatch.setattr(Generator, "forward", lambda G, x: (at_once.add(len(x)), real(G, x))[1])
+    train(few_pictures(tmp_path / "few"), tmp_path / "run", "--max-steps", 1, "--batch-size", 3)
+    assert max(at_once) == 3
+
+
+class NotebookStream(io.StringIO):
+    """As in a notebook: it has letters of any kind, and nothing to set."""
+
+    reconfigure = property()
+
+
+@pytest.mark.parametrize("kind", [NotebookStream, type(None), "closed"])
+def test_any_streams_or_none_are_no_reason_to_stop(tmp_path, monkeypatch, kind):
+    few = few_pictures(tmp_path / "few")
+    for name in ("stdout", "stderr"):
+        stream = io.StringIO() if kind == "closed" else kind()
+        if kind == "closed":
+            stream.close()
+        monkeypatch.setattr(sys, name, stream)
+    flags = tiny(few, tmp_path / "run", "--max-steps", 1)
+    with pytest.raises(SystemExit) as ended:
+        infogan.as_program(lambda: infogan.main(flags))
+    assert ended.value.code == 0 and step_of(tmp_path / "run") == 1
 
 
 # flags --------------------------------------------------------------------------------------------
