@@ -368,9 +368,13 @@ def walk(model: Model, args: Namespace) -> str:
 
 
 def save_pngs(folder: Path, parts: Iterable[Tensor], names: list[str]) -> None:
-    """Parts of pictures (n, channels, size, size) as PNGs, into a folder that has no others."""
-    if others := {path.name for path in claim(folder).glob("*.png")} - {*names}:
-        raise UserError(f"--out {folder}: holds {len(others):,} other pictures; give an empty one")
+    """Parts of pictures (n, channels, size, size) as PNGs; those of an earlier call go."""
+    others = [path for path in claim(folder).glob("*.png") if path.name not in names]
+    ours = (folder / infogan.MARK).exists()
+    if foreign := [path for path in others if not (ours and re.fullmatch("[0-9]{6,}", path.stem))]:
+        raise UserError(f"--out {folder}: holds {len(foreign):,} other pictures; give an empty one")
+    for path in others:
+        path.unlink()
     for name, picture in zip(names, chain.from_iterable(parts), strict=True):
         # lossless at any level; more would take four times as long for files as large
         to_image(picture).save(folder / name, compress_level=1)
@@ -389,6 +393,7 @@ def samples(model: Model, args: Namespace) -> str:
     written = f"{out} has {len(names):,} pictures and codes.csv"
     if args.data:
         real, x = out.with_name(f"{out.name}-real"), load_pictures(args.data, *model.shape).x
+        print(f"writing the {len(x):,} pictures of {args.data} into {real}", flush=True)
         save_pngs(real, map(to_floats, x.split(AT_ONCE)), [f"{i:06d}.png" for i in range(len(x))])
         written += f", {real} the {len(x):,} of {args.data}"
     return written
@@ -483,8 +488,12 @@ def sort(model: Model, args: Namespace) -> str:
     save_table(out / "codes.csv", table)
     known = [i for i, label in enumerate(labels) if label]
     n_labels = len({labels[i] for i in known})
-    if spec.n_cat:
+    if spec.n_cat and known:
         print(f"labels: {n_labels}, {len(labels) - len(known):,} pictures without one left out")
+    elif spec.n_cat:
+        print(
+            "no labels: to see how well categories match, give each label a folder within this one"
+        )
     for code in args.codes:
         j, name = spec.names.index(code), args.labels[code]
         value = values[:, j]

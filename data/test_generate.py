@@ -365,7 +365,7 @@ def test_a_label_is_the_folder_of_a_picture(ckpt, faces, tmp_path, capsys):
     sort = ["--ckpt", ckpt, *SORT]
     draws([*sort, faces], tmp_path / "out")
     said = capsys.readouterr().out
-    assert "NMI" not in said and "labels: 0, 600 pictures without one left out" in said
+    assert "NMI" not in said and "no labels: to see" in said
     for i in range(40):
         folder = tmp_path / "set" / ("train", "test")[i // 30] / ("red", "blue")[i % 2]
         folder.mkdir(parents=True, exist_ok=True)
@@ -752,7 +752,11 @@ def test_samples_come_with_their_codes_and_mix_with_no_others(ckpt, tmp_path, ca
     rows = table_of(out / "codes.csv")
     assert [*rows[0]] == ["file", "seed", "cat0", "cat1", "cont0", "cont1", "cont2"]
     assert {row["file"] for row in rows} == {path.name for path in out.glob("*.png")}
-    refused(capsys, [*samples, 3, "--out", out], "4 other pictures")
+    draws([*samples, 3], out)
+    assert {path.name for path in out.glob("*.png")} == {f"{i:06d}.png" for i in range(3)}
+    (out / "mine.png").write_bytes(b"mine")
+    refused(capsys, [*samples, 2, "--out", out], "1 other pictures")
+    assert (out / "000002.png").exists() and (out / "mine.png").read_bytes() == b"mine"
 
 
 # the explorer in a browser ------------------------------------------------------------------------
