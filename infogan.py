@@ -1437,7 +1437,7 @@ def save_animation(out: Path) -> None:
         grid = ImageOps.contain(Image.open(paths[i]).convert("RGB"), (530, 530))
         frame, font = ImageOps.expand(grid, (0, 28, 0, 0), "white"), ImageFont.load_default(16)
         ImageDraw.Draw(frame).text((6, 4), f"epoch {int(paths[i].stem[6:])}", "black", font)
-        frames.append(frame.quantize(128, Image.Quantize.FASTOCTREE))
+        frames.append(frame.quantize(256))  # a palette for each: few shades would show as steps
     if len(frames) > 1:
         duration = [250] * (len(frames) - 1) + [2000]  # milliseconds
         rest = {"save_all": True, "append_images": frames[1:], "loop": 0, "duration": duration}
@@ -1502,7 +1502,9 @@ class Log:
         values = dict(zip(self.columns, zip(*shown, strict=True), strict=True))
         for i, (title, names, top) in enumerate(panels):
             lines = [values[name] for name in names]
-            page.paste(draw_panel(title, values["epoch"], lines, top), (0, 200 * i))
+            legend = names if i > 1 and len(names) <= 6 else []  # two titles name their colours
+            panel = draw_panel(title, values["epoch"], lines, top, legend)
+            page.paste(panel, (0, 200 * i))
         save_picture(self.out / "curves.png", page)
 
     def close(self) -> None:
@@ -1513,7 +1515,11 @@ class Log:
 
 
 def draw_panel(
-    title: str, x: Sequence[float], lines: list[Sequence[float]], top: float
+    title: str,
+    x: Sequence[float],
+    lines: list[Sequence[float]],
+    top: float,
+    legend: Sequence[str] = (),
 ) -> Image.Image:
     """A chart of 640x200 that shows zero, `top` and all but the most extreme 2% of the values."""
     colours = ("#1f77b4", "#d62728", "#2ca02c", "#ff7f0e", "#9467bd", "#8c564b", "#e377c2")
@@ -1531,7 +1537,12 @@ def draw_panel(
     for line, colour in zip(lines, cycle(colours), strict=False):
         pen.line([*map(at, x, line)], colour, 2)
     pen.text((50, 8), title, "black", font)
-    pen.text((50, 180), f"epoch {x[0]:.1f} to {x[-1]:.1f}", "black", font)
+    for i, (name, colour) in enumerate(zip(legend, colours, strict=False)):
+        pen.text((625 - 50 * (len(legend) - i), 8), name, colour, font)
+    for u in (x[0] + width * k / 4 for k in range(5)):
+        pen.line([at(u, low), (at(u, low)[0], 179)], "#999999")
+        text = f"{u:.3g}" if u > x[0] else f"epoch {u:.3g}"
+        pen.text((at(u, low)[0], 180), text, "black", font, anchor="ma")
     return panel
 
 
@@ -1562,6 +1573,8 @@ class Every:
 LOG_EVERY = R1_EVERY  # steps between two rows of log.csv, each with one R1; no wait between them
 SAVE_SECONDS = 60.0  # between two saves of last.pt
 SHOW_SECONDS = 30.0  # between two grids, two kept checkpoints, two lines of progress in a file
+FILM_SECONDS = 240.0  # between two films, which take seconds
+EARLY = (1, 2, 5, 10, 20, 50)  # epochs with a grid, however soon they come
 MOST_FAILED_SAVES = 5  # one after the other
 
 
@@ -1588,7 +1601,8 @@ class Recorder:
             self.draw("epoch_0000")
         self.in_terminal = bool(sys.stderr) and sys.stderr.isatty()
         self.shown = Every(0.5 if self.in_terminal else SHOW_SECONDS)
-        self.saved = Every(SAVE_SECONDS)
+        self.saved, self.filmed = Every(SAVE_SECONDS), Every(FILM_SECONDS)
+        self.renewed = Every(SHOW_SECONDS)
         self.drawn, self.kept = (
             Every(SHOW_SECONDS, epochs) if given is AUTO else Every(0, given)
             for given, epochs in ((args.sample_every, 5), (args.save_every, 25))
@@ -1611,9 +1625,15 @@ class Recorder:
         if self.shown.is_due(state) or is_first or stops:
             with suppress(OSError):  # whoever read this is gone
                 self.show(stops)
-        if self.drawn.is_due(state):
-            self.draw(f"epoch_{state.place[0]:04d}")
+        epoch, steps = state.place
+        is_early = self.args.sample_every is AUTO and not steps and epoch in EARLY
+        if self.drawn.is_due(state) or is_early:
+            self.draw(f"epoch_{epoch:04d}")
             self.log.attempt("curves.png", self.log.draw)
+            if self.filmed.is_due(state):
+                self.log.attempt("training.gif", save_animation, self.log.out)
+        if self.renewed.is_due(state):
+            self.draw("last")
         if finished:  # before last.pt: a start that finds the run finished draws nothing
             self.finish()
         keeps = self.kept.is_due(state)
@@ -1644,8 +1664,13 @@ class Recorder:
             parts = self.latents.split(min(16, self.batch_size))
             x = torch.cat([self.state.G_ema(part).cpu() for part in parts])
         torch.backends.cudnn.benchmark = search  # for kernels, which pays only in training
-        path = self.log.out / f"samples/{name}.png"
-        self.log.attempt("samples", save_picture, path, to_image(make_grid(x)))
+        path, grid = self.log.out / f"samples/{name}.png", to_image(make_grid(x))
+        grid = ImageOps.scale(grid, max(1, -(-512 // grid.width)), Image.Resampling.NEAREST)
+        if name == "last":
+            grid = ImageOps.expand(grid.convert("RGB"), (0, 28, 0, 0), "white")
+            text = f"epoch {self.state.epochs:.1f}, {self.state.minutes:.1f} minutes"
+            ImageDraw.Draw(grid).text((6, 4), text, "black", ImageFont.load_default(16))
+        self.log.attempt("samples", save_picture, path, grid)
 
     def save(self, keeps: bool, stops: bool) -> None:
         """Saves last.pt, after a copy that is kept, so that no kill leaves out the copy."""

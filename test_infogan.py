@@ -1862,12 +1862,32 @@ def test_grids_and_kept_checkpoints_come_each_half_minute_at_most_unless_asked_f
         files = (sorted(out.glob(name)) for name in ("samples/epoch_*", "epoch_*"))
         return tuple([int(path.stem[6:]) for path in paths] for paths in files)
 
-    assert written(tmp_path / "default") == ([*range(0, 31, 5)], [25])
+    early = {1, 2, 5, 10, 20}
+    assert written(tmp_path / "default") == (sorted({*range(0, 31, 5)} | early), [25])
+    assert Image.open(tmp_path / "default/samples/epoch_0001.png").width >= 512
     assert "30 steps are too few to learn from; raise --epochs" in capsys.readouterr().out
     asked = "--sample-every", 3, "--save-every", 10
     assert written(tmp_path / "asked", *asked) == ([*range(0, 31, 3)], [10, 20, 30])
     monkeypatch.setattr(infogan, "SHOW_SECONDS", 100.0)
-    assert written(tmp_path / "slow")[0] == [0, 15, 30]
+    assert written(tmp_path / "slow")[0] == sorted({0, 15, 30} | early)
+
+
+def test_what_one_looks_at_is_renewed_while_a_run_trains(tmp_path, monkeypatch):
+    """The newest grid twice a minute, before epoch 1 ends; the film with early grids."""
+    few, out, seen = few_pictures(tmp_path / "few", 200), tmp_path / "run", {}
+    Clock(monkeypatch)
+    real = infogan.save_picture
+    monkeypatch.setattr(
+        infogan,
+        "save_picture",
+        lambda path, *a, **k: (
+            seen.setdefault(path.name, []).append(infogan.time.monotonic() / 7),
+            real(path, *a, **k),
+        ),
+    )
+    train(few, out, "--batch-size", 4, "--max-steps", 120)
+    assert seen["last.png"][:3] == [5, 10, 15] and len(seen["last.png"]) == 25
+    assert seen["training.gif"] == [50, 100, 120]
 
 
 def test_max_minutes_end_a_start_with_a_checkpoint(faces, tmp_path, capsys, monkeypatch):

@@ -346,6 +346,7 @@ def draw_folder(out: Path, n: int, seed: int, size: int, only: Sequence[str], wo
     table.unlink(missing_ok=True)
     for name in old_pictures:
         (out / name).unlink()
+    print(f"drawing {n} faces into {out}", flush=True)
     draw = functools.partial(draw_chunk, out=out, n=n, seed=seed, size=size, only=only)
     starts = range(0, n, CHUNK)
     workers = min(workers, len(starts), 61)  # 61: the most that Windows can wait for
