@@ -65,7 +65,7 @@ class Model(NamedTuple):
 
 def load_model(path: str, device: torch.device) -> Model:
     """A checkpoint, or the last one of a run's folder."""
-    file = Path(path, "last.pt") if os.path.isdir(path) else Path(path)
+    file = infogan.checkpoint_file(path)
     ckpt = infogan.load_checkpoint(file)
     (G, spec), D = infogan.load_generator(ckpt, device), infogan.load_net(ckpt, "D", device)
     for net in (G, D):
@@ -368,13 +368,17 @@ def walk(model: Model, args: Namespace) -> str:
 
 
 def save_pngs(folder: Path, parts: Iterable[Tensor], names: list[str]) -> None:
-    """Parts of pictures (n, channels, size, size) as PNGs; those of an earlier call go."""
-    others = [path for path in claim(folder).glob("*.png") if path.name not in names]
+    """Parts of pictures (n, channels, size, size) as PNGs; those of an earlier call go, and codes.
+
+    Raises UserError, with nothing changed, where there are others.
+    """
+    mine = {*names}
+    others = [path for path in claim(folder).glob("*.png") if path.name not in mine]
     ours = (folder / infogan.MARK).exists()
     if foreign := [path for path in others if not (ours and re.fullmatch("[0-9]{6,}", path.stem))]:
         raise UserError(f"--out {folder}: holds {len(foreign):,} other pictures; give an empty one")
-    for path in others:
-        path.unlink()
+    for path in [*others, folder / "codes.csv"]:
+        path.unlink(missing_ok=True)
     for name, picture in zip(names, chain.from_iterable(parts), strict=True):
         # lossless at any level; more would take four times as long for files as large
         to_image(picture).save(folder / name, compress_level=1)
@@ -385,7 +389,6 @@ def samples(model: Model, args: Namespace) -> str:
     spec, out, names = model.spec, args.out, [f"{seed:06d}.png" for seed in args.seeds]
     codes, first = args.base, {"file": names}
     first |= {} if args.start else {"seed": args.seeds}
-    (claim(out) / "codes.csv").unlink(missing_ok=True)  # of other pictures
     save_pngs(out, (draw(model, part) for part in spec.join(codes).split(AT_ONCE)), names)
     # a seed tells z by itself
     values = [codes.c_cat, codes.c_cont, *([codes.z] if args.start else [])]
@@ -491,9 +494,7 @@ def sort(model: Model, args: Namespace) -> str:
     if spec.n_cat and known:
         print(f"labels: {n_labels}, {len(labels) - len(known):,} pictures without one left out")
     elif spec.n_cat:
-        print(
-            "no labels: to see how well categories match, give each label a folder within this one"
-        )
+        print("no labels: to see how well categories match, make a subfolder for each label")
     for code in args.codes:
         j, name = spec.names.index(code), args.labels[code]
         value = values[:, j]

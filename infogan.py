@@ -969,7 +969,8 @@ def read_picture(
 
 def looks_empty(x: Tensor) -> str:
     """What is wrong with bytes (n, size, size, channels) in which there is little to see, or ""."""
-    some = x[:: -(-len(x) // 500)].flatten(1)
+    apart = max(1, x.shape[1] // 32)  # a part of the pixels shows it
+    some = x[:: -(-len(x) // 200), ::apart, ::apart].flatten(1)
     low, high, levels = some.min().item(), some.max().item(), len(some.unique())
     spread = some.float().std(1).median().item()
     if high - low >= 32 and spread >= 2 and levels > 8:
@@ -981,19 +982,38 @@ def looks_empty(x: Tensor) -> str:
     return f"\nthey look empty: {what}; {cure}; --exclude leaves files out"
 
 
+def remarks(x: Tensor, crop: str, n_cut: int, side: int, deep: tuple) -> str:
+    """Lines on bytes x (n, size, size, channels) that a user should see before a long training.
+
+    n_cut: how many lose a third by the crop; side: the largest shorter one of their files; deep:
+    black and white of 16-bit pictures.
+    """
+    n, size, text = *x.shape[:2], ""
+    if crop == "centre" and n_cut > n / 10:
+        text += f"\n{n_cut:,} of them lose a third of their area or more: their middle is taken;"
+        text += " infogan.py --crop top takes the upper part of tall ones"
+    if deep != DEEP:
+        text += f"\n16 bits: {deep[0]} is black and {deep[1]} is white, the range that they have"
+    if side < size:
+        text += f"\nall are smaller than {size}x{size}, at most {side}: they are enlarged,"
+        text += " which takes time and shows no more; give a smaller --image-size"
+    return text + looks_empty(x)
+
+
 def decode(flag: str, items: list, size: int, channels: int, crop: str, deep: tuple = DEEP) -> dict:
     """Decodes paths or pictures: the values of Pictures. flag, with its value, names the set.
 
     deep: the black and the white of 16-bit pictures; those of a small range are decoded again.
     """
     first, unreadable, raw, n_cut, is_grey = {}, [], bytearray(), 0, True  # first: by hash
-    sides, found = [], set()
+    side, found = 0, set()
     Image.init()  # loads Pillow's formats, which threads must not do at the same time
     with warnings.catch_warnings(), ThreadPoolExecutor(DECODE_THREADS) as pool:
         warnings.simplefilter("ignore")  # Pillow's, about files that it can read all the same
         most = MAX_PIXELS // DECODE_THREADS
         read = pool.map(lambda item: read_picture(item, size, channels, crop, most, deep), items)
-        read = tqdm(read, "pictures", len(items), leave=False, disable=None)
+        hidden = None if sys.stderr else True  # None: where it is no terminal
+        read = tqdm(read, "pictures", len(items), leave=False, disable=hidden)
         for i, picture in enumerate(read):
             if isinstance(picture.error, Image.DecompressionBombError):  # too large for eight
                 picture = read_picture(items[i], size, channels, crop, MAX_PIXELS, deep)
@@ -1003,7 +1023,7 @@ def decode(flag: str, items: list, size: int, channels: int, crop: str, deep: tu
             elif picture.hash not in first:
                 first[picture.hash] = i
                 n_cut += picture.is_cut
-                sides.append(picture.side)
+                side = max(side, picture.side)
                 found.update(picture.deep)
                 is_grey = is_grey and all(x[::channels] == x[c::channels] for c in range(channels))
                 raw += x
@@ -1016,16 +1036,7 @@ def decode(flag: str, items: list, size: int, channels: int, crop: str, deep: tu
         summary += f", unreadable files skipped: {len(unreadable):,} ({first_ten(unreadable)})"
     if n < 2:
         raise UserError(f"{flag}: {n} pictures{summary}, at least 2 are needed; {GET_PICTURES}")
-    if crop == "centre" and n_cut > n / 10:
-        summary += f"\n{n_cut:,} of them lose a third of their area or more: their middle is taken;"
-        summary += " infogan.py --crop top takes the upper part of tall ones"
-    if deep != DEEP:
-        summary += f"\n16 bits: {deep[0]} is black and {deep[1]} is white, the range that they have"
-    if max(sides) < size:
-        summary += f"\nall are smaller than {size}x{size}, at most {max(sides)}: they are enlarged,"
-        summary += " which takes time and shows no more; give a smaller --image-size"
     x = torch.frombuffer(raw, dtype=torch.uint8).view(n, size, size, channels)
-    summary += looks_empty(x)
     names = [str(items[i] if isinstance(items[i], Path) else i) for i in first.values()]
     return {
         "x": x,
@@ -1033,7 +1044,7 @@ def decode(flag: str, items: list, size: int, channels: int, crop: str, deep: tu
         "names": names,
         "order": torch.tensor(sorted(range(n), key=hashes.__getitem__)),
         "is_grey": is_grey,
-        "summary": summary,
+        "summary": summary + remarks(x, crop, n_cut, side, deep),
     }
 
 
@@ -1197,13 +1208,17 @@ def save_file(path: Path, values: dict) -> None:
     write_file(path, to_bytes(values))
 
 
-def load_checkpoint(path: str | Path) -> dict:
-    """A checkpoint on the CPU: "args" (a dict of the flags), "step", "G_ema", "D", …
+def checkpoint_file(path: str | Path) -> Path:
+    """A checkpoint, or the last one of a run's folder."""
+    return Path(path, "last.pt") if os.path.isdir(path) else Path(path)
 
-    Of a folder it takes last.pt.
+
+def load_checkpoint(path: str | Path) -> dict:
+    """A checkpoint, or that of a folder, on the CPU: "args" (a dict of the flags), "step", "D", …
+
     Runs no code from the file. Raises UserError for a file that is not a checkpoint of ours.
     """
-    path = Path(path, "last.pt") if os.path.isdir(path) else Path(path)
+    path = checkpoint_file(path)
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint; infogan.py saves last.pt in a run's folder")
     try:
@@ -1970,11 +1985,12 @@ class Parser(ArgumentParser):
 
     def given(self, argv: list[str] | None = None) -> dict:
         """Only the flags that argv has, by their names in args. Raises UserError for others."""
-        known = [flag[2:] for flag in self._option_string_actions]
+        known = ["help", *(name.replace("_", "-") for name in self.defaults)]
         for word in sys.argv[1:] if argv is None else argv:
-            name = word.partition("=")[0][2:] if word.startswith("--") else ""
+            flag = word.partition("=")[0] if word.startswith("--") else ""
+            name = flag[2:].removeprefix("no-")
             if name and name not in known and (near := get_close_matches(name, known, 1, 0.7)):
-                raise UserError(f"--{name}: did you mean --{near[0]}?")
+                raise UserError(f"{flag}: did you mean --{near[0]}?")
         return vars(self.parse_args(argv))
 
     def error(self, message: str) -> None:

@@ -2017,6 +2017,13 @@ def test_any_streams_or_none_are_no_reason_to_stop(tmp_path, monkeypatch, kind):
     assert ended.value.code == 0 and step_of(tmp_path / "run") == 1
 
 
+def test_another_program_without_streams_trains(tmp_path, monkeypatch):
+    """As a service that calls main() by itself."""
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+    train(few_pictures(tmp_path / "few"), tmp_path / "run", "--max-steps", 1)
+
+
 # flags --------------------------------------------------------------------------------------------
 
 

@@ -755,8 +755,10 @@ def test_samples_come_with_their_codes_and_mix_with_no_others(ckpt, tmp_path, ca
     draws([*samples, 3], out)
     assert {path.name for path in out.glob("*.png")} == {f"{i:06d}.png" for i in range(3)}
     (out / "mine.png").write_bytes(b"mine")
+    codes = (out / "codes.csv").read_bytes()
     refused(capsys, [*samples, 2, "--out", out], "1 other pictures")
     assert (out / "000002.png").exists() and (out / "mine.png").read_bytes() == b"mine"
+    assert (out / "codes.csv").read_bytes() == codes
 
 
 # the explorer in a browser ------------------------------------------------------------------------
