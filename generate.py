@@ -246,17 +246,6 @@ def print_rows(rows: list[Row], names: Names) -> list[list[str]]:
     return table
 
 
-def tell_apart(x: Tensor, y: Tensor) -> float:
-    """The accuracy of nearest neighbours at telling sets of n pictures apart (1610.06545).
-
-    0.5: not at all, 1: always. They see 16x16 pixels: what pictures show, not how sharp they are.
-    """
-    both = F.adaptive_avg_pool2d(torch.cat([x, y]), 16).flatten(1)
-    nearest = torch.cdist(both, both).fill_diagonal_(math.inf).argmin(1)
-    of_x = torch.arange(len(both)) < len(x)
-    return (of_x == of_x[nearest]).float().mean().item()
-
-
 # pictures of codes --------------------------------------------------------------------------------
 
 
@@ -421,7 +410,7 @@ def versus(model: Model, args: Namespace) -> str:
         print_rows(rows, {})
         if args.data:
             drawn = draw(run, spec.join(spec.sample(len(real), rng.manual_seed(args.seed))))
-            share = tell_apart(real, drawn)
+            share = infogan.tell_apart(real, drawn)
             print(f"real or not, by the nearest neighbour: {share:.1%} right, 50% is best")
         shown.append(("samples", draw(run, spec.join(first))))
         axes = {"cat": range(columns)} if spec.n_cat else {}

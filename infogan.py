@@ -1459,12 +1459,24 @@ def save_animation(out: Path) -> None:
         save_picture(out / "training.gif", frames[0], **rest)
 
 
+def tell_apart(x: Tensor, y: Tensor) -> float:
+    """The accuracy of nearest neighbours at telling sets of n pictures apart (1610.06545).
+
+    0.5: not at all, 1: always. They see 16x16 pixels: what pictures show, not how sharp they are.
+    """
+    both = F.adaptive_avg_pool2d(torch.cat([x, y]), 16).flatten(1)
+    nearest = torch.cdist(both, both).fill_diagonal_(math.inf).argmin(1)
+    of_x = torch.arange(len(both)) < len(x)
+    return (of_x == of_x[nearest]).float().mean().item()
+
+
 class Log:
     """log.csv, curves.png and TensorBoard's events of a run, from its rows."""
 
     def __init__(self, out: Path, spec: CodeSpec, rows: list[list[float]], step: int):
+        self.columns = ["step", "epoch", "minutes", *METRICS, *spec.names, "told_apart"]
+        rows = [row for row in rows if len(row) == len(self.columns)]  # not of older versions
         self.out, self.spec, self.rows, self.failed = out, spec, rows, set()
-        self.columns = ["step", "epoch", "minutes", *METRICS, *spec.names]
         tb = self.attempt("TensorBoard", import_module, "torch.utils.tensorboard")
         self.board = tb and self.attempt("TensorBoard", tb.SummaryWriter, str(out), "", step + 1)
 
@@ -1478,10 +1490,11 @@ class Log:
                 print(f"{name or what}: {why or error}; training goes on", file=sys.stderr)
             self.failed.add(what)
 
-    def add(self, state: State) -> dict[str, float]:
-        """The next row: the means of the metrics over LOG_EVERY steps. Returns it."""
+    def add(self, state: State, told_apart: float) -> dict[str, float]:
+        """The next row: the means of the metrics over LOG_EVERY steps, and the newest accuracy of
+        tell_apart. Returns it."""
         means = torch.stack([*state.sums.values()]) / LOG_EVERY
-        self.rows.append([state.step, state.epochs, state.minutes, *means.tolist()])
+        self.rows.append([state.step, state.epochs, state.minutes, *means.tolist(), told_apart])
         state.sums = {}
         row = dict(zip(self.columns, self.rows[-1], strict=True))
         if self.board:
@@ -1492,7 +1505,7 @@ class Log:
         """One event for the whole row: one for each value takes as long as a GPU's step."""
         from tensorboard.compat.proto.summary_pb2 import Summary
 
-        groups = {"GAN": METRICS, "L_I": self.spec.names}
+        groups = {"GAN": [*METRICS, "told_apart"], "L_I": self.spec.names}
         tags = [(f"{group}/{name}", name) for group, names in groups.items() for name in names]
         values = [{"tag": tag, "simple_value": row[name]} for tag, name in tags]
         self.board.file_writer.add_summary(Summary(value=values), row["step"])
@@ -1509,6 +1522,7 @@ class Log:
             return
         panels = [("losses of D (blue) and G (red)", ["loss_D", "loss_G"], 0.0)]
         panels += [("D(x) (blue) and D(G(z, c)) (red)", ["D_real", "D_fake"], 1.0)]
+        panels += [("real or drawn, told right by nearest neighbours", ["told_apart"], 1.0)]
         for kind, place in self.spec.kinds.items():
             top = self.spec.ceilings[place][0]
             panels.append((f"L_I of {kind}, nats, at most {top:.2f}", self.spec.names[place], top))
@@ -1517,7 +1531,7 @@ class Log:
         values = dict(zip(self.columns, zip(*shown, strict=True), strict=True))
         for i, (title, names, top) in enumerate(panels):
             lines = [values[name] for name in names]
-            legend = names if i > 1 and len(names) <= 6 else []  # two titles name their colours
+            legend = names if i > 2 and len(names) <= 6 else []  # the other titles say it
             panel = draw_panel(title, values["epoch"], lines, top, legend)
             page.paste(panel, (0, 200 * i))
         save_picture(self.out / "curves.png", page)
@@ -1590,6 +1604,7 @@ SAVE_SECONDS = 60.0  # between two saves of last.pt
 SHOW_SECONDS = 30.0  # between two grids, two kept checkpoints, two lines of progress in a file
 FILM_SECONDS = 240.0  # between two films, which take seconds
 EARLY = (1, 2, 5, 10, 20, 50)  # epochs with a grid, however soon they come
+N_COMPARED = 1000  # real and drawn pictures each that tell_apart gets
 MOST_FAILED_SAVES = 5  # one after the other
 
 
@@ -1609,15 +1624,18 @@ class Recorder:
         self.log, self.last_step, self.end, self.row = log, last_step, end, {}
         self.batch_size = min(args.batch_size, len(pictures.x))
         rng = torch.Generator().manual_seed(args.seed)  # the same pictures and z at each start
-        chosen = pictures.order[torch.randperm(len(pictures.x), generator=rng)[:64]]
+        chosen = pictures.order[torch.randperm(len(pictures.x), generator=rng)[:N_COMPARED]]
         self.latents = state.spec.join(state.spec.sample(64, rng)).to(state.device)
-        self.draw("real", make_batch(pictures.x[chosen], False, rng, state.device))
+        self.more_latents = state.spec.join(state.spec.sample(len(chosen), rng)).to(state.device)
+        self.real = make_batch(pictures.x[chosen], False, rng, torch.device("cpu"))
+        self.save_grid("real", self.real[:64])
         if state.step == 0:
-            self.draw("epoch_0000")
+            self.save_grid("epoch_0000")
+        self.told_apart = log.rows[-1][-1] if log.rows else 1.0
         self.in_terminal = bool(sys.stderr) and sys.stderr.isatty()
         self.shown = Every(0.5 if self.in_terminal else SHOW_SECONDS)
         self.saved, self.filmed = Every(SAVE_SECONDS), Every(FILM_SECONDS)
-        self.renewed = Every(SHOW_SECONDS)
+        self.renewed, self.compared = Every(SHOW_SECONDS), Every(SHOW_SECONDS)
         self.drawn, self.kept = (
             Every(SHOW_SECONDS, epochs) if given is AUTO else Every(0, given)
             for given, epochs in ((args.sample_every, 5), (args.save_every, 25))
@@ -1632,8 +1650,10 @@ class Recorder:
         finished = state.step == self.last_step
         stops, is_first = finished or is_asked_to_stop or now > self.end, not self.row
         n = state.step % LOG_EVERY
+        if self.compared.is_due(state):
+            self.compare()
         if n == 0:
-            self.row = self.log.add(state)
+            self.row = self.log.add(state, self.told_apart)
             check_finite(state.step, self.row)
         elif is_first:  # something to read soon, however slow the steps are
             self.row = {name: value.item() / n for name, value in state.sums.items()}
@@ -1643,12 +1663,12 @@ class Recorder:
         epoch, steps = state.place
         is_early = self.args.sample_every is AUTO and not steps and epoch in EARLY
         if self.drawn.is_due(state) or is_early:
-            self.draw(f"epoch_{epoch:04d}")
+            self.save_grid(f"epoch_{epoch:04d}")
             self.log.attempt("curves.png", self.log.draw)
             if self.filmed.is_due(state):
                 self.log.attempt("training.gif", save_animation, self.log.out)
         if self.renewed.is_due(state):
-            self.draw("last")
+            self.save_grid("last")
         if finished:  # before last.pt: a start that finds the run finished draws nothing
             self.finish()
         keeps = self.kept.is_due(state)
@@ -1672,14 +1692,25 @@ class Recorder:
         print(text, end="" if self.in_terminal and not stops else "\n", file=sys.stderr, flush=True)
 
     @torch.no_grad()
-    def draw(self, name: str, x: Tensor | None = None) -> None:
-        """Saves a grid of x, or of what G draws from the run's latents."""
+    def draw(self, latents: Tensor) -> Tensor:
+        """What G draws from latents, on the CPU; in parts, so that it takes no more memory than a
+        step."""
         search, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
-        if x is None:  # in parts, so that no grid takes more memory than a step
-            parts = self.latents.split(min(16, self.batch_size))
-            x = torch.cat([self.state.G_ema(part).cpu() for part in parts])
+        parts = latents.split(min(16, self.batch_size))
+        x = torch.cat([self.state.G_ema(part).cpu() for part in parts])
         torch.backends.cudnn.benchmark = search  # for kernels, which pays only in training
-        path, grid = self.log.out / f"samples/{name}.png", to_image(make_grid(x))
+        return x
+
+    def compare(self) -> None:
+        """Renews told_apart; takes at most a fiftieth of the run's time."""
+        began = time.monotonic()
+        self.told_apart = tell_apart(self.real, self.draw(self.more_latents))
+        self.compared.seconds = max(SHOW_SECONDS, 50 * (time.monotonic() - began))
+
+    def save_grid(self, name: str, x: Tensor | None = None) -> None:
+        """Saves a grid of x, or of what G draws from the run's latents."""
+        grid = to_image(make_grid(self.draw(self.latents) if x is None else x))
+        path = self.log.out / f"samples/{name}.png"
         grid = ImageOps.scale(grid, max(1, -(-512 // grid.width)), Image.Resampling.NEAREST)
         if name == "last":
             grid = ImageOps.expand(grid.convert("RGB"), (0, 28, 0, 0), "white")
@@ -1706,7 +1737,7 @@ class Recorder:
 
     def finish(self) -> None:
         """The last grid, training.gif, log.csv and curves.png."""
-        self.draw("last")
+        self.save_grid("last")
         self.log.attempt("training.gif", save_animation, self.log.out)
         self.log.close()
 

@@ -1437,7 +1437,7 @@ def test_a_resumed_run_equals_an_undisturbed_one_bit_for_bit(faces, trained, tmp
     logs, grids = [], []
     for run in (trained, out):
         rows = (run / "log.csv").read_text().splitlines()
-        logs.append([row.split(",")[3:] for row in rows])  # all but the minutes
+        logs.append([row.split(",")[3:-1] for row in rows])  # minutes, told_apart: by the clock
         grids.append({path.name: path.read_bytes() for path in run.glob("samples/*")})
     assert logs[0] == logs[1] and len(logs[0]) == 4
     assert grids[0] == grids[1] and len(grids[0]) == 6
@@ -1981,6 +1981,27 @@ def test_progress_in_a_file_is_a_line_each_half_minute(
     if columns:
         assert {len(line) for line in said.strip("\r\n").split("\r")} == {columns - 1}
     assert "eta 0:00:00" in said or columns == 60
+
+
+def test_a_run_logs_how_well_its_pictures_are_told_from_real_ones(faces, tmp_path, monkeypatch):
+    """After 30 seconds or more, on the average of G; a row has the newest figure, at first 1."""
+    seen, out = [], tmp_path / "run"
+
+    def tell_apart(x, y):
+        seen.append((x, y))
+        return 0.75 - len(seen) / 8
+
+    monkeypatch.setattr(infogan, "tell_apart", tell_apart)
+    monkeypatch.setattr(infogan, "LOG_EVERY", 4)
+    Clock(monkeypatch)
+    for steps in (12, 16):
+        train(faces, out, "--max-steps", steps)
+    with open(out / "log.csv", newline="") as file:
+        told = [float(row["told_apart"]) for row in csv.DictReader(file)]
+    assert told == [1.0, 0.625, 0.5, 0.5]
+    (real, drawn), *_ = seen
+    assert real.shape == drawn.shape == (600, 3, 16, 16) and seen[1][0].equal(real)
+    assert not seen[1][1].equal(drawn)
 
 
 def test_an_error_has_a_line_of_its_own_in_a_terminal(faces, tmp_path, monkeypatch, capsys):
