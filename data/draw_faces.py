@@ -35,6 +35,7 @@ from itertools import zip_longest
 from pathlib import Path
 
 from PIL import Image, ImageDraw
+from tqdm import tqdm
 
 Colour = tuple[int, ...]
 Points = list[tuple[float, float]]
@@ -350,11 +351,12 @@ def draw_folder(out: Path, n: int, seed: int, size: int, only: Sequence[str], wo
     draw = functools.partial(draw_chunk, out=out, n=n, seed=seed, size=size, only=only)
     starts = range(0, n, CHUNK)
     workers = min(workers, len(starts), 61)  # 61: the most that Windows can wait for
+    bar = functools.partial(tqdm, desc="parts", total=len(starts), leave=False, disable=None)
     if workers == 1:
-        list(map(draw, starts))
+        list(bar(map(draw, starts)))
     else:
         with ProcessPoolExecutor(workers) as pool:
-            list(pool.map(draw, starts))
+            list(bar(pool.map(draw, starts)))
     os.replace(draft, table)
     return True
 
