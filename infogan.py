@@ -1702,10 +1702,11 @@ class Recorder:
         return x
 
     def compare(self) -> None:
-        """Renews told_apart; takes at most a fiftieth of the run's time."""
+        """Renews told_apart; takes at most 4% of the run's time."""
         began = time.monotonic()
-        self.told_apart = tell_apart(self.real, self.draw(self.more_latents))
-        self.compared.seconds = max(SHOW_SECONDS, 50 * (time.monotonic() - began))
+        with torch.autocast(self.state.device.type, torch.bfloat16, enabled=self.args.amp):
+            self.told_apart = tell_apart(self.real, self.draw(self.more_latents))
+        self.compared.seconds = max(SHOW_SECONDS, 25 * (time.monotonic() - began))
 
     def save_grid(self, name: str, x: Tensor | None = None) -> None:
         """Saves a grid of x, or of what G draws from the run's latents."""
