@@ -74,9 +74,17 @@ from tqdm import tqdm
 # limits -------------------------------------------------------------------------------------------
 
 # what a flag, or a checkpoint from a stranger, may ask for: a range, or a list of choices
-LIMITS = {"n_cat": (0, 64), "cat_dim": (2, 1000), "n_cont": (0, 256), "z_dim": (0, 10_000)}
-LIMITS |= {"image_size": [16, 32, 64, 128, 256], "width": (1, 1024), "channels": [1, 3]}
-LIMITS |= {"upsample": ["nearest", "transposed"], "cont_at": [8, 4]}  # these decide the networks
+LIMITS = {  # of what decides the networks
+    "n_cat": (0, 64),
+    "cat_dim": (2, 1000),
+    "n_cont": (0, 256),
+    "z_dim": (0, 10_000),
+    "image_size": [16, 32, 64, 128, 256],
+    "width": (1, 1024),
+    "channels": [1, 3],
+    "upsample": ["nearest", "transposed"],
+    "cont_at": [8, 4],
+}
 
 
 class UserError(Exception):
@@ -94,14 +102,11 @@ class Diverged(UserError):
 def check_limits(values: dict, limits: dict = LIMITS) -> None:
     """Raises UserError when a value that is named in limits has another type or lies outside."""
     for name, allowed in limits.items():
-        low, high = allowed[0], allowed[-1]
-        value, kind = values.get(name, low), "a whole number" if type(low) is int else "a number"
-        fits, must = type(value) is type(low), f"{kind} from {low} to {high}"
-        if isinstance(allowed, list):
-            fits, must = fits and value in allowed, " or ".join(map(str, allowed))
-        elif fits:
-            fits = low <= value <= high
+        low, *_, high = allowed
+        value, listed = values.get(name, low), isinstance(allowed, list)
+        fits = type(value) is type(low) and (value in allowed if listed else low <= value <= high)
         if not fits:
+            must = f"one of {allowed}" if listed else f"{type(low).__name__}, {low} to {high}"
             raise UserError(f"--{name.replace('_', '-')} {value}: must be {must}")
 
 
@@ -187,8 +192,8 @@ class CodeSpec:
 
     def replace(self, codes: Codes, name: str, other: Codes) -> Codes:
         """codes with one code ("cat0") or group ("z", "cat", "cont") taken from other."""
-        kind = name.rstrip("0123456789")
-        part, number = {"z": "z", "cat": "c_cat", "cont": "c_cont"}[kind], name[len(kind) :]
+        kind, number = re.fullmatch(r"(\D+)(\d*)", name).groups()
+        part = kind if kind == "z" else f"c_{kind}"
         columns = [int(number)] if number else slice(None)
         changed = getattr(codes, part).clone()
         changed[:, columns] = getattr(other, part)[:, columns]
@@ -236,10 +241,7 @@ class ConvTranspose2dFromPixel(nn.ConvTranspose2d):
 
 
 class UpsampleConv2d(nn.Conv2d):
-    """Nearest neighbours to twice the size, then a 3x3 convolution."""
-
-    def __init__(self, n_in: int, n_out: int, bias: bool = False):
-        super().__init__(n_in, n_out, 3, padding=1, bias=bias)
+    """Nearest neighbours to twice the size, then a 3x3 convolution with padding 1."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.conv_transpose2d(x, self.folded(), self.bias, stride=2, padding=1)
@@ -286,11 +288,10 @@ class Generator(nn.Module):
         cont_at: int = 8,
     ):
         super().__init__()
-        check_limits({"image_size": image_size, "width": width, "channels": channels})
-        widths = layer_widths(image_size, width)[::-1]
-        transposed = partial(nn.ConvTranspose2d, kernel_size=4, stride=2, padding=1)
-        double = UpsampleConv2d if upsample == "nearest" else transposed
-        self.spec = spec
+        self.spec, widths = spec, layer_widths(image_size, width)[::-1]
+        double = partial(nn.ConvTranspose2d, kernel_size=4, stride=2, padding=1)
+        if upsample == "nearest":
+            double = partial(UpsampleConv2d, kernel_size=3, padding=1)
         n_maps = spec.n_cont if cont_at == 8 and spec.dim > spec.n_cont else 0
         layers = [ConvTranspose2dFromPixel(spec.dim - n_maps, widths[0], 4, bias=False)]
         for n_in, n_out in zip(widths, [*widths[1:], width], strict=True):
@@ -316,7 +317,6 @@ class Discriminator(nn.Module):
 
     def __init__(self, spec: CodeSpec, image_size: int = 64, width: int = 64, channels: int = 3):
         super().__init__()
-        check_limits({"image_size": image_size, "width": width, "channels": channels})
         self.spec, widths = spec, layer_widths(image_size, width)
         layers = [nn.Conv2d(channels, widths[0], 4, 2, 1), nn.LeakyReLU(0.2, True)]
         for n_in, n_out in zip(widths, widths[1:], strict=False):
@@ -353,11 +353,11 @@ class Discriminator(nn.Module):
 @torch.no_grad()
 def init_weights(net: nn.Module, rng: torch.Generator) -> None:
     """DCGAN's start: convolutions N(0, 0.02), batch norm N(1, 0.02), biases 0."""
-    for m in net.modules():
-        if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d)):
-            m.weight.normal_(float(isinstance(m, nn.BatchNorm2d)), 0.02, generator=rng)
-            if m.bias is not None:
-                m.bias.zero_()
+    for name, p in net.named_parameters():
+        if name.endswith("weight"):
+            p.normal_(float(p.dim() == 1), 0.02, generator=rng)  # a vector is batch norm's
+        elif name.endswith("bias"):
+            p.zero_()
 
 
 # objective ----------------------------------------------------------------------------------------
@@ -590,7 +590,7 @@ def train_step(state: State, args: Namespace, batch: Batch, kind: Variant | None
     loss_D = loss = d_loss(d_real, d_fake)
     if to_trunk:  # -V - lambda L_I, which trains Q and the trunk
         loss = loss - lambda_L_I(spec, mutual_information(spec, q, codes), args)
-    R1 = torch.zeros((), device=x.device)
+    R1 = identity = torch.zeros((), device=x.device)
     if with_r1:
         R1 = r1_penalty(d_real, x)
         loss = loss + R1_EVERY * args.r1 * R1
@@ -605,7 +605,6 @@ def train_step(state: State, args: Namespace, batch: Batch, kind: Variant | None
     L_I = mutual_information(spec, q, codes)
     # here L_I reaches G (Eq. 6); a continuous code that Q reads well need not grow further
     loss = loss_G - lambda_L_I(spec, L_I, args, args.cap_cont)
-    identity = torch.zeros((), device=x.device)
     if args.lam_identity and spec.n_cat:  # once Q reads c: at first G has only z to vary x with
         q_knows = L_I[: spec.n_cat].detach().mean() / math.log(spec.cat_dim)
         identity = identity_loss(x_fake)
@@ -672,8 +671,11 @@ def new_state(args: Namespace, device: torch.device) -> State:
     with_G, with_D = [*G.parameters()], [*D.trunk.parameters(), *D.d_head.parameters()]
     with_Q = with_D if args.info_to == "trunk" else with_G
     with_Q += D.q_head.parameters()
-    adam = {"betas": (0.5, 0.999), "fused": device.type in ("cpu", "cuda")}
-    adam["capturable"] = args.cuda_graph is True
+    adam = {
+        "betas": (0.5, 0.999),
+        "fused": device.type in ("cpu", "cuda"),
+        "capturable": args.cuda_graph is True,
+    }
     opt_G = torch.optim.Adam(with_G, args.lr_g, **adam)
     opt_D = torch.optim.Adam(with_D, args.lr_d, **adam)
     G_ema = copy.deepcopy(G).eval().requires_grad_(False)
@@ -738,9 +740,8 @@ def to_device(x: Tensor, device: torch.device) -> Tensor:
 
 def tensors_of(state: State) -> list[Tensor]:
     """All weights, batch norm's averages, then what the optimisers keep."""
-    tensors = [t for name in NETS for t in getattr(state, name).state_dict().values()]
-    kept = [[*opt.state.values()] for opt in (state.opt_G, state.opt_D)]
-    return tensors + tree_leaves(kept)
+    nets = [getattr(state, name).state_dict() for name in NETS]
+    return tree_leaves([nets, state.opt_G.state, state.opt_D.state])
 
 
 class GraphedStep:

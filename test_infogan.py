@@ -437,7 +437,7 @@ def slopes(y: torch.Tensor, *of: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 def test_upsampling_is_nearest_neighbours_and_a_convolution():
     """In one transposed convolution, with the same gradients."""
-    conv = infogan.UpsampleConv2d(5, 7, bias=True).double()
+    conv = infogan.UpsampleConv2d(5, 7, 3, padding=1).double()
     x = torch.randn(2, 5, 6, 8, generator=seeded()).double().requires_grad_()
     plain = F.conv2d(F.interpolate(x, scale_factor=2), conv.weight, conv.bias, padding=1)
     assert conv(x).allclose(plain)
