@@ -54,7 +54,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from difflib import get_close_matches
 from fnmatch import fnmatch
-from functools import partial
+from functools import lru_cache, partial
 from importlib import import_module
 from itertools import chain, cycle, product, zip_longest
 from pathlib import Path
@@ -808,8 +808,8 @@ class GraphedStep:
 # load_pictures: find_pictures, then decode (read_picture, to_square for each), then the cache.
 # next_batch: the pictures and codes of a step. make_batch: bytes to floats.
 
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "JPEG2000", "PPM", "ICO", "PCX", "SGI")
-FORMATS += ("QOI", "TGA", "AVIF")  # not all that Pillow knows: for EPS it starts a program
+FORMATS = ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "JPEG2000", "PPM", "ICO", "PCX", "SGI"]
+FORMATS += ["QOI", "TGA", "AVIF"]  # not all that Pillow knows: for EPS it starts a program
 MAX_PIXELS = 2**30 // 12  # of one file, Pillow's own limit: decoding takes up to 16 bytes for each
 DECODE_THREADS = 8  # what is larger than their share of MAX_PIXELS is decoded alone
 DECODER_VERSION = 6  # counts up whenever decode changes its result
@@ -817,8 +817,7 @@ CROPS = {"centre": 0.5, "top": 0.0}  # how much of what a tall picture loses lie
 HIDDEN = r"(?is)\..*|@eadir|[@#$]recycle(\.bin)?|recycler|#snapshot|__macosx|lost\+found|lost\.dir"
 HIDDEN += r"|found\.000|system volume information|desktop\.ini|thumbs(\.db)?"  # of systems too
 MARK = ".generated"  # generate.py leaves it in each folder that it makes: what G draws is no data
-OUR_FOLDERS = [{"args.json", "log.csv"}, {"args.json", "samples"}, {"last.pt"}, {MARK}]
-OUR_FOLDERS += [{"codes.csv"}, {"table.csv", "overview.png"}]  # before there was a mark
+OURS = {MARK, "args.json", "last.pt", "codes.csv"}  # each marks a run's folder, or generate.py's
 GET_PICTURES = "give a folder of pictures; `make data` downloads faces, `make demo` draws some"
 DATA, IDX = Path("data"), "raw/train-images-idx3-ubyte"  # where torchvision keeps named sets
 NAMED_SETS = {  # torchvision's class, its file; digits and clothes: 32x32, never mirrored
@@ -836,16 +835,7 @@ class Pictures:
     fingerprint: str  # of the files' bytes, whatever their names, and the crop: a run keeps it
     names: list[str]  # paths, or numbers in a named set
     order: Tensor  # int64 (N,), the order that runs take them in: by their hashes
-    is_grey: bool  # all of them
     summary: str  # what was left out, in words
-    shuffled: tuple[int, Tensor] | None = None  # the order of the epoch that was asked for last
-
-    def rows(self, epoch: int, seed: int) -> Tensor:
-        """The order (N,) of an epoch."""
-        if self.shuffled is None or self.shuffled[0] != epoch:
-            rng = torch.Generator().manual_seed((1_000_003 * seed + epoch) % 2**63)
-            self.shuffled = epoch, self.order[torch.randperm(len(self.x), generator=rng)]
-        return self.shuffled[1]
 
 
 def first_ten(texts: Sequence[str]) -> str:
@@ -859,15 +849,14 @@ def find_pictures(root: Path, exclude: Sequence[str] = ()) -> tuple[list[Path], 
     exclude: patterns such as "*_mask.png" or "small/*" for paths within root.
     Linked folders are followed, each once; what cannot be opened counts as a file.
     """
-    files, passed_over, visited = [], Counter(), set()
+    files, passed_over, visited = [], Counter(), {*root.resolve().parents}
     suffixes = {end for end, name in Image.registered_extensions().items() if name in FORMATS}
     walk = os.walk(root, onerror=lambda e: files.append(Path(e.filename)), followlinks=True)
     for here, folders, names in walk:
         folder, real = Path(here), Path(here).resolve()
-        is_ours = folder != root and any(marks <= {*names, *folders} for marks in OUR_FOLDERS)
+        is_ours = folder != root and not OURS.isdisjoint(names)
         passed_over[f"folder {folder.name} (a run, or by generate.py)"] += is_ours
-        holds_root = real in root.resolve().parents  # a link upwards
-        if is_ours or holds_root or real in visited:
+        if is_ours or real in visited:  # a link to a folder that was seen, or upwards
             folders.clear()
             continue
         visited.add(real)
@@ -899,10 +888,9 @@ def open_named_set(name: str, flag: str) -> Collection[tuple]:
 
         return getattr(datasets, kind)(DATA, download=not path.exists())
     except Exception as error:  # of any kind: torchvision and scipy raise them
-        why = f"torchvision cannot get it into {DATA}/"
-        if path.exists() and not isinstance(error, ImportError):
-            why = f"{path} is damaged or not all: delete it, and the same command gets it again"
-        raise UserError(f"{flag} {name}: {why} ({type(error).__name__}: {error})") from error
+        why = f"torchvision cannot get it, or {path} is damaged or not all: delete it, and the same"
+        why += f" command gets it again ({type(error).__name__}: {error})"
+        raise UserError(f"{flag} {name}: {why}") from error
 
 
 DEEP = 0, 65535  # black and white of 16-bit pictures
@@ -931,10 +919,9 @@ class Decoded(NamedTuple):
 
     hash: str = ""  # of the file's bytes
     pixels: bytes = b""  # (size, size, channels)
-    is_cut: bool = False  # whether the crop takes a third or more
-    error: Exception | None = None
-    side: int = 0  # the shorter one of the file's picture
+    whole: tuple = ()  # the size of the file's picture
     deep: tuple = ()  # its least and its greatest value, where it has 16 bits
+    error: Exception | None = None
 
 
 def read_picture(
@@ -942,8 +929,8 @@ def read_picture(
     size: int,
     channels: int,
     crop: str = "centre",
-    most: int = MAX_PIXELS,
     deep: tuple = DEEP,
+    most: int = MAX_PIXELS,
 ) -> Decoded:
     """Decodes a file of up to `most` pixels, or a picture."""
     try:
@@ -962,91 +949,93 @@ def read_picture(
             raise Image.DecompressionBombError
         found = image.getextrema() if image.mode.startswith("I") else ()
         pixels = to_square(image, size, channels, crop, deep).tobytes()
-        is_cut = 3 * min(whole) <= 2 * max(whole)
-        return Decoded(hashlib.sha256(raw).hexdigest(), pixels, is_cut, None, min(whole), found)
+        return Decoded(hashlib.sha256(raw).hexdigest(), pixels, whole, found)
     except Exception as error:  # decoders raise anything
         return Decoded(error=error)
 
 
-def looks_empty(x: Tensor) -> str:
-    """What is wrong with bytes (n, size, size, channels) in which there is little to see, or ""."""
-    apart = max(1, x.shape[1] // 32)  # a part of the pixels shows it
-    some = x[:: -(-len(x) // 200), ::apart, ::apart].flatten(1)
-    low, high, levels = some.min().item(), some.max().item(), len(some.unique())
-    spread = some.float().std(1).median().item()
-    if high - low >= 32 and spread >= 2 and levels > 8:
-        return ""
-    what = f"{levels} levels of brightness from {low} to {high} (of 0 to 255)"
-    if spread < 2:
-        what += ", and half of the pictures or more have one colour"
-    cure = "are they masks, or white drawings on nothing? Look at samples/real.png"
-    return f"\nthey look empty: {what}; {cure}; --exclude leaves files out"
-
-
-def remarks(x: Tensor, crop: str, n_cut: int, side: int, deep: tuple) -> str:
+def remarks(x: Tensor, sizes: list[tuple], crop: str, deep: tuple) -> str:
     """Lines on bytes x (n, size, size, channels) that a user should see before a long training.
 
-    n_cut: how many lose a third by the crop; side: the largest shorter one of their files; deep:
-    black and white of 16-bit pictures.
+    sizes: of their files' pictures; deep: black and white of 16-bit pictures.
     """
     n, size, text = *x.shape[:2], ""
-    if crop == "centre" and n_cut > n / 10:
-        text += f"\n{n_cut:,} of them lose a third of their area or more: their middle is taken;"
+    cut = [sides for sides in sizes if 3 * min(sides) <= 2 * max(sides)]
+    if crop == "centre" and len(cut) > n / 10:
+        text += f"\n{len(cut):,} of them lose a third of their area or more: their middle is taken;"
         text += " infogan.py --crop top takes the upper part of tall ones"
     if deep != DEEP:
         text += f"\n16 bits: {deep[0]} is black and {deep[1]} is white, the range that they have"
-    if side < size:
+    if (side := max(map(min, sizes))) < size:
         text += f"\nall are smaller than {size}x{size}, at most {side}: they are enlarged,"
         text += " which takes time and shows no more; give a smaller --image-size"
-    return text + looks_empty(x)
+    some = x[:: n // 50 + 1].flatten(1)  # a part of them shows it
+    levels, spread = some.unique(), some.float().std(1).median()
+    if len(levels) <= 8 or levels[-1] - levels[0] < 32 or spread < 2:
+        text += f"\nthey look empty: {len(levels)} levels of brightness from {levels[0]} to"
+        text += (
+            f" {levels[-1]} (of 0 to 255), a standard deviation of {spread:.1f} in half of them;"
+        )
+        text += " are they masks, or white drawings on nothing? Look at samples/real.png;"
+        text += " --exclude leaves files out"
+    return text
 
 
-def decode(flag: str, items: list, size: int, channels: int, crop: str, deep: tuple = DEEP) -> dict:
-    """Decodes paths or pictures: the values of Pictures. flag, with its value, names the set.
+def decode(flag: str, root: Path, items: dict, form: tuple, deep: tuple = DEEP) -> dict:
+    """Decodes paths or pictures, by their names: the values of Pictures.
 
-    deep: the black and the white of 16-bit pictures; those of a small range are decoded again.
+    flag, with its value, names the set, which is in root. form: size, channels, crop. deep: the
+    black and the white of 16-bit pictures; those of a small range are decoded again.
     """
-    first, unreadable, raw, n_cut, is_grey = {}, [], bytearray(), 0, True  # first: by hash
-    side, found = 0, set()
+    kept, names, unreadable, raw = {}, [], [], bytearray()  # kept: by hash, without their pixels
     Image.init()  # loads Pillow's formats, which threads must not do at the same time
     with warnings.catch_warnings(), ThreadPoolExecutor(DECODE_THREADS) as pool:
         warnings.simplefilter("ignore")  # Pillow's, about files that it can read all the same
         most = MAX_PIXELS // DECODE_THREADS
-        read = pool.map(lambda item: read_picture(item, size, channels, crop, most, deep), items)
+        read = pool.map(lambda item: read_picture(item, *form, deep, most), items.values())
         hidden = None if sys.stderr else True  # None: where it is no terminal
         read = tqdm(read, "pictures", len(items), leave=False, disable=hidden)
-        for i, picture in enumerate(read):
+        for (name, item), picture in zip(items.items(), read, strict=True):
             if isinstance(picture.error, Image.DecompressionBombError):  # too large for eight
-                picture = read_picture(items[i], size, channels, crop, MAX_PIXELS, deep)
-            x = picture.pixels
+                picture = read_picture(item, *form, deep)
             if picture.error:
-                unreadable.append(f"{items[i]} ({type(picture.error).__name__})")
-            elif picture.hash not in first:
-                first[picture.hash] = i
-                n_cut += picture.is_cut
-                side = max(side, picture.side)
-                found.update(picture.deep)
-                is_grey = is_grey and all(x[::channels] == x[c::channels] for c in range(channels))
-                raw += x
-    if deep == DEEP and found and 0 < max(found) - min(found) < DEEP[1] / 2:
-        return decode(flag, items, size, channels, crop, (min(found), max(found)))
-    n, hashes, summary = len(first), [*first], ""
+                unreadable.append(f"{name} ({type(picture.error).__name__})")
+            elif picture.hash not in kept:
+                kept[picture.hash] = picture._replace(pixels=b"")
+                names.append(str(name))
+                raw += picture.pixels
+    found = {value for picture in kept.values() for value in picture.deep}
+    low, high = min(found, default=0), max(found, default=0)
+    if deep == DEEP and 0 < high - low < DEEP[1] / 2:
+        return decode(flag, root, items, form, (low, high))
+    n, hashes, summary = len(kept), [*kept], ""
     if copies := len(items) - len(unreadable) - n:
         summary += f", exact copies dropped: {copies:,}"
     if unreadable:
         summary += f", unreadable files skipped: {len(unreadable):,} ({first_ten(unreadable)})"
     if n < 2:
-        raise UserError(f"{flag}: {n} pictures{summary}, at least 2 are needed; {GET_PICTURES}")
+        raise UserError(f"{flag}: {n} pictures{summary}, at least 2 are needed; {hint(root)}")
+    size, channels, crop = form
     x = torch.frombuffer(raw, dtype=torch.uint8).view(n, size, size, channels)
-    names = [str(items[i] if isinstance(items[i], Path) else i) for i in first.values()]
     return {
         "x": x,
         "fingerprint": hashlib.sha256("".join([crop, *sorted(hashes)]).encode()).hexdigest()[:16],
         "names": names,
         "order": torch.tensor(sorted(range(n), key=hashes.__getitem__)),
-        "is_grey": is_grey,
-        "summary": summary + remarks(x, crop, n_cut, side, deep),
+        "summary": summary + remarks(x, [p.whole for p in kept.values()], crop, deep),
     }
+
+
+def hint(root: Path) -> str:
+    """What helps where there are no pictures: to unpack an archive, root or one below it."""
+    tools = {".zip": "zipfile", ".tar": "tarfile", ".gz": "tarfile", ".tgz": "tarfile"}
+    for path in [root] if root.is_file() else sorted(root.rglob("*")):
+        suffix, name = path.suffix.lower(), shlex.quote(str(path))
+        if suffix in tools:
+            return f"unpack it: python -m {tools[suffix]} -e {name} {name}-unpacked"
+        if suffix in (".npz", ".parquet"):
+            return f"unpack it: write each picture in {name} as a file, such as a PNG"
+    return GET_PICTURES
 
 
 def cache_folder() -> Path:
@@ -1055,43 +1044,22 @@ def cache_folder() -> Path:
     return Path(os.devnull if path.startswith("~") else path, "infogan")  # no home: no cache
 
 
-def read_cache(path: Path) -> Pictures | None:
-    """What write_cache has written, x mapped into memory; None where it is missing or damaged."""
+def read_cache(path: Path, stamp: str) -> Pictures | None:
+    """x is mapped into memory; None where the file is missing, damaged, or of other files."""
     with suppress(Exception):  # torch raises anything for a damaged file
-        return Pictures(**torch.load(path, mmap=True, weights_only=True))
-    return None
+        values = torch.load(path, mmap=True, weights_only=True)
+        if values.pop("stamp") == stamp:
+            return Pictures(**values)
 
 
-def write_cache(path: Path, values: dict) -> None:
+def write_cache(path: Path, stamp: str, values: dict) -> None:
     """Writes the values of Pictures, in place of those of the set before it changed."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        for old in path.parent.glob(f"{path.stem[:16]}-*"):
-            old.unlink()
         with replacing(path) as file:
-            torch.save(values, file)
+            torch.save(values | {"stamp": stamp}, file)
     except (OSError, RuntimeError) as error:  # torch calls a full disk an internal error
-        why = getattr(error, "strerror", None) or error
-        print(f"{path}: {why}; not cached, each start decodes the pictures")
-
-
-def how_to_unpack(root: Path) -> str:
-    """Where pictures are in an archive, root or one below it: the command that gets them out."""
-    tools = {".zip": "zipfile", ".tar": "tarfile", ".gz": "tarfile", ".tgz": "tarfile"}
-    codes = {  # after these, i counts and v is a picture
-        ".npz": "numpy as t, PIL.Image as I; [I.fromarray(v).save(f'{i:06d}.png')"
-        " for i, v in enumerate(next(iter(t.load(PATH).values())))]",
-        ".parquet": "pandas as t; [open(f'{i:06d}.png', 'wb').write(v['bytes'])"
-        " for i, v in enumerate(t.read_parquet(PATH)['image'])]",
-    }
-    for path in [root] if root.is_file() else sorted(root.rglob("*")):
-        folder = shlex.quote(str(path.with_suffix("")) + "-unpacked")
-        if tool := tools.get(path.suffix.lower()):
-            return f"unpack it: python -m {tool} -e {shlex.quote(str(path))} {folder}"
-        if code := codes.get(path.suffix.lower()):
-            code = shlex.quote("import " + code.replace("PATH", repr(str(path.absolute()))))
-            return f"unpack it: mkdir {folder} && cd {folder} && python -c {code}"
-    return GET_PICTURES
+        print(f"{path}: {error}; not cached, each start decodes the pictures")
 
 
 def load_pictures(
@@ -1110,34 +1078,31 @@ def load_pictures(
     Raises UserError, with the flag that names the set, when fewer than two remain.
     """
     named = data in NAMED_SETS
-    root = DATA / NAMED_SETS[data][1] if named else Path(os.path.expanduser(data))
-    if named and not root.exists():
-        open_named_set(data, flag)  # downloads it
-    elif not named and not root.is_dir():
-        why = "is not a folder" if root.exists() else "no such folder"
-        raise UserError(f"{flag} {data}: {why}; {how_to_unpack(root)}")
+    root = DATA / NAMED_SETS[data][1] if named else Path(data)
     root, form = root.resolve(), (size, channels or 3, crop)  # one set, however its path is written
     files, passed_over = ([root], Counter()) if named else find_pictures(root, exclude)
     if passed_over:
         most = [f"{n:,} {what}" for what, n in passed_over.most_common()]
         print(f"passed over in {data}: {first_ten(most)}")
-    if not files:
-        raise UserError(f"{flag} {data}: 0 pictures, at least 2 are needed; {how_to_unpack(root)}")
-    place = hashlib.sha256(os.fsencode(f"{DECODER_VERSION} {form} {root}"))
     stamp = hashlib.sha256()  # changes with every name, size and time
-    for path in files:
-        stamp.update(os.fsencode(path))
+    for file in files:
+        stamp.update(os.fsencode(file))
         with suppress(OSError):  # an unreadable one counts by its name
-            stamp.update(f" {path.stat().st_size} {path.stat().st_mtime_ns}\0".encode())
-    path = cache_folder() / f"{place.hexdigest()[:16]}-{stamp.hexdigest()[:16]}.pixels"
-    pictures = read_cache(path)
+            stamp.update(f" {file.stat().st_size} {file.stat().st_mtime_ns}\0".encode())
+    stamp = stamp.hexdigest()
+    place = hashlib.sha256(os.fsencode(f"{DECODER_VERSION} {form} {root}")).hexdigest()
+    path = cache_folder() / f"{place[:16]}.pixels"
+    pictures = read_cache(path, stamp)
     if not pictures:
-        items = [x for x, _ in open_named_set(data, flag)] if named else files
-        values = decode(f"{flag} {data}", items, *form)
-        write_cache(path, values)
-        pictures = read_cache(path) or Pictures(**values)
+        items = dict(zip(files, files, strict=True))
+        if named:
+            items = dict(enumerate(x for x, _ in open_named_set(data, flag)))
+        values = decode(f"{flag} {data}", root, items, form)
+        write_cache(path, stamp, values)
+        pictures = read_cache(path, stamp) or Pictures(**values)
     print(f"{len(pictures.x):,} pictures in {data}{pictures.summary}")
-    if pictures.is_grey and channels is None:
+    parts = pictures.x.split(1000)
+    if channels is None and all((part == part[..., :1]).all() for part in parts):
         pictures.x = pictures.x[..., :1]
     return pictures
 
@@ -1152,11 +1117,19 @@ def make_batch(x: Tensor, flip: bool, rng: torch.Generator, device: torch.device
     return torch.add(torch.tensor(-1.0), x, alpha=1 / 127.5)  # x / 127.5 - 1 in one pass
 
 
+@lru_cache(1)  # once an epoch
+def shuffled(n: int, seed: int, epoch: int) -> Tensor:
+    """The numbers below n in the order of an epoch."""
+    rng = torch.Generator().manual_seed((1_000_003 * seed + epoch) % 2**63)
+    return torch.randperm(n, generator=rng)
+
+
 def next_batch(state: State, args: Namespace, pictures: Pictures) -> Batch:
     """What the state's step takes: the next pictures of its epoch, codes, chance."""
     n, device, x = min(args.batch_size, len(pictures.x)), state.device, pictures.x
     epoch, i = state.place
-    rows = to_device(pictures.rows(epoch, args.seed)[i * n : (i + 1) * n], x.device)
+    rows = pictures.order[shuffled(len(x), args.seed, epoch)[i * n : (i + 1) * n]]
+    rows = to_device(rows, x.device)
     real = make_batch(x.index_select(0, rows), args.flip, state.rng, device)
     codes = state.spec.sample(n, state.rng)
     codes = pair(codes) if args.lam_identity else codes
