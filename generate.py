@@ -736,7 +736,7 @@ def shrink(model: Model, args: Namespace) -> str:
     small = {"args": args_kept, "step": ckpt["step"], "names": args.names}
     for net in ("G_ema", "D"):  # vectors stay: they are small, and variances may be tiny
         small[net] = {k: w.half() if w.dim() > 1 else w for k, w in ckpt[net].items()}
-    infogan.save_file(path, small | {"format": infogan.FORMAT})
+    infogan.write_file(path, infogan.to_bytes(small | {"format": infogan.FORMAT}))
     return f"{path} has {path.stat().st_size / 1e6:.1f} MB"
 
 
@@ -807,7 +807,7 @@ def read_names(model: Model, given: str | None) -> Names:
             is_code, fits = re.fullmatch("(cat|cont)[0-9]+", code), 0 < len(name) <= 40
             if not (is_code and fits and name.isprintable()):
                 raise ValueError(f"not {code!a}: {name!a}")
-    except infogan.BROKEN as error:
+    except Exception as error:  # of any kind: the file is at fault
         must = 'must be a table like {"cont3": "tilt"}, each name in one line of up to 40 letters'
         raise UserError(f"{path}: {must}: {error}") from error
     return {code: name for code, name in names.items() if code in model.spec.names}
@@ -854,7 +854,7 @@ def read_start(text: str, spec: CodeSpec) -> tuple[list[str], Codes]:
         is_category = (c_cat == c_cat.floor()) & (c_cat >= 0) & (c_cat < spec.cat_dim)
         if not is_category.all() or not (values.abs() <= 1000).all():  # NaN too
             raise ValueError("a value is out of range")
-    except (*infogan.BROKEN, IndexError, csv.Error) as error:
+    except (OSError, RuntimeError, ValueError, IndexError, csv.Error) as error:
         must = "must be a codes.csv that --read wrote with this checkpoint, rows from 0"
         raise UserError(f"--start {text}: {must} ({str(error).splitlines()[0]})") from error
     return [row[0] for row in rows], Codes(z, c_cat.long(), c_cont)

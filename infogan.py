@@ -50,7 +50,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import timedelta
 from difflib import get_close_matches
 from fnmatch import fnmatch
@@ -142,7 +142,7 @@ class CodeSpec:
     z_dim: int = 100
 
     def __post_init__(self) -> None:
-        check_limits(asdict(self))
+        check_limits(vars(self))
         if not self.dim:
             raise UserError("--z-dim 0: without codes G needs noise, give --z-dim 100")
 
@@ -1144,7 +1144,6 @@ def next_batch(state: State, args: Namespace, pictures: Pictures) -> Batch:
 FORMAT = 2
 LOWER_LR = "last.pt is the last good one, if saved. Lower --lr-g and --lr-d"
 NEW_RUN = "another --out starts a new run"
-BROKEN = (AttributeError, EOFError, KeyError, OSError, RuntimeError, TypeError, ValueError)
 
 
 @contextmanager
@@ -1177,11 +1176,6 @@ def to_bytes(values: dict) -> memoryview:
     return buffer.getbuffer()
 
 
-def save_file(path: Path, values: dict) -> None:
-    """Writes a dict for torch.load, complete or not at all."""
-    write_file(path, to_bytes(values))
-
-
 def checkpoint_file(path: str | Path) -> Path:
     """A checkpoint, or the last one of a run's folder."""
     return Path(path, "last.pt") if os.path.isdir(path) else Path(path)
@@ -1201,13 +1195,11 @@ def load_checkpoint(path: str | Path) -> dict:
                 raise zipfile.BadZipFile
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
         if ckpt["format"] != FORMAT:
-            raise UserError("is from another version of infogan.py")
+            raise ValueError("another version's")
         ckpt["args"] = {"cont_at": 4, **ckpt["args"]}  # as in all runs before there was a choice
         check_limits({name: ckpt["args"].get(name) for name in LIMITS})
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
     except Exception as error:  # of any kind: the file is at fault
-        why = f"broken, or not a checkpoint of infogan.py ({type(error).__name__})"
+        why = f"broken, or not a checkpoint of this infogan.py ({error!r:.99})"
         raise UserError(f"{path}: {why}") from error
     return ckpt | {"path": str(path)}
 
@@ -1220,14 +1212,13 @@ def load_net(path: str | Path | dict, key: str, device: str) -> Generator | Disc
         G, D = networks(Namespace(**ckpt["args"]))
     net = G if key == "G_ema" else D
     try:
-        weights = {name: w.contiguous() for name, w in ckpt[key].items()}
-        weights = {name: w.float() if w.is_floating_point() else w for name, w in weights.items()}
-        net.load_state_dict(weights, assign=True)
-    except BROKEN as error:
+        net.load_state_dict(ckpt[key], assign=True)
+    except Exception as error:  # of any kind here too
         raise UserError(f"{path}: its {key} does not fit its own flags") from error
-    if not all(w.isfinite().all() for w in weights.values()):
+    if not all(w.isfinite().all() for w in net.state_dict().values()):
         raise UserError(f"{path}: its {key} has weights that are not finite")
-    return net.eval().requires_grad_(False).to(device)
+    net = net.float().eval().requires_grad_(False)
+    return net.to(device, memory_format=torch.contiguous_format)
 
 
 def load_generator(path: str | Path | dict, device: str = "cpu") -> tuple[Generator, CodeSpec]:
@@ -1253,11 +1244,11 @@ def gather_checkpoint(
     state: State, args: Namespace, fingerprint: str, rows: Sequence[Sequence[float]] = ()
 ) -> dict:
     """All that a run needs to resume bit for bit; rows are those of log.csv."""
-    check_finite(state.step, state.sums)
     ckpt = {name: getattr(state, name).state_dict() for name in NETS + OPTIMISERS}
-    for name in NETS:
-        if not all(w.isfinite().all() for w in ckpt[name].values()):
-            raise Diverged(f"step {state.step}: {name} has weights that are not finite; {LOWER_LR}")
+    weights = {
+        f"the sum of {name}'s weights": sum(map(torch.sum, ckpt[name].values())) for name in NETS
+    }
+    check_finite(state.step, state.sums | weights)
     ckpt |= {name: getattr(state, name) for name in COUNTS}
     ckpt |= {"format": FORMAT, "args": vars(args), "fingerprint": fingerprint}
     return ckpt | {"rng": state.rng.get_state(), "rows": torch.tensor(rows, dtype=torch.float64)}
@@ -1283,10 +1274,10 @@ def restore(state: State, ckpt: dict, weights_only: bool = False) -> None:
         if state.sums and [*state.sums] != [*METRICS, *state.spec.names]:
             raise ValueError("METRICS has changed")
         state.rng.set_state(ckpt["rng"].clone())  # torch reads beside a part of a tensor
-    except BROKEN as error:
+    except Exception as error:  # of any kind here too
         cure = "give another --init" if weights_only else NEW_RUN
-        why = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise UserError(f"{path}: training cannot go on from it ({why}); {cure}") from error
+        why = f"training cannot go on from it ({error!r:.99})"
+        raise UserError(f"{path}: {why}; {cure}") from error
     if state.per_epoch != per_epoch:  # other pictures or another batch: the next epoch begins
         state.changed = state.step, math.ceil(state.epochs)
         state.per_epoch = per_epoch
@@ -1302,11 +1293,11 @@ SIGNALS = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
 @contextmanager
 def locked(out: Path) -> Iterator[None]:
     """A run's folder, made if missing, for this process alone: the lock ends with the process."""
-    names = sorted(os.listdir(out)) if out.is_dir() else []
+    names = sorted(path.name for path in out.glob("*"))
     others = [name for name in names if not re.fullmatch(IGNORED, name)]
     if others and not any(re.fullmatch(r"args\.json|last\.pt|epoch_.*\.pt", n) for n in others):
         raise UserError(f"--out {out}: has {others[0]} but no run in it; give another folder")
-    is_new, lock = not out.exists(), FileLock(out / ".lock", timeout=0)
+    lock = FileLock(out / ".lock", timeout=0)
     out.mkdir(parents=True, exist_ok=True)
     try:
         lock.acquire()
@@ -1314,23 +1305,25 @@ def locked(out: Path) -> Iterator[None]:
         raise UserError(f"--out {out}: another process is training there") from None
     except (OSError, NotImplementedError) as error:  # as on some network drives
         print(f"{out}: cannot be locked ({error}); start no second run there")
-    for part in [*out.glob(".*.part"), *out.glob("samples/.*.part")]:
+    for part in out.rglob(".*.part"):
         part.unlink()  # from a process that was killed while it wrote
     try:
         yield
     finally:
         with suppress(OSError):
             Path(lock.lock_file).unlink()
-            if is_new:
-                out.rmdir()  # only if it is empty: a start that failed
+            out.rmdir()  # only if it is empty: a start that failed
         lock.release()
 
 
 def differences(args: Namespace, before: dict, names: Collection[str]) -> list[str]:
     """ "--r1 0.3, not --r1 1.0" for each flag that is not as before."""
-    pairs = [(name, before.get(name), getattr(args, name)) for name in names]
-    changed = [(name, old, new) for name, old, new in pairs if new not in (None, AUTO, old)]
-    return [f"{as_typed(name, old)}, not {as_typed(name, new)}" for name, old, new in changed]
+    pairs = [(name, before.get(name), value) for name, value in vars(args).items() if name in names]
+    return [
+        f"{as_typed(name, old)}, not {as_typed(name, new)}"
+        for name, old, new in pairs
+        if new not in (None, AUTO, old)
+    ]
 
 
 def as_typed(name: str, value: object) -> str:
@@ -1351,8 +1344,7 @@ def refuse(args: Namespace, changes: list[str], for_good: bool = False) -> None:
 def find_checkpoint(args: Namespace) -> dict | None:
     """last.pt of the run in args.out, else its newest that can be read; None in a new folder."""
     out = Path(args.out)
-    older = sorted(out.glob("epoch_*.pt"), key=lambda p: (len(p.name), p.name), reverse=True)
-    paths = [path for path in [out / "last.pt", *older] if path.exists()]
+    paths = [*out.glob("last.pt"), *sorted(out.glob("epoch_*.pt"), reverse=True)]
     for path in paths:
         try:
             ckpt = load_checkpoint(path)
@@ -1374,25 +1366,25 @@ def find_checkpoint(args: Namespace) -> dict | None:
 @contextmanager
 def caught_signals() -> Iterator[list[int]]:
     """Collects signals that ask a run to stop; a second INT, TERM or HUP stops it at once."""
-    caught, before = [], {}
+    before, caught = {number: signal.getsignal(number) for number in SIGNALS}, []
 
     def note(number: int, _frame: object) -> None:
         caught.append(number)
         if number in SIGNALS[:3]:
             signal.signal(number, before[number])
 
-    for number in SIGNALS:
-        # ignored: by nohup, or a shell for a job with &; None: a handler that is not Python's
-        if signal.getsignal(number) not in (signal.SIG_IGN, None):
-            with suppress(ValueError):  # in a thread of another program, which has its own
-                before[number] = signal.getsignal(number)
-                signal.signal(number, note)
+    def handle(handlers: dict) -> None:
+        for number, handler in handlers.items():
+            # ignored: by nohup, or a shell for a job with &; None: a handler that is not Python's
+            if before[number] not in (signal.SIG_IGN, None):
+                with suppress(ValueError):  # in a thread of another program, which has its own
+                    signal.signal(number, handler)
+
+    handle(dict.fromkeys(SIGNALS, note))
     try:
         yield caught
     finally:
-        with suppress(ValueError):
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        handle(before)
 
 
 # display ------------------------------------------------------------------------------------------
@@ -1730,12 +1722,12 @@ def open_pictures(args: Namespace, ckpt: dict | None) -> Pictures:
 
 def open_state(args: Namespace, ckpt: dict | None, device: torch.device, n: int) -> State:
     """A new run's state for n pictures, or that of ckpt; --init begins with another's weights."""
-    init = load_checkpoint(args.init) if args.init and not ckpt else None
+    begin = ckpt or (args.init and load_checkpoint(args.init))
     args.init = args.init or (ckpt and ckpt["args"].get("init"))
     state = new_state(args, device)
     state.per_epoch = n // min(args.batch_size, n)
-    if ckpt or init:
-        restore(state, ckpt or init, weights_only=bool(init))
+    if begin:
+        restore(state, begin, weights_only=not ckpt)
     return state
 
 

@@ -72,7 +72,7 @@ def lively(path: Path, *flags: str) -> None:
     state = infogan.new_state(args, CPU)
     for t in (p for p in state.G_ema.state_dict().values() if p.is_floating_point()):
         t.add_(0.05 * torch.randn(t.shape, generator=seeded()))
-    infogan.save_file(path, infogan.gather_checkpoint(state, args, ""))
+    torch.save(infogan.gather_checkpoint(state, args, ""), path)
 
 
 def table_of(path: Path) -> list[dict[str, str]]:
