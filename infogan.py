@@ -23,7 +23,7 @@ What the default adds to the paper; `--recipe notebook` leaves it out:
     --upsample      nearest neighbours and 3x3 convolutions in G, not transposed ones
     --cont-at       continuous codes enter G at its 8x8 layer, where they move and reshape
 
-Sections, the paper first (search for "# step ---"): limits, codes, networks, objective, step; then
+Sections, the paper first (search for "# step ---"): errors, codes, networks, objective, step; then
 device, pictures, checkpoint, run folder, display, train, flags, program.
 Left out on purpose: labels, learning-rate schedules, growing networks, several GPUs, configs.
 """
@@ -71,20 +71,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 from tqdm import tqdm
 
-# limits -------------------------------------------------------------------------------------------
-
-# what a flag, or a checkpoint from a stranger, may ask for: a range, or a list of choices
-LIMITS = {  # of what decides the networks
-    "n_cat": (0, 64),
-    "cat_dim": (2, 1000),
-    "n_cont": (0, 256),
-    "z_dim": (0, 10_000),
-    "image_size": [16, 32, 64, 128, 256],
-    "width": (1, 1024),
-    "channels": [1, 3],
-    "upsample": ["nearest", "transposed"],
-    "cont_at": [8, 4],
-}
+# errors -------------------------------------------------------------------------------------------
 
 
 class UserError(Exception):
@@ -99,8 +86,11 @@ class Diverged(UserError):
     code = 1
 
 
-def check_limits(values: dict, limits: dict = LIMITS) -> None:
-    """Raises UserError when a value that is named in limits has another type or lies outside."""
+def check_limits(values: dict, limits: dict) -> None:
+    """Raises UserError when a value that is named in limits has another type or lies outside.
+
+    Limits are those of FLAGS: (lowest, highest) or a list of choices.
+    """
     for name, allowed in limits.items():
         low, *_, high = allowed
         value, listed = values.get(name, low), isinstance(allowed, list)
@@ -142,7 +132,7 @@ class CodeSpec:
     z_dim: int = 100
 
     def __post_init__(self) -> None:
-        check_limits(vars(self))
+        check_limits(vars(self), LIMITS)
         if not self.dim:
             raise UserError("--z-dim 0: without codes G needs noise, give --z-dim 100")
 
@@ -1197,7 +1187,7 @@ def load_checkpoint(path: str | Path) -> dict:
         if ckpt["format"] != FORMAT:
             raise ValueError("another version's")
         ckpt["args"] = {"cont_at": 4, **ckpt["args"]}  # as in all runs before there was a choice
-        check_limits({name: ckpt["args"].get(name) for name in LIMITS})
+        check_limits({name: ckpt["args"].get(name) for name in LIMITS}, LIMITS)
     except Exception as error:  # of any kind: the file is at fault
         why = f"broken, or not a checkpoint of this infogan.py ({error!r:.99})"
         raise UserError(f"{path}: {why}") from error
@@ -1352,10 +1342,10 @@ def find_checkpoint(args: Namespace) -> dict | None:
             print(error, file=sys.stderr)
             continue
         before = ckpt["args"]
-        refuse(args, differences(args, before, flags_that(SAME)), for_good=True)
-        refuse(args, differences(args, before, flags_that(ALLOWED)))
+        refuse(args, differences(args, before, SAME), for_good=True)
+        refuse(args, differences(args, before, ALLOWED))
         print(f"resuming from {path}, step {ckpt['step']:,}")
-        if changes := differences(args, before, flags_that(TOLD)):
+        if changes := differences(args, before, TOLD):
             print(f"until now it had {', '.join(changes)}")
         return ckpt
     if paths:
@@ -1708,11 +1698,7 @@ def open_pictures(args: Namespace, ckpt: dict | None) -> Pictures:
     """The run's pictures; sets args.channels. Raises UserError where they are not those of ckpt."""
     channels = ckpt["args"]["channels"] if ckpt else args.channels
     pictures = load_pictures(
-        args.data,
-        args.image_size,
-        None if channels is AUTO else channels,
-        args.crop,
-        exclude=args.exclude or (),
+        args.data, args.image_size, channels, args.crop, exclude=args.exclude or ()
     )
     if ckpt and ckpt.get("fingerprint", pictures.fingerprint) != pictures.fingerprint:
         refuse(args, ["other pictures"])
@@ -1791,9 +1777,6 @@ def report(state: State, recorder: Recorder, stopped_by: int | None) -> int:
 # flags --------------------------------------------------------------------------------------------
 
 AUTO = "auto"  # a default that follows from other flags, the pictures or the device
-# When a run resumes, a flag must be the SAME; or it may change if --allow-changes is given
-# (ALLOWED); or it may change, which the run tells (TOLD); or nobody minds (FREE).
-SAME, ALLOWED, TOLD, FREE = "same", "allowed", "told", "free"
 # fmt: off
 RECIPES = {  # what differs from the defaults in FLAGS
 "default": {},
@@ -1803,74 +1786,77 @@ RECIPES = {  # what differs from the defaults in FLAGS
 "mnist": dict(upsample="transposed", cont_at=4, width=32, batch_size=64, lr_g=1e-3, z_dim=16,
     r1=0.1, lam_identity=0.0, q_augment=1.0, shift=0.0),
 }
-FLAGS = {  # by group: flag, default, limits or choices or kind, when a run resumes, meaning
+FLAGS = {  # by group: flag, default, limits or choices or kind, meaning
 "pictures": [
-    ("--data", "data/anime", "FOLDER", FREE, f"a folder, or {', '.join(NAMED_SETS)}"),
-    ("--exclude", None, "PATTERN", FREE, "leave out files whose path within --data fits, such as"
+    ("--data", "data/anime", "FOLDER", f"a folder, or {', '.join(NAMED_SETS)}"),
+    ("--exclude", None, "PATTERN", "leave out files whose path within --data fits, such as"
      " '*_mask.png' or 'small/*'; may be given several times"),
-    ("--image-size", 64, LIMITS["image_size"], SAME, "width and height; named sets 32"),
-    ("--channels", AUTO, LIMITS["channels"], SAME, "1 grey, 3 colour (default: what the set has)"),
-    ("--flip", True, bool, TOLD, "mirror half of them; digits and clothes: off"),
-    ("--crop", "centre", [*CROPS], ALLOWED, "what is kept of pictures that are not square"),
-], "codes": [
-    ("--n-cat", 1, LIMITS["n_cat"], SAME, "categorical codes, 0 to 64"),
-    ("--cat-dim", 10, LIMITS["cat_dim"], SAME, "categories of each, 2 to 1000"),
-    ("--n-cont", 2, LIMITS["n_cont"], SAME, "continuous codes in [-1, 1], 0 to 256"),
-    ("--z-dim", 100, LIMITS["z_dim"], SAME, "noise, 0 to 10000"),
-], "networks and objective": [
-    ("--recipe", AUTO, [*RECIPES], TOLD, "notebook: its settings and faults (default: by --data)"),
-    ("--width", 64, LIMITS["width"], SAME, "channels of D's first and G's last layer"),
-    ("--upsample", "nearest", LIMITS["upsample"], SAME, "G's layers: nearest neighbours and 3x3"
+    ("--flip", True, bool, "mirror half of them; digits and clothes: off"),
+    ("--crop", "centre", [*CROPS], "what is kept of pictures that are not square"),
+], "codes and networks": [
+    ("--n-cat", 1, (0, 64), "categorical codes, 0 to 64"),
+    ("--cat-dim", 10, (2, 1000), "categories of each, 2 to 1000"),
+    ("--n-cont", 2, (0, 256), "continuous codes in [-1, 1], 0 to 256"),
+    ("--z-dim", 100, (0, 10_000), "noise, 0 to 10000"),
+    ("--image-size", 64, [16, 32, 64, 128, 256], "width and height; named sets 32"),
+    ("--channels", None, [1, 3], "1 grey, 3 colour (default: what the set has)"),
+    ("--width", 64, (1, 1024), "channels of D's first and G's last layer"),
+    ("--upsample", "nearest", ["nearest", "transposed"], "G's layers: nearest neighbours and 3x3"
      " convolutions, or transposed 4x4 ones"),
-    ("--cont-at", 8, LIMITS["cont_at"], SAME, "size of the layer of G that continuous codes enter:"
-     " 8, where they move and reshape, or 4, the first, where z and categoricals enter"),
-    ("--lam-cat", 1.0, (0.0, 1000.0), TOLD, "lambda of each categorical code's L_I"),
-    ("--lam-cont", AUTO, (0.0, 1000.0), TOLD,
-     "of each continuous code's (default 3 / n_cont, max 0.3)"),
-    ("--cap-cont", AUTO, (0.0, 3.0), TOLD, "G is rewarded for a continuous code's L_I up to X nats"
+    ("--cont-at", 8, [8, 4], "size of the layer of G that continuous codes enter: 8, where they"
+     " move and reshape, or 4, the first, where z and categoricals enter"),
+], "objective": [
+    ("--recipe", AUTO, [*RECIPES], "notebook: its settings and faults (default: by --data)"),
+    ("--lam-cat", 1.0, (0.0, 1000.0), "lambda of each categorical code's L_I"),
+    ("--lam-cont", AUTO, (0.0, 1000.0), "of each continuous code's (default 3 / n_cont, max 0.3)"),
+    ("--cap-cont", AUTO, (0.0, 3.0), "G is rewarded for a continuous code's L_I up to X nats"
      " (default 1.4; with up to 5 codes 3, more than a code can reach)"),
-    ("--lam-identity", 2.0, (0.0, 1000.0), TOLD, "of the identity loss: pictures of the same"
-     " categories must have the same colours in the same places"),
-    ("--info-to", "trunk", ["trunk", "head"], SAME, "L_I trains Q with D's trunk, or Q's head"),
-    ("--q-augment", 0.0, (0.0, 3.0), TOLD, "how strongly pictures are moved, turned, blurred and"
-     " relit before Q reads categorical codes; mnist 1"),
-    ("--shift", AUTO, (0.0, 0.5), TOLD, "D sees pictures shifted by up to this share of their"
-     f" width, growing over {SHIFT_EPOCHS} epochs (default 0.125; below 64 pixels 0.0625)"),
-    ("--r1", AUTO, (0.0, 1e3), TOLD, "D's gradient penalty (default 0.3; below 64 pixels 0.01)"),
-    ("--r1-from", AUTO, (0, 10**9), TOLD, "the epoch from which it acts (default 0; below 64"
-     " pixels, if --r1 is not given, 75)"),
-    ("--ema", 0.03, (0.0, 1.0), TOLD, "half-life of G's average, as a share of its steps"),
+    ("--lam-identity", 2.0, (0.0, 1000.0), "of the identity loss: pictures of the same categories"
+     " must have the same colours in the same places"),
+    ("--info-to", "trunk", ["trunk", "head"], "L_I trains Q with D's trunk, or Q's head"),
+    ("--q-augment", 0.0, (0.0, 3.0), "how strongly pictures are moved, turned, blurred and relit"
+     " before Q reads categorical codes; mnist 1"),
+    ("--shift", AUTO, (0.0, 0.5), "D sees pictures shifted by up to this share of their width,"
+     f" growing over {SHIFT_EPOCHS} epochs (default 0.125; below 64 pixels 0.0625)"),
+    ("--r1", AUTO, (0.0, 1e3), "D's gradient penalty (default 0.3; below 64 pixels 0.01)"),
+    ("--r1-from", AUTO, (0, 10**9), "the epoch from which it acts (default 0; below 64 pixels, if"
+     " --r1 is not given, 75)"),
+    ("--ema", 0.03, (0.0, 1.0), "half-life of G's average, as a share of its steps"),
 ], "training": [
-    ("--epochs", 150, (1, 10**9), FREE, "passes over the pictures"),
-    ("--batch-size", 128, (2, 65_536), ALLOWED, "pictures in a step"),
-    ("--lr-g", 2e-4, (0.0, 1.0), TOLD, "G's learning rate"),
-    ("--lr-d", 2e-4, (0.0, 1.0), TOLD, "D's learning rate"),
-    ("--init", None, "FILE", TOLD, "begin with the weights, codes and networks of a checkpoint"),
-    ("--seed", 0, (0, 2**63 - 1), TOLD, "seed of all random numbers"),
-    ("--device", "auto", "DEVICE", FREE, "cpu, cuda, cuda:1, mps; auto takes the fastest"),
-    ("--amp", AUTO, bool, FREE, "bfloat16 convolutions (default: where they are faster)"),
-    ("--cuda-graph", AUTO, bool, FREE, "replay the step as a CUDA graph, so that a GPU never waits"
-     " for Python (default: on CUDA)"),
-    ("--max-steps", None, (1, 10**12), FREE, "finish after N steps in all"),
-    ("--max-minutes", None, (0.001, 1e7), FREE, "stop this call after X minutes; repeat it to"
-     " resume"),
-], "output": [
-    ("--out", AUTO, "FOLDER", FREE, "the run's folder (default checkpoint/cat1-cont2, by its"
-     " codes)"),
-    ("--save-every", AUTO, (1, 10**9), FREE, "epochs between checkpoints that are kept (default"
-     " 25, and at least 30 seconds)"),
-    ("--sample-every", AUTO, (1, 10**9), FREE, "epochs between grids (default 5, and at least 30"
-     " seconds)"),
-    ("--allow-changes", False, bool, FREE, "go on though pictures, --crop or --batch-size are not"
-     " those of the run"),
+    ("--batch-size", 128, (2, 65_536), "pictures in a step"),
+    ("--lr-g", 2e-4, (0.0, 1.0), "G's learning rate"),
+    ("--lr-d", 2e-4, (0.0, 1.0), "D's learning rate"),
+    ("--init", None, "FILE", "begin with the weights, codes and networks of a checkpoint"),
+    ("--seed", 0, (0, 2**63 - 1), "seed of all random numbers"),
+], "this start": [  # a run may go on with others, and says nothing
+    ("--epochs", 150, (1, 10**9), "passes over the pictures"),
+    ("--max-steps", None, (1, 10**12), "finish after N steps in all"),
+    ("--max-minutes", None, (0.001, 1e7), "stop this call after X minutes; repeat it to resume"),
+    ("--device", "auto", "DEVICE", "cpu, cuda, cuda:1, mps; auto takes the fastest"),
+    ("--amp", AUTO, bool, "bfloat16 convolutions (default: where they are faster)"),
+    ("--cuda-graph", AUTO, bool, "replay the step as a CUDA graph, so that a GPU never waits for"
+     " Python (default: on CUDA)"),
+    ("--out", AUTO, "FOLDER", "the run's folder (default checkpoint/cat1-cont2, by its codes)"),
+    ("--save-every", AUTO, (1, 10**9), "epochs between checkpoints that are kept (default 25, and"
+     " at least 30 seconds)"),
+    ("--sample-every", AUTO, (1, 10**9), "epochs between grids (default 5, and at least 30 seconds)"),
+    ("--allow-changes", False, bool, "go on though pictures, --crop or --batch-size are not those"
+     " of the run"),
 ]}
 MORE = {"exclude": {"action": "append"}}
 # fmt: on
 
 
-def flags_that(resume: str) -> list[str]:
-    """The names in args of the flags that are SAME, ALLOWED, TOLD or FREE when a run resumes."""
-    return [dest(flag) for rows in FLAGS.values() for flag, _, _, on, _ in rows if on == resume]
+def dest(flag: str) -> str:
+    """A flag's name in args: "--lam-cat" is lam_cat."""
+    return flag[2:].replace("-", "_")
+
+
+LIMITS = {dest(flag): limits for flag, _, limits, _ in FLAGS["codes and networks"]}
+# a run that resumes must have the SAME, and those of ALLOWED but with --allow-changes; it tells
+# what else has changed of TOLD
+SAME, ALLOWED = [*LIMITS, "info_to"], ["crop", "batch_size"]
+TOLD = [dest(row[0]) for title in FLAGS if title != "this start" for row in FLAGS[title]]
 
 
 def derived(args: dict) -> dict:
@@ -1890,25 +1876,9 @@ def derived(args: dict) -> dict:
     }
 
 
-def resolve(given: dict, shape: dict) -> Namespace:
-    """All flags: the table's, then the recipe's, a checkpoint's shape, what was given."""
-    flags = {dest(flag): default for rows in FLAGS.values() for flag, default, *_ in rows}
-    data = given.get("data")
-    recipe = given.get("recipe") or ("mnist" if data == "mnist" else "default")
-    named = {"image_size": 32, "flip": False} if data in NAMED_SETS else {}
-    flags |= {**named, **RECIPES[recipe], **shape, **given, "recipe": recipe}
-    rest = {name: value for name, value in derived(flags).items() if flags[name] is AUTO}
-    return Namespace(**flags | rest)
-
-
 def spec_of(args: Namespace) -> CodeSpec:
     """The codes that a run's flags ask for."""
     return CodeSpec(args.n_cat, args.cat_dim, args.n_cont, args.z_dim)
-
-
-def dest(flag: str) -> str:
-    """A flag's name in args: "--lam-cat" is lam_cat."""
-    return flag[2:].replace("-", "_")
 
 
 class Parser(ArgumentParser):
@@ -1917,12 +1887,12 @@ class Parser(ArgumentParser):
     more: argparse's own settings of some flags, by their names in args.
     """
 
-    def __init__(self, program: str, about: str | None, flags: dict, more: dict | None = None):
+    def __init__(self, program: str, about: str, flags: dict, more: dict):
         super().__init__(program, None, about, allow_abbrev=False, argument_default=SUPPRESS)
         self.formatter_class, self.defaults = RawHelp, {}
         for title, rows in flags.items():
             group = self.add_argument_group(title)
-            for flag, default, kind, *_, meaning in rows:
+            for flag, default, kind, meaning in rows:
                 if kind is bool:
                     how = {"action": "store_true" if default is False else BooleanOptionalAction}
                 elif isinstance(kind, list):
@@ -1930,9 +1900,9 @@ class Parser(ArgumentParser):
                 else:
                     how = {"type": partial(self.value, flag, kind)}
                     how["metavar"] = kind if isinstance(kind, str) else "N"
-                if not any(default is value for value in (None, False, AUTO)):
+                if kind is not bool and default not in (None, AUTO):
                     meaning += f" (default {default})"
-                group.add_argument(flag, help=meaning, **how | (more or {}).get(dest(flag), {}))
+                group.add_argument(flag, help=meaning, **how | more.get(dest(flag), {}))
                 self.defaults[dest(flag)] = default
 
     @staticmethod
@@ -1942,21 +1912,20 @@ class Parser(ArgumentParser):
             if not text:
                 raise UserError(f"{flag}: is empty")
             return os.path.expanduser(text)  # shells leave --out=~/run as it is
-        try:
-            value = type(kind[0])(text)
-        except ValueError:
-            value = text
-        check_limits({dest(flag): value}, {dest(flag): kind})
-        return value
+        with suppress(ValueError):  # else check_limits names the type
+            text = type(kind[0])(text)
+        check_limits({dest(flag): text}, {dest(flag): kind})
+        return text
 
-    def given(self, argv: list[str] | None = None) -> dict:
+    def given(self, argv: list[str] | None) -> dict:
         """Only the flags that argv has, by their names in args. Raises UserError for others."""
-        known = ["help", *(name.replace("_", "-") for name in self.defaults)]
-        for word in sys.argv[1:] if argv is None else argv:
-            flag = word.partition("=")[0] if word.startswith("--") else ""
-            name = flag[2:].removeprefix("no-")
-            if name and name not in known and (near := get_close_matches(name, known, 1, 0.7)):
-                raise UserError(f"{flag}: did you mean --{near[0]}?")
+        argv = sys.argv[1:] if argv is None else argv
+        known = [f"--{name.replace('_', '-')}" for name in [*self.defaults, "help"]]
+        for word in argv:
+            flag = word.partition("=")[0].replace("--no-", "--")
+            if flag.startswith("--") and flag not in known:
+                for near in get_close_matches(flag, known, 1, 0.8):
+                    raise UserError(f"{flag}: did you mean {near}?")
         return vars(self.parse_args(argv))
 
     def error(self, message: str) -> None:
@@ -1964,24 +1933,32 @@ class Parser(ArgumentParser):
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
-    """All flags of a run; --channels, --amp and --cuda-graph wait for pictures and device."""
-    given = Parser("infogan.py", (__doc__ or "").split("\nSections")[0], FLAGS, MORE).given(argv)
-    shape = {}
+    """All flags of a run: the table's, the recipe's, those of --init's networks, the given ones.
+
+    --channels, --amp and --cuda-graph wait for pictures and device.
+    """
+    parser = Parser("infogan.py", __doc__.split("\nSections")[0], FLAGS, MORE)
+    given, shape = parser.given(argv), {}
     if init := given.get("init"):
         run = Path(given.get("out", ""), "last.pt")  # has them too, should the file be gone
         before = load_checkpoint(run if "out" in given and not os.path.exists(init) else init)
         shape = {name: before["args"][name] for name in LIMITS}
-        if other := differences(Namespace(**{**shape, **given}), shape, [*LIMITS]):
+        if other := differences(Namespace(**shape | given), shape, LIMITS):
             raise UserError(f"--init {init} has {', '.join(other)}; leave these flags out")
-    args = resolve(given, shape)
-    spec_of(args)
+    data = given.get("data")
+    recipe = given.get("recipe") or ("mnist" if data == "mnist" else "default")
+    named = {"image_size": 32, "flip": False} if data in NAMED_SETS else {}
+    flags = {**parser.defaults, **named, **RECIPES[recipe], **shape, **given, "recipe": recipe}
+    flags |= {name: value for name, value in derived(flags).items() if flags[name] is AUTO}
+    args = Namespace(**flags)
+    spec_of(args)  # raises UserError for --z-dim 0 where it cannot be
     return args
 
 
 # program ------------------------------------------------------------------------------------------
 
-# of what torch says of a GPU's memory, in small letters
-NO_MEMORY = ("allocate", "out of memory", "alloc_failed", "unable to find an engine")
+# what torch says of a full memory
+NO_MEMORY = "(?i)allocate|out of memory|alloc_failed|unable to find an engine"
 
 
 def run(
@@ -1999,9 +1976,7 @@ def run(
         text += " or give another --out, and run it again; saved files are unchanged"
     except (MemoryError, RuntimeError) as error:
         text, code = f"out of memory; {if_out_of_memory}", 2
-        if not isinstance(error, MemoryError) and not any(
-            words in str(error).lower() for words in NO_MEMORY
-        ):
+        if isinstance(error, RuntimeError) and not re.search(NO_MEMORY, str(error)):
             raise
     except KeyboardInterrupt:
         text, code = "stopped", 130

@@ -322,7 +322,7 @@ FLAGS = {"measuring": [  # as in infogan.py
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The flags. Raises UserError in one line for what is out of range."""
-    p = Parser("measure.py", __doc__, FLAGS)
+    p = Parser("measure.py", __doc__, FLAGS, {})
     p.add_argument("ckpt", metavar="CKPT", help="such as checkpoint/v3/last.pt")
     return argparse.Namespace(**p.defaults | p.given(argv))
 
