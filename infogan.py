@@ -44,8 +44,13 @@ import sys
 import time
 import warnings
 import zipfile
-from argparse import SUPPRESS, ArgumentParser, BooleanOptionalAction, Namespace
-from argparse import RawDescriptionHelpFormatter as RawHelp
+from argparse import (
+    SUPPRESS,
+    ArgumentParser,
+    BooleanOptionalAction,
+    Namespace,
+    RawDescriptionHelpFormatter,
+)
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -1383,15 +1388,15 @@ def caught_signals() -> Iterator[list[int]]:
 def to_image(x: Tensor) -> Image.Image:
     """A picture (channels, h, w) in [-1, 1] as 8 bits a channel."""
     x = ((x + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0).cpu()
-    return Image.fromarray((x if x.shape[2] == 3 else x[:, :, 0]).numpy())
+    return Image.fromarray(x.squeeze(2).numpy())  # grey has no third dimension
 
 
-def make_grid(x: Tensor, columns: int = 8, gap: int = 2) -> Tensor:
-    """Pictures (n, channels, h, w) as one (channels, H, W), black between them."""
-    columns = min(columns, len(x))
-    x = F.pad(x, (gap, 0, gap, 0, 0, 0, 0, -len(x) % columns), value=-1.0)
+def make_grid(x: Tensor) -> Tensor:
+    """Pictures (n, channels, h, w) as one (channels, H, W), in rows of 8, black between them."""
+    columns = min(8, len(x))
+    x = F.pad(x, (2, 0, 2, 0, 0, 0, 0, -len(x) % columns), value=-1.0)
     rows = x.unflatten(0, (-1, columns)).permute(2, 0, 3, 1, 4)
-    return F.pad(rows.flatten(3).flatten(1, 2), (0, gap, 0, gap), value=-1.0)
+    return F.pad(rows.flatten(3).flatten(1, 2), (0, 2, 0, 2), value=-1.0)
 
 
 def save_picture(path: Path, image: Image.Image, **options: object) -> None:
@@ -1839,7 +1844,8 @@ FLAGS = {  # by group: flag, default, limits or choices or kind, meaning
     ("--out", AUTO, "FOLDER", "the run's folder (default checkpoint/cat1-cont2, by its codes)"),
     ("--save-every", AUTO, (1, 10**9), "epochs between checkpoints that are kept (default 25, and"
      " at least 30 seconds)"),
-    ("--sample-every", AUTO, (1, 10**9), "epochs between grids (default 5, and at least 30 seconds)"),
+    ("--sample-every", AUTO, (1, 10**9), "epochs between grids (default 5, and at least 30"
+     " seconds)"),
     ("--allow-changes", False, bool, "go on though pictures, --crop or --batch-size are not those"
      " of the run"),
 ]}
@@ -1889,7 +1895,7 @@ class Parser(ArgumentParser):
 
     def __init__(self, program: str, about: str, flags: dict, more: dict):
         super().__init__(program, None, about, allow_abbrev=False, argument_default=SUPPRESS)
-        self.formatter_class, self.defaults = RawHelp, {}
+        self.formatter_class, self.defaults = RawDescriptionHelpFormatter, {}
         for title, rows in flags.items():
             group = self.add_argument_group(title)
             for flag, default, kind, meaning in rows:
