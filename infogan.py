@@ -61,7 +61,7 @@ from difflib import get_close_matches
 from fnmatch import fnmatch
 from functools import lru_cache, partial
 from importlib import import_module
-from itertools import chain, cycle, product, zip_longest
+from itertools import chain, cycle, pairwise, product, zip_longest
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -314,7 +314,7 @@ class Discriminator(nn.Module):
         super().__init__()
         self.spec, widths = spec, layer_widths(image_size, width)
         layers = [nn.Conv2d(channels, widths[0], 4, 2, 1), nn.LeakyReLU(0.2, True)]
-        for n_in, n_out in zip(widths, widths[1:], strict=False):
+        for n_in, n_out in pairwise(widths):
             layers += [nn.Conv2d(n_in, n_out, 4, 2, 1, bias=False)]
             layers += [nn.BatchNorm2d(n_out), nn.LeakyReLU(0.2, True)]
         self.trunk = nn.Sequential(*layers)
@@ -683,7 +683,7 @@ def new_state(args: Namespace, device: torch.device) -> State:
 def pick_device(name: str) -> torch.device:
     """The fastest device for "auto", a GPU always with its number. Raises UserError if missing."""
     here = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    here += ["mps", "cpu"] if torch.backends.mps.is_available() else ["cpu"]
+    here += ["mps"] * torch.backends.mps.is_available() + ["cpu"]
     named = [d for d in here if name in ("auto", d, d.partition(":")[0])]
     if not named:
         raise UserError(f"--device {name}: not available here; use --device auto")
@@ -701,8 +701,7 @@ def speed_up(device: torch.device) -> bool:
     try:
         torch.ones(1, device=device).add_(1).item()  # a GPU that is too old fails here
     except RuntimeError as error:
-        why = str(error).splitlines()[0]
-        raise UserError(f"--device {device}: {why}; use --device cpu") from error
+        raise UserError(f"--device {device}: {error!s:.99}; use --device cpu") from error
     torch.set_float32_matmul_precision("high")  # TF32
     torch.backends.cudnn.benchmark = True  # a search for the fastest kernels
     return torch.cuda.is_bf16_supported(including_emulation=False)  # since Ampere
@@ -757,8 +756,7 @@ class GraphedStep:
         key = variant(state, args)
         if key not in self.graphs:
             return train_step(state, args, batch)
-        for fixed, new in zip(tree_leaves(self.batch), tree_leaves(batch), strict=True):
-            fixed.copy_(new)
+        tree_map(Tensor.copy_, self.batch, batch)
         graph, metrics = self.graphs[key]
         graph.replay()
         return metrics
@@ -891,9 +889,7 @@ def open_named_set(name: str, flag: str) -> Collection[tuple]:
 DEEP = 0, 65535  # black and white of 16-bit pictures
 
 
-def to_square(
-    image: Image.Image, size: int, channels: int, crop: str = "centre", deep: tuple = DEEP
-) -> Image.Image:
+def to_square(image: Image.Image, size: int, channels: int, crop: str, deep: tuple) -> Image.Image:
     """Any picture as (size, size) in 1 or 3 channels: upright, on white, cropped, scaled."""
     ImageOps.exif_transpose(image, in_place=True)
     if image.mode == "F":
@@ -1245,16 +1241,18 @@ def gather_checkpoint(
     }
     check_finite(state.step, state.sums | weights)
     ckpt |= {name: getattr(state, name) for name in COUNTS}
-    ckpt |= {"format": FORMAT, "args": vars(args), "fingerprint": fingerprint}
-    return ckpt | {"rng": state.rng.get_state(), "rows": torch.tensor(rows, dtype=torch.float64)}
+    return ckpt | {
+        "format": FORMAT,
+        "args": vars(args),
+        "fingerprint": fingerprint,
+        "rng": state.rng.get_state(),
+        "rows": torch.tensor(rows, dtype=torch.float64),
+    }
 
 
 def restore(state: State, ckpt: dict, weights_only: bool = False) -> None:
     """Puts a checkpoint into state. Raises UserError where it does not fit."""
     path, per_epoch = ckpt["path"], state.per_epoch
-    if "opt_G" not in ckpt and not weights_only:
-        why = "its checkpoint is for generate.py only (by --shrink); --init begins a run with it"
-        raise UserError(f"{path}: {why}, {NEW_RUN}")
     try:
         for name in NETS:  # --shrink keeps of G only the average
             getattr(state, name).load_state_dict(ckpt.get(name, ckpt["G_ema"]))
@@ -1329,11 +1327,11 @@ def as_typed(name: str, value: object) -> str:
     return f"--{flag} {shlex.quote(str(value))}"
 
 
-def refuse(args: Namespace, changes: list[str], for_good: bool = False) -> None:
-    """Raises UserError for changes of a run, but where --allow-changes takes them."""
-    if changes and (for_good or not args.allow_changes):
-        advice = "" if for_good else "--allow-changes goes on all the same, "
-        raise UserError(f"{args.out} was started with {', '.join(changes)}; {advice}{NEW_RUN}")
+def refuse(args: Namespace, changes: list[str]) -> None:
+    """Raises UserError where there are changes."""
+    if changes:
+        text = f"{args.out} was started with {', '.join(changes)}; {NEW_RUN}, and --allow-changes"
+        raise UserError(text + " takes other pictures, --crop and --batch-size")
 
 
 def find_checkpoint(args: Namespace) -> dict | None:
@@ -1346,11 +1344,15 @@ def find_checkpoint(args: Namespace) -> dict | None:
         except UserError as error:
             print(error, file=sys.stderr)
             continue
-        before = ckpt["args"]
-        refuse(args, differences(args, before, SAME), for_good=True)
-        refuse(args, differences(args, before, ALLOWED))
+        if "opt_G" not in ckpt:
+            why = (
+                "its checkpoint is for generate.py only (by --shrink); --init begins a run with it"
+            )
+            raise UserError(f"{path}: {why}, {NEW_RUN}")
+        allowed = [] if args.allow_changes else ALLOWED
+        refuse(args, differences(args, ckpt["args"], SAME + allowed))
         print(f"resuming from {path}, step {ckpt['step']:,}")
-        if changes := differences(args, before, TOLD):
+        if changes := differences(args, ckpt["args"], TOLD):
             print(f"until now it had {', '.join(changes)}")
         return ckpt
     if paths:
@@ -1686,7 +1688,7 @@ def train(args: Namespace) -> int:
         state = open_state(args, ckpt, device, len(pictures.x))
         step, epoch = state.changed
         last_step = step + (args.epochs - epoch) * state.per_epoch
-        last_step = min(last_step, args.max_steps or last_step)
+        last_step = min(last_step, args.max_steps or math.inf)
         if state.step >= last_step:
             print(f"{out} is finished, {state.step:,} steps; raise --epochs or --max-steps")
             return 0
@@ -1705,7 +1707,7 @@ def open_pictures(args: Namespace, ckpt: dict | None) -> Pictures:
     pictures = load_pictures(
         args.data, args.image_size, channels, args.crop, exclude=args.exclude or ()
     )
-    if ckpt and ckpt.get("fingerprint", pictures.fingerprint) != pictures.fingerprint:
+    if ckpt and not args.allow_changes and ckpt["fingerprint"] != pictures.fingerprint:
         refuse(args, ["other pictures"])
     args.channels = pictures.x.shape[3]
     return pictures
@@ -1765,8 +1767,11 @@ def report(state: State, recorder: Recorder, stopped_by: int | None) -> int:
     """Prints how a start has ended; returns the exit code. Raises Diverged for a useless run."""
     path, finished = recorder.log.out / "last.pt", state.step == recorder.last_step
     steps = f"{state.step:,} steps, {state.epochs:.1f} epochs, {state.minutes:.1f} minutes in all"
-    losses = {k: v for k, v in recorder.row.items() if k.startswith(("loss", "cat", "cont"))}
-    far_off = [f"{k} is {v:.0f}" for k, v in losses.items() if abs(v) > 50]
+    far_off = [
+        f"{name} is {value:.0f}"
+        for name, value in recorder.row.items()
+        if name.startswith(("loss", "cat", "cont")) and abs(value) > 50
+    ]
     if finished and far_off:
         cure = "it has learned nothing; give another --out, and smaller --lr-g and --lr-d"
         raise Diverged(f"{steps}, but {far_off[0]}: {cure}")
@@ -1859,7 +1864,7 @@ def dest(flag: str) -> str:
 
 
 LIMITS = {dest(flag): limits for flag, _, limits, _ in FLAGS["codes and networks"]}
-# a run that resumes must have the SAME, and those of ALLOWED but with --allow-changes; it tells
+# a run that resumes must have the SAME, and without --allow-changes those of ALLOWED too; it tells
 # what else has changed of TOLD
 SAME, ALLOWED = [*LIMITS, "info_to"], ["crop", "batch_size"]
 TOLD = [dest(row[0]) for title in FLAGS if title != "this start" for row in FLAGS[title]]
