@@ -185,21 +185,6 @@ class CodeSpec:
         variance = SIGMA_MIN**2 + (1 - SIGMA_MIN**2) * raw.sigmoid()
         return QOutput(logits.unflatten(1, (self.n_cat, self.cat_dim)), mu, variance.log())
 
-    def replace(self, codes: Codes, name: str, other: Codes) -> Codes:
-        """codes with one code ("cat0") or group ("z", "cat", "cont") taken from other."""
-        kind, number = re.fullmatch(r"(\D+)(\d*)", name).groups()
-        part = kind if kind == "z" else f"c_{kind}"
-        columns = [int(number)] if number else slice(None)
-        changed = getattr(codes, part).clone()
-        changed[:, columns] = getattr(other, part)[:, columns]
-        return codes._replace(**{part: changed})
-
-    def traverse(self, codes: Codes, name: str, values: Sequence[float]) -> Codes:
-        """Each of n codes len(values) times, one code or group set to every value in turn."""
-        rows = Codes(*(c.repeat_interleave(len(values), 0) for c in codes))
-        every = torch.tensor(values).repeat(len(codes.z))[:, None]
-        return self.replace(rows, name, Codes(*(every.to(c).expand_as(c) for c in rows)))
-
 
 # networks -----------------------------------------------------------------------------------------
 

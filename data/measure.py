@@ -44,7 +44,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from generate import edge_map, effect, low_high, tint
+from generate import edge_map, effect, low_high, replace, tint
 from infogan import (
     Codes,
     CodeSpec,
@@ -80,7 +80,7 @@ def measure_effects(draw: Draw, spec: CodeSpec, n: int, rng: torch.Generator) ->
     x, rows = draw(codes), {}
     seen = {name: view(x) for name, view in VIEWS.items()}
     for part in [*(["z"] if spec.z_dim else []), *spec.kinds, *spec.names]:
-        y = draw(spec.replace(codes, part, other))
+        y = draw(replace(codes, part, other))
         name = f"all {part}" if part in spec.kinds else part
         rows[name] = {name: effect(seen[name], view(y)) for name, view in VIEWS.items()}
     return rows

@@ -117,7 +117,9 @@ def test_low_and_high_differ_in_one_code():
     codes = spec.sample(50, seeded())
     for name in ("cat0", "cont1"):
         ends = generate.low_high(spec, codes, name, seeded(1))
-        assert all(spec.join(spec.replace(x, name, codes)).equal(spec.join(codes)) for x in ends)
+        assert all(
+            spec.join(generate.replace(x, name, codes)).equal(spec.join(codes)) for x in ends
+        )
         change = spec.join(ends[1]) - spec.join(ends[0])
         assert change.any(1).all() and (name == "cat0" or change[:, -1].unique() == 1.6)
 
@@ -443,7 +445,7 @@ def test_traversals_move_one_code_and_nothing_else(name, columns):
     spec = CodeSpec(2, 3, 2, 4)
     base = spec.sample(2, seeded())
     before = torch.cat(base, 1)[:, None].expand(-1, 3, -1)  # z, c_cat, c_cont; three of each
-    after = torch.cat(spec.traverse(base, name, [0, 1, 2]), 1).view_as(before)
+    after = torch.cat(generate.traverse(base, name, [0, 1, 2]), 1).view_as(before)
     assert all(after[:, :, column].equal(torch.tensor([[0.0, 1, 2]] * 2)) for column in columns)
     after[:, :, columns] = before[:, :, columns]
     assert after.equal(before)
