@@ -31,7 +31,6 @@ Left out on purpose: labels, learning-rate schedules, growing networks, several 
 from __future__ import annotations
 
 import copy
-import hashlib
 import io
 import json
 import math
@@ -60,6 +59,7 @@ from datetime import timedelta
 from difflib import get_close_matches
 from fnmatch import fnmatch
 from functools import lru_cache, partial
+from hashlib import sha256
 from importlib import import_module
 from itertools import chain, cycle, pairwise, product, zip_longest
 from pathlib import Path
@@ -92,13 +92,13 @@ class Diverged(UserError):
 
 
 def check_limits(values: dict, limits: dict) -> None:
-    """Raises UserError when a value that is named in limits has another type or lies outside.
+    """Raises UserError when a value of a name in limits is missing, of another type, or outside.
 
     Limits are those of FLAGS: (lowest, highest) or a list of choices.
     """
     for name, allowed in limits.items():
         low, *_, high = allowed
-        value, listed = values.get(name, low), isinstance(allowed, list)
+        value, listed = values.get(name), isinstance(allowed, list)
         fits = type(value) is type(low) and (value in allowed if listed else low <= value <= high)
         if not fits:
             must = f"one of {allowed}" if listed else f"{type(low).__name__}, {low} to {high}"
@@ -137,7 +137,7 @@ class CodeSpec:
     z_dim: int = 100
 
     def __post_init__(self) -> None:
-        check_limits(vars(self), LIMITS)
+        check_limits(vars(self), {name: LIMITS[name] for name in vars(self)})
         if not self.dim:
             raise UserError("--z-dim 0: without codes G needs noise, give --z-dim 100")
 
@@ -511,7 +511,7 @@ class State:
         if self.sums:
             torch._foreach_add_([*self.sums.values()], [*metrics.values()])
         else:
-            self.sums = {name: value.clone() for name, value in metrics.items()}
+            self.sums = tree_map(torch.clone, metrics)
 
 
 NETS, OPTIMISERS = ("G", "G_ema", "D"), ("opt_G", "opt_D")  # of State, in checkpoints as well
@@ -925,7 +925,7 @@ def read_picture(
             raise Image.DecompressionBombError
         found = image.getextrema() if image.mode.startswith("I") else ()
         pixels = to_square(image, size, channels, crop, deep).tobytes()
-        return Decoded(hashlib.sha256(raw).hexdigest(), pixels, whole, found)
+        return Decoded(sha256(raw).hexdigest(), pixels, whole, found)
     except Exception as error:  # decoders raise anything
         return Decoded(error=error)
 
@@ -945,7 +945,7 @@ def remarks(x: Tensor, sizes: list[tuple], crop: str, deep: tuple) -> str:
     if (side := max(map(min, sizes))) < size:
         text += f"\nall are smaller than {size}x{size}, at most {side}: they are enlarged,"
         text += " which takes time and shows no more; give a smaller --image-size"
-    some = x[:: n // 50 + 1].flatten(1)  # a part of them shows it
+    some = x[:: n // 20 + 1].flatten(1)  # twenty of them show it
     levels, spread = some.unique(), some.float().std(1).median()
     if len(levels) <= 8 or levels[-1] - levels[0] < 32 or spread < 2:
         text += f"\nthey look empty: {len(levels)} levels of brightness from {levels[0]} to"
@@ -995,7 +995,7 @@ def decode(flag: str, root: Path, items: dict, form: tuple, deep: tuple = DEEP) 
     x = torch.frombuffer(raw, dtype=torch.uint8).view(n, size, size, channels)
     return {
         "x": x,
-        "fingerprint": hashlib.sha256("".join([crop, *sorted(hashes)]).encode()).hexdigest()[:16],
+        "fingerprint": sha256("".join([crop, *sorted(hashes)]).encode()).hexdigest()[:16],
         "names": names,
         "order": torch.tensor(sorted(range(n), key=hashes.__getitem__)),
         "summary": summary + remarks(x, [p.whole for p in kept.values()], crop, deep),
@@ -1060,13 +1060,13 @@ def load_pictures(
     if passed_over:
         most = [f"{n:,} {what}" for what, n in passed_over.most_common()]
         print(f"passed over in {data}: {first_ten(most)}")
-    stamp = hashlib.sha256()  # changes with every name, size and time
+    stamp = sha256()  # changes with every name, size and time
     for file in files:
         stamp.update(os.fsencode(file))
         with suppress(OSError):  # an unreadable one counts by its name
             stamp.update(f" {file.stat().st_size} {file.stat().st_mtime_ns}\0".encode())
     stamp = stamp.hexdigest()
-    place = hashlib.sha256(os.fsencode(f"{DECODER_VERSION} {form} {root}")).hexdigest()
+    place = sha256(os.fsencode(f"{DECODER_VERSION} {form} {root}")).hexdigest()
     path = cache_folder() / f"{place[:16]}.pixels"
     pictures = read_cache(path, stamp)
     if not pictures:
@@ -1173,7 +1173,7 @@ def load_checkpoint(path: str | Path) -> dict:
         if ckpt["format"] != FORMAT:
             raise ValueError("another version's")
         ckpt["args"] = {"cont_at": 4, **ckpt["args"]}  # as in all runs before there was a choice
-        check_limits({name: ckpt["args"].get(name) for name in LIMITS}, LIMITS)
+        check_limits(ckpt["args"], LIMITS)
     except Exception as error:  # of any kind: the file is at fault
         why = f"broken, or not a checkpoint of this infogan.py ({error!r:.99})"
         raise UserError(f"{path}: {why}") from error
@@ -1248,7 +1248,7 @@ def restore(state: State, ckpt: dict, weights_only: bool = False) -> None:
             opt.load_state_dict({**ckpt[name], "param_groups": opt.state_dict()["param_groups"]})
         for name in COUNTS:
             setattr(state, name, ckpt.get(name, getattr(state, name)))
-        state.sums = {name: v.to(state.device) for name, v in state.sums.items()}
+        state.sums = tree_map(lambda value: value.to(state.device), state.sums)
         if state.sums and [*state.sums] != [*METRICS, *state.spec.names]:
             raise ValueError("METRICS has changed")
         state.rng.set_state(ckpt["rng"].clone())  # torch reads beside a part of a tensor
@@ -1787,28 +1787,31 @@ FLAGS = {  # by group: flag, default, limits or choices or kind, meaning
     ("--exclude", None, "PATTERN", "leave out files whose path within --data fits, such as"
      " '*_mask.png' or 'small/*'; may be given several times"),
     ("--flip", True, bool, "mirror half of them; digits and clothes: off"),
-    ("--crop", "centre", [*CROPS], "what is kept of pictures that are not square"),
+    ("--crop", "centre", [*CROPS], "what is kept of tall pictures, centre or top; of wide ones it is"
+     " the centre"),
 ], "codes and networks": [
     ("--n-cat", 1, (0, 64), "categorical codes, 0 to 64"),
     ("--cat-dim", 10, (2, 1000), "categories of each, 2 to 1000"),
     ("--n-cont", 2, (0, 256), "continuous codes in [-1, 1], 0 to 256"),
     ("--z-dim", 100, (0, 10_000), "noise, 0 to 10000"),
-    ("--image-size", 64, [16, 32, 64, 128, 256], "width and height; named sets 32"),
+    ("--image-size", 64, [16, 32, 64, 128, 256], "width and height, 16, 32, 64, 128 or 256; named"
+     " sets 32"),
     ("--channels", None, [1, 3], "1 grey, 3 colour (default: what the set has)"),
     ("--width", 64, (1, 1024), "channels of D's first and G's last layer"),
-    ("--upsample", "nearest", ["nearest", "transposed"], "G's layers: nearest neighbours and 3x3"
-     " convolutions, or transposed 4x4 ones"),
+    ("--upsample", "nearest", ["nearest", "transposed"], "G's layers: nearest (neighbours, then"
+     " 3x3 convolutions) or transposed (4x4 convolutions)"),
     ("--cont-at", 8, [8, 4], "size of the layer of G that continuous codes enter: 8, where they"
      " move and reshape, or 4, the first, where z and categoricals enter"),
 ], "objective": [
-    ("--recipe", AUTO, [*RECIPES], "notebook: its settings and faults (default: by --data)"),
+    ("--recipe", AUTO, [*RECIPES], "default, mnist, or notebook: its settings and faults (default:"
+     " by --data)"),
     ("--lam-cat", 1.0, (0.0, 1000.0), "lambda of each categorical code's L_I"),
     ("--lam-cont", AUTO, (0.0, 1000.0), "of each continuous code's (default 3 / n_cont, max 0.3)"),
     ("--cap-cont", AUTO, (0.0, 3.0), "G is rewarded for a continuous code's L_I up to X nats"
      " (default 1.4; with up to 5 codes 3, more than a code can reach)"),
     ("--lam-identity", 2.0, (0.0, 1000.0), "of the identity loss: pictures of the same categories"
      " must have the same colours in the same places"),
-    ("--info-to", "trunk", ["trunk", "head"], "L_I trains Q with D's trunk, or Q's head"),
+    ("--info-to", "trunk", ["trunk", "head"], "L_I trains Q with D's trunk, or its head alone"),
     ("--q-augment", 0.0, (0.0, 3.0), "how strongly pictures are moved, turned, blurred and relit"
      " before Q reads categorical codes; mnist 1"),
     ("--shift", AUTO, (0.0, 0.5), "D sees pictures shifted by up to this share of their width,"
@@ -1891,19 +1894,17 @@ class Parser(ArgumentParser):
             for flag, default, kind, meaning in rows:
                 if kind is bool:
                     how = {"action": "store_true" if default is False else BooleanOptionalAction}
-                elif isinstance(kind, list):
-                    how = {"choices": kind, "type": type(kind[0])}
                 else:
                     how = {"type": partial(self.value, flag, kind)}
-                    how["metavar"] = kind if isinstance(kind, str) else "N"
+                    how["metavar"] = kind if isinstance(kind, str) else "X"
                 if kind is not bool and default not in (None, AUTO):
                     meaning += f" (default {default})"
                 group.add_argument(flag, help=meaning, **how | more.get(dest(flag), {}))
                 self.defaults[dest(flag)] = default
 
     @staticmethod
-    def value(flag: str, kind: str | tuple, text: str) -> str | float:
-        """A flag's text as a path, or as a number within its limits."""
+    def value(flag: str, kind: str | tuple | list, text: str) -> str | float:
+        """A flag's text as a path, as a number within its limits, or as a choice."""
         if isinstance(kind, str):
             if not text:
                 raise UserError(f"{flag}: is empty")
