@@ -731,8 +731,8 @@ class GraphedStep:
     """
 
     def __init__(self) -> None:
-        self.batch: Batch | None = None  # the tensors that all graphs read
-        self.graphs: dict = {}  # variant: the graph, and the metrics that it fills
+        self.batch = None  # the tensors that all graphs read
+        self.graphs = {}  # variant: the graph, and the metrics that it fills
 
     def __call__(self, state: State, args: Namespace, batch: Batch) -> Metrics:
         if self.batch is None:
@@ -1070,7 +1070,7 @@ def load_pictures(
     path = cache_folder() / f"{place[:16]}.pixels"
     pictures = read_cache(path, stamp)
     if not pictures:
-        items = dict(zip(files, files, strict=True))
+        items = {file: file for file in files}
         if named:
             items = dict(enumerate(x for x, _ in open_named_set(data, flag)))
         values = decode(f"{flag} {data}", root, items, form)
@@ -1183,16 +1183,15 @@ def load_checkpoint(path: str | Path) -> dict:
 def load_net(path: str | Path | dict, key: str, device: str) -> Generator | Discriminator:
     """The weights under key in the architecture that the checkpoint names: float32, frozen."""
     ckpt = path if isinstance(path, dict) else load_checkpoint(path)
-    path = ckpt["path"]
     with torch.device("meta"):  # takes no memory before the shapes are known to fit
         G, D = networks(Namespace(**ckpt["args"]))
     net = G if key == "G_ema" else D
     try:
         net.load_state_dict(ckpt[key], assign=True)
     except Exception as error:  # of any kind here too
-        raise UserError(f"{path}: its {key} does not fit its own flags") from error
+        raise UserError(f"{ckpt['path']}: its {key} does not fit its own flags") from error
     if not all(w.isfinite().all() for w in net.state_dict().values()):
-        raise UserError(f"{path}: its {key} has weights that are not finite")
+        raise UserError(f"{ckpt['path']}: its {key} has weights that are not finite")
     net = net.float().eval().requires_grad_(False)
     return net.to(device, memory_format=torch.contiguous_format)
 
@@ -1237,7 +1236,7 @@ def gather_checkpoint(
 
 def restore(state: State, ckpt: dict, weights_only: bool = False) -> None:
     """Puts a checkpoint into state. Raises UserError where it does not fit."""
-    path, per_epoch = ckpt["path"], state.per_epoch
+    per_epoch = state.per_epoch
     try:
         for name in NETS:  # --shrink keeps of G only the average
             getattr(state, name).load_state_dict(ckpt.get(name, ckpt["G_ema"]))
@@ -1255,7 +1254,7 @@ def restore(state: State, ckpt: dict, weights_only: bool = False) -> None:
     except Exception as error:  # of any kind here too
         cure = "give another --init" if weights_only else NEW_RUN
         why = f"training cannot go on from it ({error!r:.99})"
-        raise UserError(f"{path}: {why}; {cure}") from error
+        raise UserError(f"{ckpt['path']}: {why}; {cure}") from error
     if state.per_epoch != per_epoch:  # other pictures or another batch: the next epoch begins
         state.changed = state.step, math.ceil(state.epochs)
         state.per_epoch = per_epoch
@@ -1271,8 +1270,8 @@ SIGNALS = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
 @contextmanager
 def locked(out: Path) -> Iterator[None]:
     """A run's folder, made if missing, for this process alone: the lock ends with the process."""
-    names = sorted(path.name for path in out.glob("*"))
-    others = [name for name in names if not re.fullmatch(IGNORED, name)]
+    names = (path.name for path in out.glob("*"))
+    others = sorted(name for name in names if not re.fullmatch(IGNORED, name))
     if others and not any(re.fullmatch(r"args\.json|last\.pt|epoch_.*\.pt", n) for n in others):
         raise UserError(f"--out {out}: has {others[0]} but no run in it; give another folder")
     lock = FileLock(out / ".lock", timeout=0)
@@ -1787,8 +1786,8 @@ FLAGS = {  # by group: flag, default, limits or choices or kind, meaning
     ("--exclude", None, "PATTERN", "leave out files whose path within --data fits, such as"
      " '*_mask.png' or 'small/*'; may be given several times"),
     ("--flip", True, bool, "mirror half of them; digits and clothes: off"),
-    ("--crop", "centre", [*CROPS], "what is kept of tall pictures, centre or top; of wide ones it is"
-     " the centre"),
+    ("--crop", "centre", [*CROPS], "what is kept of tall pictures, centre or top; of wide ones the"
+     " centre"),
 ], "codes and networks": [
     ("--n-cat", 1, (0, 64), "categorical codes, 0 to 64"),
     ("--cat-dim", 10, (2, 1000), "categories of each, 2 to 1000"),
@@ -1897,8 +1896,8 @@ class Parser(ArgumentParser):
                 else:
                     how = {"type": partial(self.value, flag, kind)}
                     how["metavar"] = kind if isinstance(kind, str) else "X"
-                if kind is not bool and default not in (None, AUTO):
-                    meaning += f" (default {default})"
+                    if default not in (None, AUTO):
+                        meaning += f" (default {default})"
                 group.add_argument(flag, help=meaning, **how | more.get(dest(flag), {}))
                 self.defaults[dest(flag)] = default
 
