@@ -796,7 +796,6 @@ HIDDEN = r"(?is)\..*|@eadir|[@#$]recycle(\.bin)?|recycler|#snapshot|__macosx|los
 HIDDEN += r"|found\.000|system volume information|desktop\.ini|thumbs(\.db)?"  # of systems too
 MARK = ".generated"  # generate.py leaves it in each folder that it makes: what G draws is no data
 OURS = {MARK, "args.json", "last.pt", "codes.csv"}  # each marks a run's folder, or generate.py's
-GET_PICTURES = "give a folder of pictures; `make data` downloads faces, `make demo` draws some"
 DATA, IDX = Path("data"), "raw/train-images-idx3-ubyte"  # where torchvision keeps named sets
 NAMED_SETS = {  # torchvision's class, its file; digits and clothes: 32x32, never mirrored
     "mnist": ("MNIST", f"MNIST/{IDX}"),
@@ -821,8 +820,8 @@ def first_ten(texts: Sequence[str]) -> str:
     return ascii(", ".join(texts if len(texts) <= 10 else [*texts[:10], "..."]))[1:-1]
 
 
-def find_pictures(root: Path, exclude: Sequence[str] = ()) -> tuple[list[Path], Counter]:
-    """All picture files below a folder, sorted, and how often what else was passed over.
+def find_pictures(root: Path, exclude: Sequence[str] = ()) -> list[Path]:
+    """All picture files below a folder, sorted; prints how often what else was passed over.
 
     exclude: patterns such as "*_mask.png" or "small/*" for paths within root.
     Linked folders are followed, each once; what cannot be opened counts as a file.
@@ -854,7 +853,10 @@ def find_pictures(root: Path, exclude: Sequence[str] = ()) -> tuple[list[Path], 
                 files.append(file)
             else:
                 passed_over[f"of {suffix or 'no suffix'}"] += 1
-    return sorted(files), +passed_over
+    most = [f"{n:,} {what}" for what, n in (+passed_over).most_common()]
+    if most:
+        print(f"passed over in {root}: {first_ten(most)}")
+    return sorted(files)
 
 
 def open_named_set(name: str, flag: str) -> Collection[tuple]:
@@ -1011,7 +1013,7 @@ def hint(root: Path) -> str:
             return f"unpack it: python -m {tools[suffix]} -e {name} {name}-unpacked"
         if suffix in (".npz", ".parquet"):
             return f"unpack it: write each picture in {name} as a file, such as a PNG"
-    return GET_PICTURES
+    return "give a folder of pictures; `make data` downloads faces, `make demo` draws some"
 
 
 def cache_folder() -> Path:
@@ -1056,10 +1058,7 @@ def load_pictures(
     named = data in NAMED_SETS
     root = DATA / NAMED_SETS[data][1] if named else Path(data)
     root, form = root.resolve(), (size, channels or 3, crop)  # one set, however its path is written
-    files, passed_over = ([root], Counter()) if named else find_pictures(root, exclude)
-    if passed_over:
-        most = [f"{n:,} {what}" for what, n in passed_over.most_common()]
-        print(f"passed over in {data}: {first_ten(most)}")
+    files = [root] if named else find_pictures(root, exclude)
     stamp = sha256()  # changes with every name, size and time
     for file in files:
         stamp.update(os.fsencode(file))
@@ -1891,26 +1890,27 @@ class Parser(ArgumentParser):
         for title, rows in flags.items():
             group = self.add_argument_group(title)
             for flag, default, kind, meaning in rows:
+                name = dest(flag)
                 if kind is bool:
                     how = {"action": "store_true" if default is False else BooleanOptionalAction}
                 else:
-                    how = {"type": partial(self.value, flag, kind)}
+                    how = {"type": partial(self.value, name, kind)}
                     how["metavar"] = kind if isinstance(kind, str) else "X"
                     if default not in (None, AUTO):
                         meaning += f" (default {default})"
-                group.add_argument(flag, help=meaning, **how | more.get(dest(flag), {}))
-                self.defaults[dest(flag)] = default
+                group.add_argument(flag, help=meaning, **how | more.get(name, {}))
+                self.defaults[name] = default
 
     @staticmethod
-    def value(flag: str, kind: str | tuple | list, text: str) -> str | float:
+    def value(name: str, kind: str | tuple | list, text: str) -> str | float:
         """A flag's text as a path, as a number within its limits, or as a choice."""
         if isinstance(kind, str):
             if not text:
-                raise UserError(f"{flag}: is empty")
+                raise UserError(f"--{name}: is empty")
             return os.path.expanduser(text)  # shells leave --out=~/run as it is
         with suppress(ValueError):  # else check_limits names the type
             text = type(kind[0])(text)
-        check_limits({dest(flag): text}, {dest(flag): kind})
+        check_limits({name: text}, {name: kind})
         return text
 
     def given(self, argv: list[str] | None) -> dict:
