@@ -65,14 +65,13 @@ class Model(NamedTuple):
 
 def load_model(path: str, device: torch.device) -> Model:
     """A checkpoint, or the last one of a run's folder."""
-    file = infogan.checkpoint_file(path)
-    ckpt = infogan.load_checkpoint(file)
+    ckpt = infogan.load_checkpoint(path)
     (G, spec), D = infogan.load_generator(ckpt, device), infogan.load_net(ckpt, "D", device)
     for net in (G, D):
         net.to(memory_format=torch.channels_last)  # faster
     args = ckpt["args"]
     shape = args["image_size"], args["channels"], args.get("crop", "centre")
-    return Model(file, G, D, spec, ckpt, shape, device)
+    return Model(Path(ckpt["path"]), G, D, spec, ckpt, shape, device)
 
 
 def draw(model: Model, joined: Tensor) -> Tensor:

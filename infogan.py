@@ -950,12 +950,9 @@ def remarks(x: Tensor, sizes: list[tuple], crop: str, deep: tuple) -> str:
     some = x[:: n // 20 + 1].flatten(1)  # twenty of them show it
     levels, spread = some.unique(), some.float().std(1).median()
     if len(levels) <= 8 or levels[-1] - levels[0] < 32 or spread < 2:
-        text += f"\nthey look empty: {len(levels)} levels of brightness from {levels[0]} to"
-        text += (
-            f" {levels[-1]} (of 0 to 255), a standard deviation of {spread:.1f} in half of them;"
-        )
-        text += " are they masks, or white drawings on nothing? Look at samples/real.png;"
-        text += " --exclude leaves files out"
+        text += f"\nthey look empty: {len(levels)} levels of brightness from {levels[0]} to "
+        text += f"{levels[-1]} (of 255), a standard deviation of {spread:.1f} in half of them; "
+        text += "are they masks, or white drawings on nothing? --exclude leaves files out"
     return text
 
 
@@ -1151,17 +1148,12 @@ def to_bytes(values: dict) -> memoryview:
     return buffer.getbuffer()
 
 
-def checkpoint_file(path: str | Path) -> Path:
-    """A checkpoint, or the last one of a run's folder."""
-    return Path(path, "last.pt") if os.path.isdir(path) else Path(path)
-
-
 def load_checkpoint(path: str | Path) -> dict:
-    """A checkpoint, or that of a folder, on the CPU: "args" (a dict of the flags), "step", "D", …
+    """A checkpoint, or a folder's last.pt, on the CPU: "args" (a dict of the flags), "D", "path", …
 
     Runs no code from the file. Raises UserError for a file that is not a checkpoint of ours.
     """
-    path = checkpoint_file(path)
+    path = Path(path, "last.pt") if os.path.isdir(path) else Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint; infogan.py saves last.pt in a run's folder")
     try:
@@ -1180,7 +1172,7 @@ def load_checkpoint(path: str | Path) -> dict:
 
 
 def load_net(path: str | Path | dict, key: str, device: str) -> Generator | Discriminator:
-    """The weights under key in the architecture that the checkpoint names: float32, frozen."""
+    """G ("G_ema") or D, whose read() tells codes, of a file or of load_checkpoint's dict, frozen."""
     ckpt = path if isinstance(path, dict) else load_checkpoint(path)
     with torch.device("meta"):  # takes no memory before the shapes are known to fit
         G, D = networks(Namespace(**ckpt["args"]))
@@ -1199,12 +1191,6 @@ def load_generator(path: str | Path | dict, device: str = "cpu") -> tuple[Genera
     """(G, spec) of a file or of load_checkpoint's dict: `x = G(spec.join(spec.sample(n, rng)))`."""
     G = load_net(path, "G_ema", device)
     return G, G.spec
-
-
-def load_encoder(path: str | Path | dict, device: str = "cpu") -> tuple[Callable, CodeSpec]:
-    """(Q, spec): Q reads codes from pictures in [-1, 1], see Discriminator.read."""
-    D = load_net(path, "D", device)
-    return D.read, D.spec
 
 
 def check_finite(step: int, metrics: dict[str, float]) -> None:

@@ -251,7 +251,7 @@ def test_a_shrunken_checkpoint_is_a_quarter_and_draws_and_reads_as_before(ckpt, 
         assert all(p.dtype == torch.float32 for p in half.parameters())
         outputs = [net.read(given) if key == "D" else (net(given),) for net in (net, half)]
         assert all(a.allclose(b, atol=0.01) for a, b in zip(*outputs, strict=True))
-    p, mu, sigma = infogan.load_encoder(small)[0](given)
+    p, mu, sigma = infogan.load_net(small, "D", "cpu").read(given)
     assert p.shape == (20, 2, 3) and p.sum(2).allclose(torch.ones(20, 2))
     assert mu.shape == sigma.shape == (20, 3) and (sigma >= infogan.SIGMA_MIN * 0.999).all()
 
@@ -360,7 +360,7 @@ def read_by_Q(ckpt: Path, picture: Path) -> list[torch.Tensor]:
     """c_cat's probabilities, c_cont's means and sigmas of a picture."""
     x = torch.frombuffer(bytearray(infogan.read_picture(picture, 16, 3).pixels), dtype=torch.uint8)
     batch = infogan.make_batch(x.view(1, 16, 16, 3), False, seeded(), CPU)
-    return [part[0] for part in infogan.load_encoder(ckpt)[0](batch)]
+    return [part[0] for part in infogan.load_net(ckpt, "D", "cpu").read(batch)]
 
 
 def test_a_label_is_the_folder_of_a_picture(ckpt, faces, tmp_path, capsys):
