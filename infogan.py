@@ -1172,7 +1172,7 @@ def load_checkpoint(path: str | Path) -> dict:
 
 
 def load_net(path: str | Path | dict, key: str, device: str) -> Generator | Discriminator:
-    """G ("G_ema") or D, whose read() tells codes, of a file or of load_checkpoint's dict, frozen."""
+    """G ("G_ema") or D (its read() tells codes) of a file or of load_checkpoint's dict, frozen."""
     ckpt = path if isinstance(path, dict) else load_checkpoint(path)
     with torch.device("meta"):  # takes no memory before the shapes are known to fit
         G, D = networks(Namespace(**ckpt["args"]))
