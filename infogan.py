@@ -947,7 +947,8 @@ def remarks(x: Tensor, sizes: list[tuple], crop: str, deep: tuple) -> str:
     if (side := max(map(min, sizes))) < size:
         text += f"\nall are smaller than {size}x{size}, at most {side}: they are enlarged,"
         text += " which takes time and shows no more; give a smaller --image-size"
-    some = x[:: n // 20 + 1].flatten(1)  # twenty of them show it
+    apart = size // 32 or 1  # a part of the pixels shows it
+    some = x[:: n // 200 + 1, ::apart, ::apart].flatten(1)
     levels, spread = some.unique(), some.float().std(1).median()
     if len(levels) <= 8 or levels[-1] - levels[0] < 32 or spread < 2:
         text += f"\nthey look empty: {len(levels)} levels of brightness from {levels[0]} to "
@@ -1073,7 +1074,7 @@ def load_pictures(
         write_cache(path, stamp, values)
         pictures = read_cache(path, stamp) or Pictures(**values)
     print(f"{len(pictures.x):,} pictures in {data}{pictures.summary}")
-    parts = pictures.x.split(1000)
+    parts = pictures.x.split(100)
     if channels is None and all((part == part[..., :1]).all() for part in parts):
         pictures.x = pictures.x[..., :1]
     return pictures
