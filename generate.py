@@ -65,14 +65,13 @@ class Model(NamedTuple):
 
 def load_model(path: str, device: torch.device) -> Model:
     """A checkpoint, or the last one of a run's folder."""
-    file = infogan.checkpoint_file(path)
-    ckpt = infogan.load_checkpoint(file)
+    ckpt = infogan.load_checkpoint(path)
     (G, spec), D = infogan.load_generator(ckpt, device), infogan.load_net(ckpt, "D", device)
     for net in (G, D):
         net.to(memory_format=torch.channels_last)  # faster
     args = ckpt["args"]
     shape = args["image_size"], args["channels"], args.get("crop", "centre")
-    return Model(file, G, D, spec, ckpt, shape, device)
+    return Model(Path(ckpt["path"]), G, D, spec, ckpt, shape, device)
 
 
 def draw(model: Model, joined: Tensor) -> Tensor:
@@ -83,10 +82,27 @@ def draw(model: Model, joined: Tensor) -> Tensor:
     return torch.cat(parts)[: len(joined)]
 
 
+def replace(codes: Codes, name: str, other: Codes) -> Codes:
+    """codes with one code ("cat0") or group ("z", "cat", "cont") taken from other."""
+    kind, number = re.fullmatch(r"(\D+)(\d*)", name).groups()
+    part = kind if kind == "z" else f"c_{kind}"
+    columns = [int(number)] if number else slice(None)
+    changed = getattr(codes, part).clone()
+    changed[:, columns] = getattr(other, part)[:, columns]
+    return codes._replace(**{part: changed})
+
+
+def traverse(codes: Codes, name: str, values: Sequence[float]) -> Codes:
+    """Each of n codes len(values) times, one code or group set to every value in turn."""
+    rows = Codes(*(c.repeat_interleave(len(values), 0) for c in codes))
+    every = torch.tensor(values).repeat(len(codes.z))[:, None]
+    return replace(rows, name, Codes(*(every.to(c).expand_as(c) for c in rows)))
+
+
 def hold(spec: CodeSpec, codes: Codes, held: Held) -> Codes:
     """codes with the values of --set."""
     for name, value in held.items():
-        codes = spec.traverse(codes, name, [value])
+        codes = traverse(codes, name, [value])
     return codes
 
 
@@ -98,7 +114,7 @@ def sample_seeds(spec: CodeSpec, seeds: Iterable[int], held: Held) -> Codes:
 
 def traversal(model: Model, base: Codes, code: str, values: Sequence, held: Held) -> Tensor:
     """Pictures (n, len(values), …) along a code, or along all categoricals that are not held."""
-    moved = model.spec.traverse(base, code, values)
+    moved = traverse(base, code, values)
     moved = hold(model.spec, moved, held if code == "cat" else {})
     return draw(model, model.spec.join(moved)).unflatten(0, (-1, len(values)))
 
@@ -183,7 +199,7 @@ def low_high(spec: CodeSpec, codes: Codes, name: str, rng: torch.Generator) -> t
     step = torch.randint(1, spec.cat_dim, codes.c_cat.shape, generator=rng)
     low = codes._replace(c_cont=torch.full_like(codes.c_cont, -0.8))
     high = Codes(codes.z, (codes.c_cat + step) % spec.cat_dim, -low.c_cont)
-    return spec.replace(codes, name, low), spec.replace(codes, name, high)
+    return replace(codes, name, low), replace(codes, name, high)
 
 
 def tint(x: Tensor, y: Tensor) -> float:
@@ -227,7 +243,7 @@ def measure(model: Model, seed: int) -> list[Row]:
     L_I = infogan.mutual_information(spec, q, codes).tolist()
     of_code = dict(zip(spec.names, zip(L_I, spec.ceilings, strict=True), strict=True))
     for name in tqdm(["z", *spec.kinds, *spec.names], "measuring", leave=False, disable=None):
-        y = pictures(spec.replace(codes, name, other))
+        y = pictures(replace(codes, name, other))
         nats = of_code.get(name, (None, None))
         rows.append(Row(name, *nats, effect(x, y), effect(x_edges, edge_map(y))))
         if name in of_code:
@@ -537,7 +553,7 @@ def find_codes(model: Model, x: Tensor, guess: Codes) -> Codes:
     codes = Codes(*(c.to(device, copy=True) for c in guess))
     codes = codes._replace(z=torch.zeros_like(codes.z), c_cont=codes.c_cont.clamp(-1, 1))
     for k in tqdm([*range(spec.n_cat)] * FIT_ROUNDS, "categories", leave=False, disable=None):
-        tried = spec.join(spec.traverse(codes, f"cat{k}", range(spec.cat_dim)))
+        tried = spec.join(traverse(codes, f"cat{k}", range(spec.cat_dim)))
         whose = owner.repeat_interleave(spec.cat_dim)
         parts = zip(tried.split(AT_ONCE), whose.split(AT_ONCE), strict=True)
         far = torch.cat([misfit(model, part, wanted[i]) for part, i in parts]).view(n, -1)
@@ -598,7 +614,7 @@ def read(model: Model, args: Namespace) -> str:
     n = len(args.seeds)
     face, pose = torch.arange(len(x)).repeat_interleave(n), torch.arange(n).repeat(len(x))
     each_face, each_pose = Codes(*(c[face] for c in found)), Codes(*(c[pose] for c in args.base))
-    posed = spec.replace(each_face, "cont" if spec.n_cont else "z", each_pose)
+    posed = replace(each_face, "cont" if spec.n_cont else "z", each_pose)
     drawn = [draw(model, spec.join(codes)) for codes in (by_Q, found, posed)]
     shown = [to_floats(x)[:, None], *(part.unflatten(0, (len(x), -1)) for part in drawn)]
     title = "each picture; what Q alone makes of it; what is found; that face posed as seeds"
@@ -725,7 +741,7 @@ def shrink(model: Model, args: Namespace) -> str:
     small = {"args": args_kept, "step": ckpt["step"], "names": args.names}
     for net in ("G_ema", "D"):  # vectors stay: they are small, and variances may be tiny
         small[net] = {k: w.half() if w.dim() > 1 else w for k, w in ckpt[net].items()}
-    infogan.save_file(path, small | {"format": infogan.FORMAT})
+    infogan.write_file(path, infogan.to_bytes(small | {"format": infogan.FORMAT}))
     return f"{path} has {path.stat().st_size / 1e6:.1f} MB"
 
 
@@ -796,7 +812,7 @@ def read_names(model: Model, given: str | None) -> Names:
             is_code, fits = re.fullmatch("(cat|cont)[0-9]+", code), 0 < len(name) <= 40
             if not (is_code and fits and name.isprintable()):
                 raise ValueError(f"not {code!a}: {name!a}")
-    except infogan.BROKEN as error:
+    except Exception as error:  # of any kind: the file is at fault
         must = 'must be a table like {"cont3": "tilt"}, each name in one line of up to 40 letters'
         raise UserError(f"{path}: {must}: {error}") from error
     return {code: name for code, name in names.items() if code in model.spec.names}
@@ -843,7 +859,7 @@ def read_start(text: str, spec: CodeSpec) -> tuple[list[str], Codes]:
         is_category = (c_cat == c_cat.floor()) & (c_cat >= 0) & (c_cat < spec.cat_dim)
         if not is_category.all() or not (values.abs() <= 1000).all():  # NaN too
             raise ValueError("a value is out of range")
-    except (*infogan.BROKEN, IndexError, csv.Error) as error:
+    except (OSError, RuntimeError, ValueError, IndexError, csv.Error) as error:
         must = "must be a codes.csv that --read wrote with this checkpoint, rows from 0"
         raise UserError(f"--start {text}: {must} ({str(error).splitlines()[0]})") from error
     return [row[0] for row in rows], Codes(z, c_cat.long(), c_cont)

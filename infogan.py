@@ -23,7 +23,7 @@ What the default adds to the paper; `--recipe notebook` leaves it out:
     --upsample      nearest neighbours and 3x3 convolutions in G, not transposed ones
     --cont-at       continuous codes enter G at its 8x8 layer, where they move and reshape
 
-Sections, the paper first (search for "# step ---"): limits, codes, networks, objective, step; then
+Sections, the paper first (search for "# step ---"): errors, codes, networks, objective, step; then
 device, pictures, checkpoint, run folder, display, train, flags, program.
 Left out on purpose: labels, learning-rate schedules, growing networks, several GPUs, configs.
 """
@@ -31,7 +31,6 @@ Left out on purpose: labels, learning-rate schedules, growing networks, several 
 from __future__ import annotations
 
 import copy
-import hashlib
 import io
 import json
 import math
@@ -44,19 +43,25 @@ import sys
 import time
 import warnings
 import zipfile
-from argparse import SUPPRESS, ArgumentParser, BooleanOptionalAction, Namespace
-from argparse import RawDescriptionHelpFormatter as RawHelp
+from argparse import (
+    SUPPRESS,
+    ArgumentParser,
+    BooleanOptionalAction,
+    Namespace,
+    RawDescriptionHelpFormatter,
+)
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import timedelta
 from difflib import get_close_matches
 from fnmatch import fnmatch
-from functools import partial
+from functools import lru_cache, partial
+from hashlib import sha256
 from importlib import import_module
-from itertools import chain, cycle, product, zip_longest
+from itertools import chain, cycle, pairwise, product, zip_longest
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -71,12 +76,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 from tqdm import tqdm
 
-# limits -------------------------------------------------------------------------------------------
-
-# what a flag, or a checkpoint from a stranger, may ask for: a range, or a list of choices
-LIMITS = {"n_cat": (0, 64), "cat_dim": (2, 1000), "n_cont": (0, 256), "z_dim": (0, 10_000)}
-LIMITS |= {"image_size": [16, 32, 64, 128, 256], "width": (1, 1024), "channels": [1, 3]}
-LIMITS |= {"upsample": ["nearest", "transposed"], "cont_at": [8, 4]}  # these decide the networks
+# errors -------------------------------------------------------------------------------------------
 
 
 class UserError(Exception):
@@ -91,17 +91,17 @@ class Diverged(UserError):
     code = 1
 
 
-def check_limits(values: dict, limits: dict = LIMITS) -> None:
-    """Raises UserError when a value that is named in limits has another type or lies outside."""
+def check_limits(values: dict, limits: dict) -> None:
+    """Raises UserError when a value of a name in limits is missing, of another type, or outside.
+
+    Limits are those of FLAGS: (lowest, highest) or a list of choices.
+    """
     for name, allowed in limits.items():
-        low, high = allowed[0], allowed[-1]
-        value, kind = values.get(name, low), "a whole number" if type(low) is int else "a number"
-        fits, must = type(value) is type(low), f"{kind} from {low} to {high}"
-        if isinstance(allowed, list):
-            fits, must = fits and value in allowed, " or ".join(map(str, allowed))
-        elif fits:
-            fits = low <= value <= high
+        low, *_, high = allowed
+        value, listed = values.get(name), isinstance(allowed, list)
+        fits = type(value) is type(low) and (value in allowed if listed else low <= value <= high)
         if not fits:
+            must = f"one of {allowed}" if listed else f"{type(low).__name__}, {low} to {high}"
             raise UserError(f"--{name.replace('_', '-')} {value}: must be {must}")
 
 
@@ -137,7 +137,7 @@ class CodeSpec:
     z_dim: int = 100
 
     def __post_init__(self) -> None:
-        check_limits(asdict(self))
+        check_limits(vars(self), {name: LIMITS[name] for name in vars(self)})
         if not self.dim:
             raise UserError("--z-dim 0: without codes G needs noise, give --z-dim 100")
 
@@ -185,21 +185,6 @@ class CodeSpec:
         variance = SIGMA_MIN**2 + (1 - SIGMA_MIN**2) * raw.sigmoid()
         return QOutput(logits.unflatten(1, (self.n_cat, self.cat_dim)), mu, variance.log())
 
-    def replace(self, codes: Codes, name: str, other: Codes) -> Codes:
-        """codes with one code ("cat0") or group ("z", "cat", "cont") taken from other."""
-        kind = name.rstrip("0123456789")
-        part, number = {"z": "z", "cat": "c_cat", "cont": "c_cont"}[kind], name[len(kind) :]
-        columns = [int(number)] if number else slice(None)
-        changed = getattr(codes, part).clone()
-        changed[:, columns] = getattr(other, part)[:, columns]
-        return codes._replace(**{part: changed})
-
-    def traverse(self, codes: Codes, name: str, values: Sequence[float]) -> Codes:
-        """Each of n codes len(values) times, one code or group set to every value in turn."""
-        rows = Codes(*(c.repeat_interleave(len(values), 0) for c in codes))
-        every = torch.tensor(values).repeat(len(codes.z))[:, None]
-        return self.replace(rows, name, Codes(*(every.to(c).expand_as(c) for c in rows)))
-
 
 # networks -----------------------------------------------------------------------------------------
 
@@ -236,10 +221,7 @@ class ConvTranspose2dFromPixel(nn.ConvTranspose2d):
 
 
 class UpsampleConv2d(nn.Conv2d):
-    """Nearest neighbours to twice the size, then a 3x3 convolution."""
-
-    def __init__(self, n_in: int, n_out: int, bias: bool = False):
-        super().__init__(n_in, n_out, 3, padding=1, bias=bias)
+    """Nearest neighbours to twice the size, then a 3x3 convolution with padding 1."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.conv_transpose2d(x, self.folded(), self.bias, stride=2, padding=1)
@@ -286,11 +268,10 @@ class Generator(nn.Module):
         cont_at: int = 8,
     ):
         super().__init__()
-        check_limits({"image_size": image_size, "width": width, "channels": channels})
-        widths = layer_widths(image_size, width)[::-1]
-        transposed = partial(nn.ConvTranspose2d, kernel_size=4, stride=2, padding=1)
-        double = UpsampleConv2d if upsample == "nearest" else transposed
-        self.spec = spec
+        self.spec, widths = spec, layer_widths(image_size, width)[::-1]
+        double = partial(nn.ConvTranspose2d, kernel_size=4, stride=2, padding=1)
+        if upsample == "nearest":
+            double = partial(UpsampleConv2d, kernel_size=3, padding=1)
         n_maps = spec.n_cont if cont_at == 8 and spec.dim > spec.n_cont else 0
         layers = [ConvTranspose2dFromPixel(spec.dim - n_maps, widths[0], 4, bias=False)]
         for n_in, n_out in zip(widths, [*widths[1:], width], strict=True):
@@ -316,10 +297,9 @@ class Discriminator(nn.Module):
 
     def __init__(self, spec: CodeSpec, image_size: int = 64, width: int = 64, channels: int = 3):
         super().__init__()
-        check_limits({"image_size": image_size, "width": width, "channels": channels})
         self.spec, widths = spec, layer_widths(image_size, width)
         layers = [nn.Conv2d(channels, widths[0], 4, 2, 1), nn.LeakyReLU(0.2, True)]
-        for n_in, n_out in zip(widths, widths[1:], strict=False):
+        for n_in, n_out in pairwise(widths):
             layers += [nn.Conv2d(n_in, n_out, 4, 2, 1, bias=False)]
             layers += [nn.BatchNorm2d(n_out), nn.LeakyReLU(0.2, True)]
         self.trunk = nn.Sequential(*layers)
@@ -353,11 +333,11 @@ class Discriminator(nn.Module):
 @torch.no_grad()
 def init_weights(net: nn.Module, rng: torch.Generator) -> None:
     """DCGAN's start: convolutions N(0, 0.02), batch norm N(1, 0.02), biases 0."""
-    for m in net.modules():
-        if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d)):
-            m.weight.normal_(float(isinstance(m, nn.BatchNorm2d)), 0.02, generator=rng)
-            if m.bias is not None:
-                m.bias.zero_()
+    for name, p in net.named_parameters():
+        if name.endswith("weight"):
+            p.normal_(float(p.dim() == 1), 0.02, generator=rng)  # a vector is batch norm's
+        elif name.endswith("bias"):
+            p.zero_()
 
 
 # objective ----------------------------------------------------------------------------------------
@@ -531,7 +511,7 @@ class State:
         if self.sums:
             torch._foreach_add_([*self.sums.values()], [*metrics.values()])
         else:
-            self.sums = {name: value.clone() for name, value in metrics.items()}
+            self.sums = tree_map(torch.clone, metrics)
 
 
 NETS, OPTIMISERS = ("G", "G_ema", "D"), ("opt_G", "opt_D")  # of State, in checkpoints as well
@@ -590,7 +570,7 @@ def train_step(state: State, args: Namespace, batch: Batch, kind: Variant | None
     loss_D = loss = d_loss(d_real, d_fake)
     if to_trunk:  # -V - lambda L_I, which trains Q and the trunk
         loss = loss - lambda_L_I(spec, mutual_information(spec, q, codes), args)
-    R1 = torch.zeros((), device=x.device)
+    R1 = identity = torch.zeros((), device=x.device)
     if with_r1:
         R1 = r1_penalty(d_real, x)
         loss = loss + R1_EVERY * args.r1 * R1
@@ -605,7 +585,6 @@ def train_step(state: State, args: Namespace, batch: Batch, kind: Variant | None
     L_I = mutual_information(spec, q, codes)
     # here L_I reaches G (Eq. 6); a continuous code that Q reads well need not grow further
     loss = loss_G - lambda_L_I(spec, L_I, args, args.cap_cont)
-    identity = torch.zeros((), device=x.device)
     if args.lam_identity and spec.n_cat:  # once Q reads c: at first G has only z to vary x with
         q_knows = L_I[: spec.n_cat].detach().mean() / math.log(spec.cat_dim)
         identity = identity_loss(x_fake)
@@ -672,8 +651,11 @@ def new_state(args: Namespace, device: torch.device) -> State:
     with_G, with_D = [*G.parameters()], [*D.trunk.parameters(), *D.d_head.parameters()]
     with_Q = with_D if args.info_to == "trunk" else with_G
     with_Q += D.q_head.parameters()
-    adam = {"betas": (0.5, 0.999), "fused": device.type in ("cpu", "cuda")}
-    adam["capturable"] = args.cuda_graph is True
+    adam = {
+        "betas": (0.5, 0.999),
+        "fused": device.type in ("cpu", "cuda"),
+        "capturable": args.cuda_graph is True,
+    }
     opt_G = torch.optim.Adam(with_G, args.lr_g, **adam)
     opt_D = torch.optim.Adam(with_D, args.lr_d, **adam)
     G_ema = copy.deepcopy(G).eval().requires_grad_(False)
@@ -686,7 +668,7 @@ def new_state(args: Namespace, device: torch.device) -> State:
 def pick_device(name: str) -> torch.device:
     """The fastest device for "auto", a GPU always with its number. Raises UserError if missing."""
     here = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    here += ["mps", "cpu"] if torch.backends.mps.is_available() else ["cpu"]
+    here += ["mps"] * torch.backends.mps.is_available() + ["cpu"]
     named = [d for d in here if name in ("auto", d, d.partition(":")[0])]
     if not named:
         raise UserError(f"--device {name}: not available here; use --device auto")
@@ -704,8 +686,7 @@ def speed_up(device: torch.device) -> bool:
     try:
         torch.ones(1, device=device).add_(1).item()  # a GPU that is too old fails here
     except RuntimeError as error:
-        why = str(error).splitlines()[0]
-        raise UserError(f"--device {device}: {why}; use --device cpu") from error
+        raise UserError(f"--device {device}: {error!s:.99}; use --device cpu") from error
     torch.set_float32_matmul_precision("high")  # TF32
     torch.backends.cudnn.benchmark = True  # a search for the fastest kernels
     return torch.cuda.is_bf16_supported(including_emulation=False)  # since Ampere
@@ -738,9 +719,8 @@ def to_device(x: Tensor, device: torch.device) -> Tensor:
 
 def tensors_of(state: State) -> list[Tensor]:
     """All weights, batch norm's averages, then what the optimisers keep."""
-    tensors = [t for name in NETS for t in getattr(state, name).state_dict().values()]
-    kept = [[*opt.state.values()] for opt in (state.opt_G, state.opt_D)]
-    return tensors + tree_leaves(kept)
+    nets = [getattr(state, name).state_dict() for name in NETS]
+    return tree_leaves([nets, state.opt_G.state, state.opt_D.state])
 
 
 class GraphedStep:
@@ -751,8 +731,8 @@ class GraphedStep:
     """
 
     def __init__(self) -> None:
-        self.batch: Batch | None = None  # the tensors that all graphs read
-        self.graphs: dict = {}  # variant: the graph, and the metrics that it fills
+        self.batch = None  # the tensors that all graphs read
+        self.graphs = {}  # variant: the graph, and the metrics that it fills
 
     def __call__(self, state: State, args: Namespace, batch: Batch) -> Metrics:
         if self.batch is None:
@@ -761,8 +741,7 @@ class GraphedStep:
         key = variant(state, args)
         if key not in self.graphs:
             return train_step(state, args, batch)
-        for fixed, new in zip(tree_leaves(self.batch), tree_leaves(batch), strict=True):
-            fixed.copy_(new)
+        tree_map(Tensor.copy_, self.batch, batch)
         graph, metrics = self.graphs[key]
         graph.replay()
         return metrics
@@ -807,8 +786,8 @@ class GraphedStep:
 # load_pictures: find_pictures, then decode (read_picture, to_square for each), then the cache.
 # next_batch: the pictures and codes of a step. make_batch: bytes to floats.
 
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "JPEG2000", "PPM", "ICO", "PCX", "SGI")
-FORMATS += ("QOI", "TGA", "AVIF")  # not all that Pillow knows: for EPS it starts a program
+FORMATS = ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "JPEG2000", "PPM", "ICO", "PCX", "SGI"]
+FORMATS += ["QOI", "TGA", "AVIF"]  # not all that Pillow knows: for EPS it starts a program
 MAX_PIXELS = 2**30 // 12  # of one file, Pillow's own limit: decoding takes up to 16 bytes for each
 DECODE_THREADS = 8  # what is larger than their share of MAX_PIXELS is decoded alone
 DECODER_VERSION = 6  # counts up whenever decode changes its result
@@ -816,9 +795,7 @@ CROPS = {"centre": 0.5, "top": 0.0}  # how much of what a tall picture loses lie
 HIDDEN = r"(?is)\..*|@eadir|[@#$]recycle(\.bin)?|recycler|#snapshot|__macosx|lost\+found|lost\.dir"
 HIDDEN += r"|found\.000|system volume information|desktop\.ini|thumbs(\.db)?"  # of systems too
 MARK = ".generated"  # generate.py leaves it in each folder that it makes: what G draws is no data
-OUR_FOLDERS = [{"args.json", "log.csv"}, {"args.json", "samples"}, {"last.pt"}, {MARK}]
-OUR_FOLDERS += [{"codes.csv"}, {"table.csv", "overview.png"}]  # before there was a mark
-GET_PICTURES = "give a folder of pictures; `make data` downloads faces, `make demo` draws some"
+OURS = {MARK, "args.json", "last.pt", "codes.csv"}  # each marks a run's folder, or generate.py's
 DATA, IDX = Path("data"), "raw/train-images-idx3-ubyte"  # where torchvision keeps named sets
 NAMED_SETS = {  # torchvision's class, its file; digits and clothes: 32x32, never mirrored
     "mnist": ("MNIST", f"MNIST/{IDX}"),
@@ -835,16 +812,7 @@ class Pictures:
     fingerprint: str  # of the files' bytes, whatever their names, and the crop: a run keeps it
     names: list[str]  # paths, or numbers in a named set
     order: Tensor  # int64 (N,), the order that runs take them in: by their hashes
-    is_grey: bool  # all of them
     summary: str  # what was left out, in words
-    shuffled: tuple[int, Tensor] | None = None  # the order of the epoch that was asked for last
-
-    def rows(self, epoch: int, seed: int) -> Tensor:
-        """The order (N,) of an epoch."""
-        if self.shuffled is None or self.shuffled[0] != epoch:
-            rng = torch.Generator().manual_seed((1_000_003 * seed + epoch) % 2**63)
-            self.shuffled = epoch, self.order[torch.randperm(len(self.x), generator=rng)]
-        return self.shuffled[1]
 
 
 def first_ten(texts: Sequence[str]) -> str:
@@ -852,21 +820,20 @@ def first_ten(texts: Sequence[str]) -> str:
     return ascii(", ".join(texts if len(texts) <= 10 else [*texts[:10], "..."]))[1:-1]
 
 
-def find_pictures(root: Path, exclude: Sequence[str] = ()) -> tuple[list[Path], Counter]:
-    """All picture files below a folder, sorted, and how often what else was passed over.
+def find_pictures(root: Path, exclude: Sequence[str] = ()) -> list[Path]:
+    """All picture files below a folder, sorted; prints how often what else was passed over.
 
     exclude: patterns such as "*_mask.png" or "small/*" for paths within root.
     Linked folders are followed, each once; what cannot be opened counts as a file.
     """
-    files, passed_over, visited = [], Counter(), set()
+    files, passed_over, visited = [], Counter(), {*root.resolve().parents}
     suffixes = {end for end, name in Image.registered_extensions().items() if name in FORMATS}
     walk = os.walk(root, onerror=lambda e: files.append(Path(e.filename)), followlinks=True)
     for here, folders, names in walk:
         folder, real = Path(here), Path(here).resolve()
-        is_ours = folder != root and any(marks <= {*names, *folders} for marks in OUR_FOLDERS)
+        is_ours = folder != root and not OURS.isdisjoint(names)
         passed_over[f"folder {folder.name} (a run, or by generate.py)"] += is_ours
-        holds_root = real in root.resolve().parents  # a link upwards
-        if is_ours or holds_root or real in visited:
+        if is_ours or real in visited:  # a link to a folder that was seen, or upwards
             folders.clear()
             continue
         visited.add(real)
@@ -886,7 +853,10 @@ def find_pictures(root: Path, exclude: Sequence[str] = ()) -> tuple[list[Path], 
                 files.append(file)
             else:
                 passed_over[f"of {suffix or 'no suffix'}"] += 1
-    return sorted(files), +passed_over
+    most = [f"{n:,} {what}" for what, n in (+passed_over).most_common()]
+    if most:
+        print(f"passed over in {root}: {first_ten(most)}")
+    return sorted(files)
 
 
 def open_named_set(name: str, flag: str) -> Collection[tuple]:
@@ -898,18 +868,15 @@ def open_named_set(name: str, flag: str) -> Collection[tuple]:
 
         return getattr(datasets, kind)(DATA, download=not path.exists())
     except Exception as error:  # of any kind: torchvision and scipy raise them
-        why = f"torchvision cannot get it into {DATA}/"
-        if path.exists() and not isinstance(error, ImportError):
-            why = f"{path} is damaged or not all: delete it, and the same command gets it again"
-        raise UserError(f"{flag} {name}: {why} ({type(error).__name__}: {error})") from error
+        why = f"torchvision cannot get it, or {path} is damaged or not all: delete it, and the same"
+        why += f" command gets it again ({type(error).__name__}: {error})"
+        raise UserError(f"{flag} {name}: {why}") from error
 
 
 DEEP = 0, 65535  # black and white of 16-bit pictures
 
 
-def to_square(
-    image: Image.Image, size: int, channels: int, crop: str = "centre", deep: tuple = DEEP
-) -> Image.Image:
+def to_square(image: Image.Image, size: int, channels: int, crop: str, deep: tuple) -> Image.Image:
     """Any picture as (size, size) in 1 or 3 channels: upright, on white, cropped, scaled."""
     ImageOps.exif_transpose(image, in_place=True)
     if image.mode == "F":
@@ -930,10 +897,9 @@ class Decoded(NamedTuple):
 
     hash: str = ""  # of the file's bytes
     pixels: bytes = b""  # (size, size, channels)
-    is_cut: bool = False  # whether the crop takes a third or more
-    error: Exception | None = None
-    side: int = 0  # the shorter one of the file's picture
+    whole: tuple = ()  # the size of the file's picture
     deep: tuple = ()  # its least and its greatest value, where it has 16 bits
+    error: Exception | None = None
 
 
 def read_picture(
@@ -941,8 +907,8 @@ def read_picture(
     size: int,
     channels: int,
     crop: str = "centre",
-    most: int = MAX_PIXELS,
     deep: tuple = DEEP,
+    most: int = MAX_PIXELS,
 ) -> Decoded:
     """Decodes a file of up to `most` pixels, or a picture."""
     try:
@@ -961,91 +927,91 @@ def read_picture(
             raise Image.DecompressionBombError
         found = image.getextrema() if image.mode.startswith("I") else ()
         pixels = to_square(image, size, channels, crop, deep).tobytes()
-        is_cut = 3 * min(whole) <= 2 * max(whole)
-        return Decoded(hashlib.sha256(raw).hexdigest(), pixels, is_cut, None, min(whole), found)
+        return Decoded(sha256(raw).hexdigest(), pixels, whole, found)
     except Exception as error:  # decoders raise anything
         return Decoded(error=error)
 
 
-def looks_empty(x: Tensor) -> str:
-    """What is wrong with bytes (n, size, size, channels) in which there is little to see, or ""."""
-    apart = max(1, x.shape[1] // 32)  # a part of the pixels shows it
-    some = x[:: -(-len(x) // 200), ::apart, ::apart].flatten(1)
-    low, high, levels = some.min().item(), some.max().item(), len(some.unique())
-    spread = some.float().std(1).median().item()
-    if high - low >= 32 and spread >= 2 and levels > 8:
-        return ""
-    what = f"{levels} levels of brightness from {low} to {high} (of 0 to 255)"
-    if spread < 2:
-        what += ", and half of the pictures or more have one colour"
-    cure = "are they masks, or white drawings on nothing? Look at samples/real.png"
-    return f"\nthey look empty: {what}; {cure}; --exclude leaves files out"
-
-
-def remarks(x: Tensor, crop: str, n_cut: int, side: int, deep: tuple) -> str:
+def remarks(x: Tensor, sizes: list[tuple], crop: str, deep: tuple) -> str:
     """Lines on bytes x (n, size, size, channels) that a user should see before a long training.
 
-    n_cut: how many lose a third by the crop; side: the largest shorter one of their files; deep:
-    black and white of 16-bit pictures.
+    sizes: of their files' pictures; deep: black and white of 16-bit pictures.
     """
     n, size, text = *x.shape[:2], ""
-    if crop == "centre" and n_cut > n / 10:
-        text += f"\n{n_cut:,} of them lose a third of their area or more: their middle is taken;"
+    cut = [sides for sides in sizes if 3 * min(sides) <= 2 * max(sides)]
+    if crop == "centre" and len(cut) > n / 10:
+        text += f"\n{len(cut):,} of them lose a third of their area or more: their middle is taken;"
         text += " infogan.py --crop top takes the upper part of tall ones"
     if deep != DEEP:
         text += f"\n16 bits: {deep[0]} is black and {deep[1]} is white, the range that they have"
-    if side < size:
+    if (side := max(map(min, sizes))) < size:
         text += f"\nall are smaller than {size}x{size}, at most {side}: they are enlarged,"
         text += " which takes time and shows no more; give a smaller --image-size"
-    return text + looks_empty(x)
+    apart = size // 32 or 1  # a part of the pixels shows it
+    some = x[:: n // 200 + 1, ::apart, ::apart].flatten(1)
+    levels, spread = some.unique(), some.float().std(1).median()
+    if len(levels) <= 8 or levels[-1] - levels[0] < 32 or spread < 2:
+        text += f"\nthey look empty: {len(levels)} levels of brightness from {levels[0]} to "
+        text += f"{levels[-1]} (of 255), a standard deviation of {spread:.1f} in half of them; "
+        text += "are they masks, or white drawings on nothing? --exclude leaves files out"
+    return text
 
 
-def decode(flag: str, items: list, size: int, channels: int, crop: str, deep: tuple = DEEP) -> dict:
-    """Decodes paths or pictures: the values of Pictures. flag, with its value, names the set.
+def decode(flag: str, root: Path, items: dict, form: tuple, deep: tuple = DEEP) -> dict:
+    """Decodes paths or pictures, by their names: the values of Pictures.
 
-    deep: the black and the white of 16-bit pictures; those of a small range are decoded again.
+    flag, with its value, names the set, which is in root. form: size, channels, crop. deep: the
+    black and the white of 16-bit pictures; those of a small range are decoded again.
     """
-    first, unreadable, raw, n_cut, is_grey = {}, [], bytearray(), 0, True  # first: by hash
-    side, found = 0, set()
+    kept, names, unreadable, raw = {}, [], [], bytearray()  # kept: by hash, without their pixels
     Image.init()  # loads Pillow's formats, which threads must not do at the same time
     with warnings.catch_warnings(), ThreadPoolExecutor(DECODE_THREADS) as pool:
         warnings.simplefilter("ignore")  # Pillow's, about files that it can read all the same
         most = MAX_PIXELS // DECODE_THREADS
-        read = pool.map(lambda item: read_picture(item, size, channels, crop, most, deep), items)
+        read = pool.map(lambda item: read_picture(item, *form, deep, most), items.values())
         hidden = None if sys.stderr else True  # None: where it is no terminal
         read = tqdm(read, "pictures", len(items), leave=False, disable=hidden)
-        for i, picture in enumerate(read):
+        for (name, item), picture in zip(items.items(), read, strict=True):
             if isinstance(picture.error, Image.DecompressionBombError):  # too large for eight
-                picture = read_picture(items[i], size, channels, crop, MAX_PIXELS, deep)
-            x = picture.pixels
+                picture = read_picture(item, *form, deep)
             if picture.error:
-                unreadable.append(f"{items[i]} ({type(picture.error).__name__})")
-            elif picture.hash not in first:
-                first[picture.hash] = i
-                n_cut += picture.is_cut
-                side = max(side, picture.side)
-                found.update(picture.deep)
-                is_grey = is_grey and all(x[::channels] == x[c::channels] for c in range(channels))
-                raw += x
-    if deep == DEEP and found and 0 < max(found) - min(found) < DEEP[1] / 2:
-        return decode(flag, items, size, channels, crop, (min(found), max(found)))
-    n, hashes, summary = len(first), [*first], ""
+                unreadable.append(f"{name} ({type(picture.error).__name__})")
+            elif picture.hash not in kept:
+                kept[picture.hash] = picture._replace(pixels=b"")
+                names.append(str(name))
+                raw += picture.pixels
+    found = {value for picture in kept.values() for value in picture.deep}
+    low, high = min(found, default=0), max(found, default=0)
+    if deep == DEEP and 0 < high - low < DEEP[1] / 2:
+        return decode(flag, root, items, form, (low, high))
+    n, hashes, summary = len(kept), [*kept], ""
     if copies := len(items) - len(unreadable) - n:
         summary += f", exact copies dropped: {copies:,}"
     if unreadable:
         summary += f", unreadable files skipped: {len(unreadable):,} ({first_ten(unreadable)})"
     if n < 2:
-        raise UserError(f"{flag}: {n} pictures{summary}, at least 2 are needed; {GET_PICTURES}")
+        raise UserError(f"{flag}: {n} pictures{summary}, at least 2 are needed; {hint(root)}")
+    size, channels, crop = form
     x = torch.frombuffer(raw, dtype=torch.uint8).view(n, size, size, channels)
-    names = [str(items[i] if isinstance(items[i], Path) else i) for i in first.values()]
     return {
         "x": x,
-        "fingerprint": hashlib.sha256("".join([crop, *sorted(hashes)]).encode()).hexdigest()[:16],
+        "fingerprint": sha256("".join([crop, *sorted(hashes)]).encode()).hexdigest()[:16],
         "names": names,
         "order": torch.tensor(sorted(range(n), key=hashes.__getitem__)),
-        "is_grey": is_grey,
-        "summary": summary + remarks(x, crop, n_cut, side, deep),
+        "summary": summary + remarks(x, [p.whole for p in kept.values()], crop, deep),
     }
+
+
+def hint(root: Path) -> str:
+    """What helps where there are no pictures: to unpack an archive, root or one below it."""
+    tools = {".zip": "zipfile", ".tar": "tarfile", ".gz": "tarfile", ".tgz": "tarfile"}
+    for path in [root] if root.is_file() else sorted(root.rglob("*")):
+        suffix, name = path.suffix.lower(), shlex.quote(str(path))
+        if suffix in tools:
+            return f"unpack it: python -m {tools[suffix]} -e {name} {name}-unpacked"
+        if suffix in (".npz", ".parquet"):
+            return f"unpack it: write each picture in {name} as a file, such as a PNG"
+    return "give a folder of pictures; `make data` downloads faces, `make demo` draws some"
 
 
 def cache_folder() -> Path:
@@ -1054,43 +1020,22 @@ def cache_folder() -> Path:
     return Path(os.devnull if path.startswith("~") else path, "infogan")  # no home: no cache
 
 
-def read_cache(path: Path) -> Pictures | None:
-    """What write_cache has written, x mapped into memory; None where it is missing or damaged."""
+def read_cache(path: Path, stamp: str) -> Pictures | None:
+    """x is mapped into memory; None where the file is missing, damaged, or of other files."""
     with suppress(Exception):  # torch raises anything for a damaged file
-        return Pictures(**torch.load(path, mmap=True, weights_only=True))
-    return None
+        values = torch.load(path, mmap=True, weights_only=True)
+        if values.pop("stamp") == stamp:
+            return Pictures(**values)
 
 
-def write_cache(path: Path, values: dict) -> None:
+def write_cache(path: Path, stamp: str, values: dict) -> None:
     """Writes the values of Pictures, in place of those of the set before it changed."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        for old in path.parent.glob(f"{path.stem[:16]}-*"):
-            old.unlink()
         with replacing(path) as file:
-            torch.save(values, file)
+            torch.save(values | {"stamp": stamp}, file)
     except (OSError, RuntimeError) as error:  # torch calls a full disk an internal error
-        why = getattr(error, "strerror", None) or error
-        print(f"{path}: {why}; not cached, each start decodes the pictures")
-
-
-def how_to_unpack(root: Path) -> str:
-    """Where pictures are in an archive, root or one below it: the command that gets them out."""
-    tools = {".zip": "zipfile", ".tar": "tarfile", ".gz": "tarfile", ".tgz": "tarfile"}
-    codes = {  # after these, i counts and v is a picture
-        ".npz": "numpy as t, PIL.Image as I; [I.fromarray(v).save(f'{i:06d}.png')"
-        " for i, v in enumerate(next(iter(t.load(PATH).values())))]",
-        ".parquet": "pandas as t; [open(f'{i:06d}.png', 'wb').write(v['bytes'])"
-        " for i, v in enumerate(t.read_parquet(PATH)['image'])]",
-    }
-    for path in [root] if root.is_file() else sorted(root.rglob("*")):
-        folder = shlex.quote(str(path.with_suffix("")) + "-unpacked")
-        if tool := tools.get(path.suffix.lower()):
-            return f"unpack it: python -m {tool} -e {shlex.quote(str(path))} {folder}"
-        if code := codes.get(path.suffix.lower()):
-            code = shlex.quote("import " + code.replace("PATH", repr(str(path.absolute()))))
-            return f"unpack it: mkdir {folder} && cd {folder} && python -c {code}"
-    return GET_PICTURES
+        print(f"{path}: {error}; not cached, each start decodes the pictures")
 
 
 def load_pictures(
@@ -1109,34 +1054,28 @@ def load_pictures(
     Raises UserError, with the flag that names the set, when fewer than two remain.
     """
     named = data in NAMED_SETS
-    root = DATA / NAMED_SETS[data][1] if named else Path(os.path.expanduser(data))
-    if named and not root.exists():
-        open_named_set(data, flag)  # downloads it
-    elif not named and not root.is_dir():
-        why = "is not a folder" if root.exists() else "no such folder"
-        raise UserError(f"{flag} {data}: {why}; {how_to_unpack(root)}")
+    root = DATA / NAMED_SETS[data][1] if named else Path(data)
     root, form = root.resolve(), (size, channels or 3, crop)  # one set, however its path is written
-    files, passed_over = ([root], Counter()) if named else find_pictures(root, exclude)
-    if passed_over:
-        most = [f"{n:,} {what}" for what, n in passed_over.most_common()]
-        print(f"passed over in {data}: {first_ten(most)}")
-    if not files:
-        raise UserError(f"{flag} {data}: 0 pictures, at least 2 are needed; {how_to_unpack(root)}")
-    place = hashlib.sha256(os.fsencode(f"{DECODER_VERSION} {form} {root}"))
-    stamp = hashlib.sha256()  # changes with every name, size and time
-    for path in files:
-        stamp.update(os.fsencode(path))
+    files = [root] if named else find_pictures(root, exclude)
+    stamp = sha256()  # changes with every name, size and time
+    for file in files:
+        stamp.update(os.fsencode(file))
         with suppress(OSError):  # an unreadable one counts by its name
-            stamp.update(f" {path.stat().st_size} {path.stat().st_mtime_ns}\0".encode())
-    path = cache_folder() / f"{place.hexdigest()[:16]}-{stamp.hexdigest()[:16]}.pixels"
-    pictures = read_cache(path)
+            stamp.update(f" {file.stat().st_size} {file.stat().st_mtime_ns}\0".encode())
+    stamp = stamp.hexdigest()
+    place = sha256(os.fsencode(f"{DECODER_VERSION} {form} {root}")).hexdigest()
+    path = cache_folder() / f"{place[:16]}.pixels"
+    pictures = read_cache(path, stamp)
     if not pictures:
-        items = [x for x, _ in open_named_set(data, flag)] if named else files
-        values = decode(f"{flag} {data}", items, *form)
-        write_cache(path, values)
-        pictures = read_cache(path) or Pictures(**values)
+        items = {file: file for file in files}
+        if named:
+            items = dict(enumerate(x for x, _ in open_named_set(data, flag)))
+        values = decode(f"{flag} {data}", root, items, form)
+        write_cache(path, stamp, values)
+        pictures = read_cache(path, stamp) or Pictures(**values)
     print(f"{len(pictures.x):,} pictures in {data}{pictures.summary}")
-    if pictures.is_grey and channels is None:
+    parts = pictures.x.split(100)
+    if channels is None and all((part == part[..., :1]).all() for part in parts):
         pictures.x = pictures.x[..., :1]
     return pictures
 
@@ -1151,11 +1090,19 @@ def make_batch(x: Tensor, flip: bool, rng: torch.Generator, device: torch.device
     return torch.add(torch.tensor(-1.0), x, alpha=1 / 127.5)  # x / 127.5 - 1 in one pass
 
 
+@lru_cache(1)  # once an epoch
+def shuffled(n: int, seed: int, epoch: int) -> Tensor:
+    """The numbers below n in the order of an epoch."""
+    rng = torch.Generator().manual_seed((1_000_003 * seed + epoch) % 2**63)
+    return torch.randperm(n, generator=rng)
+
+
 def next_batch(state: State, args: Namespace, pictures: Pictures) -> Batch:
     """What the state's step takes: the next pictures of its epoch, codes, chance."""
     n, device, x = min(args.batch_size, len(pictures.x)), state.device, pictures.x
     epoch, i = state.place
-    rows = to_device(pictures.rows(epoch, args.seed)[i * n : (i + 1) * n], x.device)
+    rows = pictures.order[shuffled(len(x), args.seed, epoch)[i * n : (i + 1) * n]]
+    rows = to_device(rows, x.device)
     real = make_batch(x.index_select(0, rows), args.flip, state.rng, device)
     codes = state.spec.sample(n, state.rng)
     codes = pair(codes) if args.lam_identity else codes
@@ -1170,7 +1117,6 @@ def next_batch(state: State, args: Namespace, pictures: Pictures) -> Batch:
 FORMAT = 2
 LOWER_LR = "last.pt is the last good one, if saved. Lower --lr-g and --lr-d"
 NEW_RUN = "another --out starts a new run"
-BROKEN = (AttributeError, EOFError, KeyError, OSError, RuntimeError, TypeError, ValueError)
 
 
 @contextmanager
@@ -1203,22 +1149,12 @@ def to_bytes(values: dict) -> memoryview:
     return buffer.getbuffer()
 
 
-def save_file(path: Path, values: dict) -> None:
-    """Writes a dict for torch.load, complete or not at all."""
-    write_file(path, to_bytes(values))
-
-
-def checkpoint_file(path: str | Path) -> Path:
-    """A checkpoint, or the last one of a run's folder."""
-    return Path(path, "last.pt") if os.path.isdir(path) else Path(path)
-
-
 def load_checkpoint(path: str | Path) -> dict:
-    """A checkpoint, or that of a folder, on the CPU: "args" (a dict of the flags), "step", "D", …
+    """A checkpoint, or a folder's last.pt, on the CPU: "args" (a dict of the flags), "D", "path", …
 
     Runs no code from the file. Raises UserError for a file that is not a checkpoint of ours.
     """
-    path = checkpoint_file(path)
+    path = Path(path, "last.pt") if os.path.isdir(path) else Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint; infogan.py saves last.pt in a run's folder")
     try:
@@ -1227,45 +1163,35 @@ def load_checkpoint(path: str | Path) -> dict:
                 raise zipfile.BadZipFile
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
         if ckpt["format"] != FORMAT:
-            raise UserError("is from another version of infogan.py")
+            raise ValueError("another version's")
         ckpt["args"] = {"cont_at": 4, **ckpt["args"]}  # as in all runs before there was a choice
-        check_limits({name: ckpt["args"].get(name) for name in LIMITS})
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+        check_limits(ckpt["args"], LIMITS)
     except Exception as error:  # of any kind: the file is at fault
-        why = f"broken, or not a checkpoint of infogan.py ({type(error).__name__})"
+        why = f"broken, or not a checkpoint of this infogan.py ({error!r:.99})"
         raise UserError(f"{path}: {why}") from error
     return ckpt | {"path": str(path)}
 
 
 def load_net(path: str | Path | dict, key: str, device: str) -> Generator | Discriminator:
-    """The weights under key in the architecture that the checkpoint names: float32, frozen."""
+    """G ("G_ema") or D (its read() tells codes) of a file or of load_checkpoint's dict, frozen."""
     ckpt = path if isinstance(path, dict) else load_checkpoint(path)
-    path = ckpt["path"]
     with torch.device("meta"):  # takes no memory before the shapes are known to fit
         G, D = networks(Namespace(**ckpt["args"]))
     net = G if key == "G_ema" else D
     try:
-        weights = {name: w.contiguous() for name, w in ckpt[key].items()}
-        weights = {name: w.float() if w.is_floating_point() else w for name, w in weights.items()}
-        net.load_state_dict(weights, assign=True)
-    except BROKEN as error:
-        raise UserError(f"{path}: its {key} does not fit its own flags") from error
-    if not all(w.isfinite().all() for w in weights.values()):
-        raise UserError(f"{path}: its {key} has weights that are not finite")
-    return net.eval().requires_grad_(False).to(device)
+        net.load_state_dict(ckpt[key], assign=True)
+    except Exception as error:  # of any kind here too
+        raise UserError(f"{ckpt['path']}: its {key} does not fit its own flags") from error
+    if not all(w.isfinite().all() for w in net.state_dict().values()):
+        raise UserError(f"{ckpt['path']}: its {key} has weights that are not finite")
+    net = net.float().eval().requires_grad_(False)
+    return net.to(device, memory_format=torch.contiguous_format)
 
 
 def load_generator(path: str | Path | dict, device: str = "cpu") -> tuple[Generator, CodeSpec]:
     """(G, spec) of a file or of load_checkpoint's dict: `x = G(spec.join(spec.sample(n, rng)))`."""
     G = load_net(path, "G_ema", device)
     return G, G.spec
-
-
-def load_encoder(path: str | Path | dict, device: str = "cpu") -> tuple[Callable, CodeSpec]:
-    """(Q, spec): Q reads codes from pictures in [-1, 1], see Discriminator.read."""
-    D = load_net(path, "D", device)
-    return D.read, D.spec
 
 
 def check_finite(step: int, metrics: dict[str, float]) -> None:
@@ -1279,22 +1205,24 @@ def gather_checkpoint(
     state: State, args: Namespace, fingerprint: str, rows: Sequence[Sequence[float]] = ()
 ) -> dict:
     """All that a run needs to resume bit for bit; rows are those of log.csv."""
-    check_finite(state.step, state.sums)
     ckpt = {name: getattr(state, name).state_dict() for name in NETS + OPTIMISERS}
-    for name in NETS:
-        if not all(w.isfinite().all() for w in ckpt[name].values()):
-            raise Diverged(f"step {state.step}: {name} has weights that are not finite; {LOWER_LR}")
+    weights = {
+        f"the sum of {name}'s weights": sum(map(torch.sum, ckpt[name].values())) for name in NETS
+    }
+    check_finite(state.step, state.sums | weights)
     ckpt |= {name: getattr(state, name) for name in COUNTS}
-    ckpt |= {"format": FORMAT, "args": vars(args), "fingerprint": fingerprint}
-    return ckpt | {"rng": state.rng.get_state(), "rows": torch.tensor(rows, dtype=torch.float64)}
+    return ckpt | {
+        "format": FORMAT,
+        "args": vars(args),
+        "fingerprint": fingerprint,
+        "rng": state.rng.get_state(),
+        "rows": torch.tensor(rows, dtype=torch.float64),
+    }
 
 
 def restore(state: State, ckpt: dict, weights_only: bool = False) -> None:
     """Puts a checkpoint into state. Raises UserError where it does not fit."""
-    path, per_epoch = ckpt["path"], state.per_epoch
-    if "opt_G" not in ckpt and not weights_only:
-        why = "its checkpoint is for generate.py only (by --shrink); --init begins a run with it"
-        raise UserError(f"{path}: {why}, {NEW_RUN}")
+    per_epoch = state.per_epoch
     try:
         for name in NETS:  # --shrink keeps of G only the average
             getattr(state, name).load_state_dict(ckpt.get(name, ckpt["G_ema"]))
@@ -1305,14 +1233,14 @@ def restore(state: State, ckpt: dict, weights_only: bool = False) -> None:
             opt.load_state_dict({**ckpt[name], "param_groups": opt.state_dict()["param_groups"]})
         for name in COUNTS:
             setattr(state, name, ckpt.get(name, getattr(state, name)))
-        state.sums = {name: v.to(state.device) for name, v in state.sums.items()}
+        state.sums = tree_map(lambda value: value.to(state.device), state.sums)
         if state.sums and [*state.sums] != [*METRICS, *state.spec.names]:
             raise ValueError("METRICS has changed")
         state.rng.set_state(ckpt["rng"].clone())  # torch reads beside a part of a tensor
-    except BROKEN as error:
+    except Exception as error:  # of any kind here too
         cure = "give another --init" if weights_only else NEW_RUN
-        why = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise UserError(f"{path}: training cannot go on from it ({why}); {cure}") from error
+        why = f"training cannot go on from it ({error!r:.99})"
+        raise UserError(f"{ckpt['path']}: {why}; {cure}") from error
     if state.per_epoch != per_epoch:  # other pictures or another batch: the next epoch begins
         state.changed = state.step, math.ceil(state.epochs)
         state.per_epoch = per_epoch
@@ -1328,11 +1256,11 @@ SIGNALS = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
 @contextmanager
 def locked(out: Path) -> Iterator[None]:
     """A run's folder, made if missing, for this process alone: the lock ends with the process."""
-    names = sorted(os.listdir(out)) if out.is_dir() else []
-    others = [name for name in names if not re.fullmatch(IGNORED, name)]
+    names = (path.name for path in out.glob("*"))
+    others = sorted(name for name in names if not re.fullmatch(IGNORED, name))
     if others and not any(re.fullmatch(r"args\.json|last\.pt|epoch_.*\.pt", n) for n in others):
         raise UserError(f"--out {out}: has {others[0]} but no run in it; give another folder")
-    is_new, lock = not out.exists(), FileLock(out / ".lock", timeout=0)
+    lock = FileLock(out / ".lock", timeout=0)
     out.mkdir(parents=True, exist_ok=True)
     try:
         lock.acquire()
@@ -1340,23 +1268,25 @@ def locked(out: Path) -> Iterator[None]:
         raise UserError(f"--out {out}: another process is training there") from None
     except (OSError, NotImplementedError) as error:  # as on some network drives
         print(f"{out}: cannot be locked ({error}); start no second run there")
-    for part in [*out.glob(".*.part"), *out.glob("samples/.*.part")]:
+    for part in out.rglob(".*.part"):
         part.unlink()  # from a process that was killed while it wrote
     try:
         yield
     finally:
         with suppress(OSError):
             Path(lock.lock_file).unlink()
-            if is_new:
-                out.rmdir()  # only if it is empty: a start that failed
+            out.rmdir()  # only if it is empty: a start that failed
         lock.release()
 
 
 def differences(args: Namespace, before: dict, names: Collection[str]) -> list[str]:
     """ "--r1 0.3, not --r1 1.0" for each flag that is not as before."""
-    pairs = [(name, before.get(name), getattr(args, name)) for name in names]
-    changed = [(name, old, new) for name, old, new in pairs if new not in (None, AUTO, old)]
-    return [f"{as_typed(name, old)}, not {as_typed(name, new)}" for name, old, new in changed]
+    pairs = [(name, before.get(name), value) for name, value in vars(args).items() if name in names]
+    return [
+        f"{as_typed(name, old)}, not {as_typed(name, new)}"
+        for name, old, new in pairs
+        if new not in (None, AUTO, old)
+    ]
 
 
 def as_typed(name: str, value: object) -> str:
@@ -1367,29 +1297,32 @@ def as_typed(name: str, value: object) -> str:
     return f"--{flag} {shlex.quote(str(value))}"
 
 
-def refuse(args: Namespace, changes: list[str], for_good: bool = False) -> None:
-    """Raises UserError for changes of a run, but where --allow-changes takes them."""
-    if changes and (for_good or not args.allow_changes):
-        advice = "" if for_good else "--allow-changes goes on all the same, "
-        raise UserError(f"{args.out} was started with {', '.join(changes)}; {advice}{NEW_RUN}")
+def refuse(args: Namespace, changes: list[str]) -> None:
+    """Raises UserError where there are changes."""
+    if changes:
+        text = f"{args.out} was started with {', '.join(changes)}; {NEW_RUN}, and --allow-changes"
+        raise UserError(text + " takes other pictures, --crop and --batch-size")
 
 
 def find_checkpoint(args: Namespace) -> dict | None:
     """last.pt of the run in args.out, else its newest that can be read; None in a new folder."""
     out = Path(args.out)
-    older = sorted(out.glob("epoch_*.pt"), key=lambda p: (len(p.name), p.name), reverse=True)
-    paths = [path for path in [out / "last.pt", *older] if path.exists()]
+    paths = [*out.glob("last.pt"), *sorted(out.glob("epoch_*.pt"), reverse=True)]
     for path in paths:
         try:
             ckpt = load_checkpoint(path)
         except UserError as error:
             print(error, file=sys.stderr)
             continue
-        before = ckpt["args"]
-        refuse(args, differences(args, before, flags_that(SAME)), for_good=True)
-        refuse(args, differences(args, before, flags_that(ALLOWED)))
+        if "opt_G" not in ckpt:
+            why = (
+                "its checkpoint is for generate.py only (by --shrink); --init begins a run with it"
+            )
+            raise UserError(f"{path}: {why}, {NEW_RUN}")
+        allowed = [] if args.allow_changes else ALLOWED
+        refuse(args, differences(args, ckpt["args"], SAME + allowed))
         print(f"resuming from {path}, step {ckpt['step']:,}")
-        if changes := differences(args, before, flags_that(TOLD)):
+        if changes := differences(args, ckpt["args"], TOLD):
             print(f"until now it had {', '.join(changes)}")
         return ckpt
     if paths:
@@ -1400,25 +1333,25 @@ def find_checkpoint(args: Namespace) -> dict | None:
 @contextmanager
 def caught_signals() -> Iterator[list[int]]:
     """Collects signals that ask a run to stop; a second INT, TERM or HUP stops it at once."""
-    caught, before = [], {}
+    before, caught = {number: signal.getsignal(number) for number in SIGNALS}, []
 
     def note(number: int, _frame: object) -> None:
         caught.append(number)
         if number in SIGNALS[:3]:
             signal.signal(number, before[number])
 
-    for number in SIGNALS:
-        # ignored: by nohup, or a shell for a job with &; None: a handler that is not Python's
-        if signal.getsignal(number) not in (signal.SIG_IGN, None):
-            with suppress(ValueError):  # in a thread of another program, which has its own
-                before[number] = signal.getsignal(number)
-                signal.signal(number, note)
+    def handle(handlers: dict) -> None:
+        for number, handler in handlers.items():
+            # ignored: by nohup, or a shell for a job with &; None: a handler that is not Python's
+            if before[number] not in (signal.SIG_IGN, None):
+                with suppress(ValueError):  # in a thread of another program, which has its own
+                    signal.signal(number, handler)
+
+    handle(dict.fromkeys(SIGNALS, note))
     try:
         yield caught
     finally:
-        with suppress(ValueError):
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        handle(before)
 
 
 # display ------------------------------------------------------------------------------------------
@@ -1427,15 +1360,15 @@ def caught_signals() -> Iterator[list[int]]:
 def to_image(x: Tensor) -> Image.Image:
     """A picture (channels, h, w) in [-1, 1] as 8 bits a channel."""
     x = ((x + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0).cpu()
-    return Image.fromarray((x if x.shape[2] == 3 else x[:, :, 0]).numpy())
+    return Image.fromarray(x.squeeze(2).numpy())  # grey has no third dimension
 
 
-def make_grid(x: Tensor, columns: int = 8, gap: int = 2) -> Tensor:
-    """Pictures (n, channels, h, w) as one (channels, H, W), black between them."""
-    columns = min(columns, len(x))
-    x = F.pad(x, (gap, 0, gap, 0, 0, 0, 0, -len(x) % columns), value=-1.0)
+def make_grid(x: Tensor) -> Tensor:
+    """Pictures (n, channels, h, w) as one (channels, H, W), in rows of 8, black between them."""
+    columns = min(8, len(x))
+    x = F.pad(x, (2, 0, 2, 0, 0, 0, 0, -len(x) % columns), value=-1.0)
     rows = x.unflatten(0, (-1, columns)).permute(2, 0, 3, 1, 4)
-    return F.pad(rows.flatten(3).flatten(1, 2), (0, gap, 0, gap), value=-1.0)
+    return F.pad(rows.flatten(3).flatten(1, 2), (0, 2, 0, 2), value=-1.0)
 
 
 def save_picture(path: Path, image: Image.Image, **options: object) -> None:
@@ -1757,7 +1690,7 @@ def train(args: Namespace) -> int:
         state = open_state(args, ckpt, device, len(pictures.x))
         step, epoch = state.changed
         last_step = step + (args.epochs - epoch) * state.per_epoch
-        last_step = min(last_step, args.max_steps or last_step)
+        last_step = min(last_step, args.max_steps or math.inf)
         if state.step >= last_step:
             print(f"{out} is finished, {state.step:,} steps; raise --epochs or --max-steps")
             return 0
@@ -1774,13 +1707,9 @@ def open_pictures(args: Namespace, ckpt: dict | None) -> Pictures:
     """The run's pictures; sets args.channels. Raises UserError where they are not those of ckpt."""
     channels = ckpt["args"]["channels"] if ckpt else args.channels
     pictures = load_pictures(
-        args.data,
-        args.image_size,
-        None if channels is AUTO else channels,
-        args.crop,
-        exclude=args.exclude or (),
+        args.data, args.image_size, channels, args.crop, exclude=args.exclude or ()
     )
-    if ckpt and ckpt.get("fingerprint", pictures.fingerprint) != pictures.fingerprint:
+    if ckpt and not args.allow_changes and ckpt["fingerprint"] != pictures.fingerprint:
         refuse(args, ["other pictures"])
     args.channels = pictures.x.shape[3]
     return pictures
@@ -1788,12 +1717,12 @@ def open_pictures(args: Namespace, ckpt: dict | None) -> Pictures:
 
 def open_state(args: Namespace, ckpt: dict | None, device: torch.device, n: int) -> State:
     """A new run's state for n pictures, or that of ckpt; --init begins with another's weights."""
-    init = load_checkpoint(args.init) if args.init and not ckpt else None
+    begin = ckpt or (args.init and load_checkpoint(args.init))
     args.init = args.init or (ckpt and ckpt["args"].get("init"))
     state = new_state(args, device)
     state.per_epoch = n // min(args.batch_size, n)
-    if ckpt or init:
-        restore(state, ckpt or init, weights_only=bool(init))
+    if begin:
+        restore(state, begin, weights_only=not ckpt)
     return state
 
 
@@ -1840,8 +1769,11 @@ def report(state: State, recorder: Recorder, stopped_by: int | None) -> int:
     """Prints how a start has ended; returns the exit code. Raises Diverged for a useless run."""
     path, finished = recorder.log.out / "last.pt", state.step == recorder.last_step
     steps = f"{state.step:,} steps, {state.epochs:.1f} epochs, {state.minutes:.1f} minutes in all"
-    losses = {k: v for k, v in recorder.row.items() if k.startswith(("loss", "cat", "cont"))}
-    far_off = [f"{k} is {v:.0f}" for k, v in losses.items() if abs(v) > 50]
+    far_off = [
+        f"{name} is {value:.0f}"
+        for name, value in recorder.row.items()
+        if name.startswith(("loss", "cat", "cont")) and abs(value) > 50
+    ]
     if finished and far_off:
         cure = "it has learned nothing; give another --out, and smaller --lr-g and --lr-d"
         raise Diverged(f"{steps}, but {far_off[0]}: {cure}")
@@ -1857,9 +1789,6 @@ def report(state: State, recorder: Recorder, stopped_by: int | None) -> int:
 # flags --------------------------------------------------------------------------------------------
 
 AUTO = "auto"  # a default that follows from other flags, the pictures or the device
-# When a run resumes, a flag must be the SAME; or it may change if --allow-changes is given
-# (ALLOWED); or it may change, which the run tells (TOLD); or nobody minds (FREE).
-SAME, ALLOWED, TOLD, FREE = "same", "allowed", "told", "free"
 # fmt: off
 RECIPES = {  # what differs from the defaults in FLAGS
 "default": {},
@@ -1869,74 +1798,81 @@ RECIPES = {  # what differs from the defaults in FLAGS
 "mnist": dict(upsample="transposed", cont_at=4, width=32, batch_size=64, lr_g=1e-3, z_dim=16,
     r1=0.1, lam_identity=0.0, q_augment=1.0, shift=0.0),
 }
-FLAGS = {  # by group: flag, default, limits or choices or kind, when a run resumes, meaning
+FLAGS = {  # by group: flag, default, limits or choices or kind, meaning
 "pictures": [
-    ("--data", "data/anime", "FOLDER", FREE, f"a folder, or {', '.join(NAMED_SETS)}"),
-    ("--exclude", None, "PATTERN", FREE, "leave out files whose path within --data fits, such as"
+    ("--data", "data/anime", "FOLDER", f"a folder, or {', '.join(NAMED_SETS)}"),
+    ("--exclude", None, "PATTERN", "leave out files whose path within --data fits, such as"
      " '*_mask.png' or 'small/*'; may be given several times"),
-    ("--image-size", 64, LIMITS["image_size"], SAME, "width and height; named sets 32"),
-    ("--channels", AUTO, LIMITS["channels"], SAME, "1 grey, 3 colour (default: what the set has)"),
-    ("--flip", True, bool, TOLD, "mirror half of them; digits and clothes: off"),
-    ("--crop", "centre", [*CROPS], ALLOWED, "what is kept of pictures that are not square"),
-], "codes": [
-    ("--n-cat", 1, LIMITS["n_cat"], SAME, "categorical codes, 0 to 64"),
-    ("--cat-dim", 10, LIMITS["cat_dim"], SAME, "categories of each, 2 to 1000"),
-    ("--n-cont", 2, LIMITS["n_cont"], SAME, "continuous codes in [-1, 1], 0 to 256"),
-    ("--z-dim", 100, LIMITS["z_dim"], SAME, "noise, 0 to 10000"),
-], "networks and objective": [
-    ("--recipe", AUTO, [*RECIPES], TOLD, "notebook: its settings and faults (default: by --data)"),
-    ("--width", 64, LIMITS["width"], SAME, "channels of D's first and G's last layer"),
-    ("--upsample", "nearest", LIMITS["upsample"], SAME, "G's layers: nearest neighbours and 3x3"
-     " convolutions, or transposed 4x4 ones"),
-    ("--cont-at", 8, LIMITS["cont_at"], SAME, "size of the layer of G that continuous codes enter:"
-     " 8, where they move and reshape, or 4, the first, where z and categoricals enter"),
-    ("--lam-cat", 1.0, (0.0, 1000.0), TOLD, "lambda of each categorical code's L_I"),
-    ("--lam-cont", AUTO, (0.0, 1000.0), TOLD,
-     "of each continuous code's (default 3 / n_cont, max 0.3)"),
-    ("--cap-cont", AUTO, (0.0, 3.0), TOLD, "G is rewarded for a continuous code's L_I up to X nats"
+    ("--flip", True, bool, "mirror half of them; digits and clothes: off"),
+    ("--crop", "centre", [*CROPS], "what is kept of tall pictures, centre or top; of wide ones the"
+     " centre"),
+], "codes and networks": [
+    ("--n-cat", 1, (0, 64), "categorical codes, 0 to 64"),
+    ("--cat-dim", 10, (2, 1000), "categories of each, 2 to 1000"),
+    ("--n-cont", 2, (0, 256), "continuous codes in [-1, 1], 0 to 256"),
+    ("--z-dim", 100, (0, 10_000), "noise, 0 to 10000"),
+    ("--image-size", 64, [16, 32, 64, 128, 256], "width and height, 16, 32, 64, 128 or 256; named"
+     " sets 32"),
+    ("--channels", None, [1, 3], "1 grey, 3 colour (default: what the set has)"),
+    ("--width", 64, (1, 1024), "channels of D's first and G's last layer"),
+    ("--upsample", "nearest", ["nearest", "transposed"], "G's layers: nearest (neighbours, then"
+     " 3x3 convolutions) or transposed (4x4 convolutions)"),
+    ("--cont-at", 8, [8, 4], "size of the layer of G that continuous codes enter: 8, where they"
+     " move and reshape, or 4, the first, where z and categoricals enter"),
+], "objective": [
+    ("--recipe", AUTO, [*RECIPES], "default, mnist, or notebook: its settings and faults (default:"
+     " by --data)"),
+    ("--lam-cat", 1.0, (0.0, 1000.0), "lambda of each categorical code's L_I"),
+    ("--lam-cont", AUTO, (0.0, 1000.0), "of each continuous code's (default 3 / n_cont, max 0.3)"),
+    ("--cap-cont", AUTO, (0.0, 3.0), "G is rewarded for a continuous code's L_I up to X nats"
      " (default 1.4; with up to 5 codes 3, more than a code can reach)"),
-    ("--lam-identity", 2.0, (0.0, 1000.0), TOLD, "of the identity loss: pictures of the same"
-     " categories must have the same colours in the same places"),
-    ("--info-to", "trunk", ["trunk", "head"], SAME, "L_I trains Q with D's trunk, or Q's head"),
-    ("--q-augment", 0.0, (0.0, 3.0), TOLD, "how strongly pictures are moved, turned, blurred and"
-     " relit before Q reads categorical codes; mnist 1"),
-    ("--shift", AUTO, (0.0, 0.5), TOLD, "D sees pictures shifted by up to this share of their"
-     f" width, growing over {SHIFT_EPOCHS} epochs (default 0.125; below 64 pixels 0.0625)"),
-    ("--r1", AUTO, (0.0, 1e3), TOLD, "D's gradient penalty (default 0.3; below 64 pixels 0.01)"),
-    ("--r1-from", AUTO, (0, 10**9), TOLD, "the epoch from which it acts (default 0; below 64"
-     " pixels, if --r1 is not given, 75)"),
-    ("--ema", 0.03, (0.0, 1.0), TOLD, "half-life of G's average, as a share of its steps"),
+    ("--lam-identity", 2.0, (0.0, 1000.0), "of the identity loss: pictures of the same categories"
+     " must have the same colours in the same places"),
+    ("--info-to", "trunk", ["trunk", "head"], "L_I trains Q with D's trunk, or its head alone"),
+    ("--q-augment", 0.0, (0.0, 3.0), "how strongly pictures are moved, turned, blurred and relit"
+     " before Q reads categorical codes; mnist 1"),
+    ("--shift", AUTO, (0.0, 0.5), "D sees pictures shifted by up to this share of their width,"
+     f" growing over {SHIFT_EPOCHS} epochs (default 0.125; below 64 pixels 0.0625)"),
+    ("--r1", AUTO, (0.0, 1e3), "D's gradient penalty (default 0.3; below 64 pixels 0.01)"),
+    ("--r1-from", AUTO, (0, 10**9), "the epoch from which it acts (default 0; below 64 pixels, if"
+     " --r1 is not given, 75)"),
+    ("--ema", 0.03, (0.0, 1.0), "half-life of G's average, as a share of its steps"),
 ], "training": [
-    ("--epochs", 150, (1, 10**9), FREE, "passes over the pictures"),
-    ("--batch-size", 128, (2, 65_536), ALLOWED, "pictures in a step"),
-    ("--lr-g", 2e-4, (0.0, 1.0), TOLD, "G's learning rate"),
-    ("--lr-d", 2e-4, (0.0, 1.0), TOLD, "D's learning rate"),
-    ("--init", None, "FILE", TOLD, "begin with the weights, codes and networks of a checkpoint"),
-    ("--seed", 0, (0, 2**63 - 1), TOLD, "seed of all random numbers"),
-    ("--device", "auto", "DEVICE", FREE, "cpu, cuda, cuda:1, mps; auto takes the fastest"),
-    ("--amp", AUTO, bool, FREE, "bfloat16 convolutions (default: where they are faster)"),
-    ("--cuda-graph", AUTO, bool, FREE, "replay the step as a CUDA graph, so that a GPU never waits"
-     " for Python (default: on CUDA)"),
-    ("--max-steps", None, (1, 10**12), FREE, "finish after N steps in all"),
-    ("--max-minutes", None, (0.001, 1e7), FREE, "stop this call after X minutes; repeat it to"
-     " resume"),
-], "output": [
-    ("--out", AUTO, "FOLDER", FREE, "the run's folder (default checkpoint/cat1-cont2, by its"
-     " codes)"),
-    ("--save-every", AUTO, (1, 10**9), FREE, "epochs between checkpoints that are kept (default"
-     " 25, and at least 30 seconds)"),
-    ("--sample-every", AUTO, (1, 10**9), FREE, "epochs between grids (default 5, and at least 30"
+    ("--batch-size", 128, (2, 65_536), "pictures in a step"),
+    ("--lr-g", 2e-4, (0.0, 1.0), "G's learning rate"),
+    ("--lr-d", 2e-4, (0.0, 1.0), "D's learning rate"),
+    ("--init", None, "FILE", "begin with the weights, codes and networks of a checkpoint"),
+    ("--seed", 0, (0, 2**63 - 1), "seed of all random numbers"),
+], "this start": [  # a run may go on with others, and says nothing
+    ("--epochs", 150, (1, 10**9), "passes over the pictures"),
+    ("--max-steps", None, (1, 10**12), "finish after N steps in all"),
+    ("--max-minutes", None, (0.001, 1e7), "stop this call after X minutes; repeat it to resume"),
+    ("--device", "auto", "DEVICE", "cpu, cuda, cuda:1, mps; auto takes the fastest"),
+    ("--amp", AUTO, bool, "bfloat16 convolutions (default: where they are faster)"),
+    ("--cuda-graph", AUTO, bool, "replay the step as a CUDA graph, so that a GPU never waits for"
+     " Python (default: on CUDA)"),
+    ("--out", AUTO, "FOLDER", "the run's folder (default checkpoint/cat1-cont2, by its codes)"),
+    ("--save-every", AUTO, (1, 10**9), "epochs between checkpoints that are kept (default 25, and"
+     " at least 30 seconds)"),
+    ("--sample-every", AUTO, (1, 10**9), "epochs between grids (default 5, and at least 30"
      " seconds)"),
-    ("--allow-changes", False, bool, FREE, "go on though pictures, --crop or --batch-size are not"
-     " those of the run"),
+    ("--allow-changes", False, bool, "go on though pictures, --crop or --batch-size are not those"
+     " of the run"),
 ]}
 MORE = {"exclude": {"action": "append"}}
 # fmt: on
 
 
-def flags_that(resume: str) -> list[str]:
-    """The names in args of the flags that are SAME, ALLOWED, TOLD or FREE when a run resumes."""
-    return [dest(flag) for rows in FLAGS.values() for flag, _, _, on, _ in rows if on == resume]
+def dest(flag: str) -> str:
+    """A flag's name in args: "--lam-cat" is lam_cat."""
+    return flag[2:].replace("-", "_")
+
+
+LIMITS = {dest(flag): limits for flag, _, limits, _ in FLAGS["codes and networks"]}
+# a run that resumes must have the SAME, and without --allow-changes those of ALLOWED too; it tells
+# what else has changed of TOLD
+SAME, ALLOWED = [*LIMITS, "info_to"], ["crop", "batch_size"]
+TOLD = [dest(row[0]) for title in FLAGS if title != "this start" for row in FLAGS[title]]
 
 
 def derived(args: dict) -> dict:
@@ -1956,25 +1892,9 @@ def derived(args: dict) -> dict:
     }
 
 
-def resolve(given: dict, shape: dict) -> Namespace:
-    """All flags: the table's, then the recipe's, a checkpoint's shape, what was given."""
-    flags = {dest(flag): default for rows in FLAGS.values() for flag, default, *_ in rows}
-    data = given.get("data")
-    recipe = given.get("recipe") or ("mnist" if data == "mnist" else "default")
-    named = {"image_size": 32, "flip": False} if data in NAMED_SETS else {}
-    flags |= {**named, **RECIPES[recipe], **shape, **given, "recipe": recipe}
-    rest = {name: value for name, value in derived(flags).items() if flags[name] is AUTO}
-    return Namespace(**flags | rest)
-
-
 def spec_of(args: Namespace) -> CodeSpec:
     """The codes that a run's flags ask for."""
     return CodeSpec(args.n_cat, args.cat_dim, args.n_cont, args.z_dim)
-
-
-def dest(flag: str) -> str:
-    """A flag's name in args: "--lam-cat" is lam_cat."""
-    return flag[2:].replace("-", "_")
 
 
 class Parser(ArgumentParser):
@@ -1983,46 +1903,44 @@ class Parser(ArgumentParser):
     more: argparse's own settings of some flags, by their names in args.
     """
 
-    def __init__(self, program: str, about: str | None, flags: dict, more: dict | None = None):
+    def __init__(self, program: str, about: str, flags: dict, more: dict):
         super().__init__(program, None, about, allow_abbrev=False, argument_default=SUPPRESS)
-        self.formatter_class, self.defaults = RawHelp, {}
+        self.formatter_class, self.defaults = RawDescriptionHelpFormatter, {}
         for title, rows in flags.items():
             group = self.add_argument_group(title)
-            for flag, default, kind, *_, meaning in rows:
+            for flag, default, kind, meaning in rows:
+                name = dest(flag)
                 if kind is bool:
                     how = {"action": "store_true" if default is False else BooleanOptionalAction}
-                elif isinstance(kind, list):
-                    how = {"choices": kind, "type": type(kind[0])}
                 else:
-                    how = {"type": partial(self.value, flag, kind)}
-                    how["metavar"] = kind if isinstance(kind, str) else "N"
-                if not any(default is value for value in (None, False, AUTO)):
-                    meaning += f" (default {default})"
-                group.add_argument(flag, help=meaning, **how | (more or {}).get(dest(flag), {}))
-                self.defaults[dest(flag)] = default
+                    how = {"type": partial(self.value, name, kind)}
+                    how["metavar"] = kind if isinstance(kind, str) else "X"
+                    if default not in (None, AUTO):
+                        meaning += f" (default {default})"
+                group.add_argument(flag, help=meaning, **how | more.get(name, {}))
+                self.defaults[name] = default
 
     @staticmethod
-    def value(flag: str, kind: str | tuple, text: str) -> str | float:
-        """A flag's text as a path, or as a number within its limits."""
+    def value(name: str, kind: str | tuple | list, text: str) -> str | float:
+        """A flag's text as a path, as a number within its limits, or as a choice."""
         if isinstance(kind, str):
             if not text:
-                raise UserError(f"{flag}: is empty")
+                raise UserError(f"--{name}: is empty")
             return os.path.expanduser(text)  # shells leave --out=~/run as it is
-        try:
-            value = type(kind[0])(text)
-        except ValueError:
-            value = text
-        check_limits({dest(flag): value}, {dest(flag): kind})
-        return value
+        with suppress(ValueError):  # else check_limits names the type
+            text = type(kind[0])(text)
+        check_limits({name: text}, {name: kind})
+        return text
 
-    def given(self, argv: list[str] | None = None) -> dict:
+    def given(self, argv: list[str] | None) -> dict:
         """Only the flags that argv has, by their names in args. Raises UserError for others."""
-        known = ["help", *(name.replace("_", "-") for name in self.defaults)]
-        for word in sys.argv[1:] if argv is None else argv:
-            flag = word.partition("=")[0] if word.startswith("--") else ""
-            name = flag[2:].removeprefix("no-")
-            if name and name not in known and (near := get_close_matches(name, known, 1, 0.7)):
-                raise UserError(f"{flag}: did you mean --{near[0]}?")
+        argv = sys.argv[1:] if argv is None else argv
+        known = [f"--{name.replace('_', '-')}" for name in [*self.defaults, "help"]]
+        for word in argv:
+            flag = word.partition("=")[0].replace("--no-", "--")
+            if flag.startswith("--") and flag not in known:
+                for near in get_close_matches(flag, known, 1, 0.8):
+                    raise UserError(f"{flag}: did you mean {near}?")
         return vars(self.parse_args(argv))
 
     def error(self, message: str) -> None:
@@ -2030,24 +1948,32 @@ class Parser(ArgumentParser):
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
-    """All flags of a run; --channels, --amp and --cuda-graph wait for pictures and device."""
-    given = Parser("infogan.py", (__doc__ or "").split("\nSections")[0], FLAGS, MORE).given(argv)
-    shape = {}
+    """All flags of a run: the table's, the recipe's, those of --init's networks, the given ones.
+
+    --channels, --amp and --cuda-graph wait for pictures and device.
+    """
+    parser = Parser("infogan.py", __doc__.split("\nSections")[0], FLAGS, MORE)
+    given, shape = parser.given(argv), {}
     if init := given.get("init"):
         run = Path(given.get("out", ""), "last.pt")  # has them too, should the file be gone
         before = load_checkpoint(run if "out" in given and not os.path.exists(init) else init)
         shape = {name: before["args"][name] for name in LIMITS}
-        if other := differences(Namespace(**{**shape, **given}), shape, [*LIMITS]):
+        if other := differences(Namespace(**shape | given), shape, LIMITS):
             raise UserError(f"--init {init} has {', '.join(other)}; leave these flags out")
-    args = resolve(given, shape)
-    spec_of(args)
+    data = given.get("data")
+    recipe = given.get("recipe") or ("mnist" if data == "mnist" else "default")
+    named = {"image_size": 32, "flip": False} if data in NAMED_SETS else {}
+    flags = {**parser.defaults, **named, **RECIPES[recipe], **shape, **given, "recipe": recipe}
+    flags |= {name: value for name, value in derived(flags).items() if flags[name] is AUTO}
+    args = Namespace(**flags)
+    spec_of(args)  # raises UserError for --z-dim 0 where it cannot be
     return args
 
 
 # program ------------------------------------------------------------------------------------------
 
-# of what torch says of a GPU's memory, in small letters
-NO_MEMORY = ("allocate", "out of memory", "alloc_failed", "unable to find an engine")
+# what torch says of a full memory
+NO_MEMORY = "(?i)allocate|out of memory|alloc_failed|unable to find an engine"
 
 
 def run(
@@ -2065,9 +1991,7 @@ def run(
         text += " or give another --out, and run it again; saved files are unchanged"
     except (MemoryError, RuntimeError) as error:
         text, code = f"out of memory; {if_out_of_memory}", 2
-        if not isinstance(error, MemoryError) and not any(
-            words in str(error).lower() for words in NO_MEMORY
-        ):
+        if isinstance(error, RuntimeError) and not re.search(NO_MEMORY, str(error)):
             raise
     except KeyboardInterrupt:
         text, code = "stopped", 130

@@ -72,7 +72,7 @@ def lively(path: Path, *flags: str) -> None:
     state = infogan.new_state(args, CPU)
     for t in (p for p in state.G_ema.state_dict().values() if p.is_floating_point()):
         t.add_(0.05 * torch.randn(t.shape, generator=seeded()))
-    infogan.save_file(path, infogan.gather_checkpoint(state, args, ""))
+    torch.save(infogan.gather_checkpoint(state, args, ""), path)
 
 
 def table_of(path: Path) -> list[dict[str, str]]:
@@ -117,7 +117,9 @@ def test_low_and_high_differ_in_one_code():
     codes = spec.sample(50, seeded())
     for name in ("cat0", "cont1"):
         ends = generate.low_high(spec, codes, name, seeded(1))
-        assert all(spec.join(spec.replace(x, name, codes)).equal(spec.join(codes)) for x in ends)
+        assert all(
+            spec.join(generate.replace(x, name, codes)).equal(spec.join(codes)) for x in ends
+        )
         change = spec.join(ends[1]) - spec.join(ends[0])
         assert change.any(1).all() and (name == "cat0" or change[:, -1].unique() == 1.6)
 
@@ -249,7 +251,7 @@ def test_a_shrunken_checkpoint_is_a_quarter_and_draws_and_reads_as_before(ckpt, 
         assert all(p.dtype == torch.float32 for p in half.parameters())
         outputs = [net.read(given) if key == "D" else (net(given),) for net in (net, half)]
         assert all(a.allclose(b, atol=0.01) for a, b in zip(*outputs, strict=True))
-    p, mu, sigma = infogan.load_encoder(small)[0](given)
+    p, mu, sigma = infogan.load_net(small, "D", "cpu").read(given)
     assert p.shape == (20, 2, 3) and p.sum(2).allclose(torch.ones(20, 2))
     assert mu.shape == sigma.shape == (20, 3) and (sigma >= infogan.SIGMA_MIN * 0.999).all()
 
@@ -294,14 +296,14 @@ def test_what_is_ours_is_written_again_and_never_trained_on(ckpt, tmp_path, monk
     modes, faces = modes_of(ckpt, tmp_path), tmp_path / "few"
     del modes["--onnx"], modes["--sort"], modes["--walk"]
     modes["--samples"] += ["--data", faces]
-    before, _ = infogan.find_pictures(faces)
+    before = infogan.find_pictures(faces)
     for mode, flags in modes.items():
         out, command = faces / "ours" / mode, ["--ckpt", ckpt, *flags]
         assert draws(command, out) == draws(command, out)
     (faces / "ours/--samples/000001.png").write_bytes(b"")  # by a call that was killed
     draws(command, out)
     assert (faces / "ours/--samples-real/000001.png").exists()
-    assert infogan.find_pictures(faces)[0] == before
+    assert infogan.find_pictures(faces) == before
 
 
 @pytest.mark.parametrize("name, n_cat, n_cont, most", [("v3", 10, 20, 12e6), ("v1", 1, 2, 5e6)])
@@ -358,7 +360,7 @@ def read_by_Q(ckpt: Path, picture: Path) -> list[torch.Tensor]:
     """c_cat's probabilities, c_cont's means and sigmas of a picture."""
     x = torch.frombuffer(bytearray(infogan.read_picture(picture, 16, 3).pixels), dtype=torch.uint8)
     batch = infogan.make_batch(x.view(1, 16, 16, 3), False, seeded(), CPU)
-    return [part[0] for part in infogan.load_encoder(ckpt)[0](batch)]
+    return [part[0] for part in infogan.load_net(ckpt, "D", "cpu").read(batch)]
 
 
 def test_a_label_is_the_folder_of_a_picture(ckpt, faces, tmp_path, capsys):
@@ -443,7 +445,7 @@ def test_traversals_move_one_code_and_nothing_else(name, columns):
     spec = CodeSpec(2, 3, 2, 4)
     base = spec.sample(2, seeded())
     before = torch.cat(base, 1)[:, None].expand(-1, 3, -1)  # z, c_cat, c_cont; three of each
-    after = torch.cat(spec.traverse(base, name, [0, 1, 2]), 1).view_as(before)
+    after = torch.cat(generate.traverse(base, name, [0, 1, 2]), 1).view_as(before)
     assert all(after[:, :, column].equal(torch.tensor([[0.0, 1, 2]] * 2)) for column in columns)
     after[:, :, columns] = before[:, :, columns]
     assert after.equal(before)

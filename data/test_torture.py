@@ -141,7 +141,7 @@ def test_of_garbled_checkpoints_only_the_harmless_ones_load(ckpt, tmp_path, n):
             if i % 2 == 0:
                 assert all(got["G"][k].equal(v) for k, v in whole["G"].items()), i
             infogan.load_generator(bad)
-            infogan.load_encoder(bad)
+            infogan.load_net(bad, "D", "cpu")
             infogan.restore(state, got, tmp_path)
             loaded += 1
         except UserError:
