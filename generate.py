@@ -37,7 +37,7 @@ import infogan
 from infogan import Codes, CodeSpec, Generator, UserError, load_pictures, save_picture, to_image
 
 Held, Names = dict[str, float], dict[str, str]  # of codes: the values of --set; what people say
-N_MEASURED, N_MOVED = 400, 100  # samples behind a table's figures; behind its tints, heat maps
+N_MEASURED, N_MOVED = 400, 100  # samples behind a table's figures; behind its tints
 MOST_SHOWN = 100  # categories on a sheet
 AT_ONCE, N_READ = 32, 4  # pictures in each pass of a network; poses of each one of --read
 FIT_ROUNDS, FIT_STEPS, FIT_RATE = 3, 100, 0.1  # of find_codes: more steps change nothing
@@ -161,7 +161,6 @@ class Row(NamedTuple):
     effect: float  # share of the pixels' variance that goes when this alone is frozen
     edges: float  # the same for edges, where tints and soft light do not count
     tint: float | None = None  # of a code: see tint()
-    heat: Tensor | None = None  # of a code: see heat_map()
 
 
 def edge_map(x: Tensor) -> Tensor:
@@ -198,14 +197,6 @@ def tint(x: Tensor, y: Tensor) -> float:
     return (1 - left.square().sum() / change).item()
 
 
-def heat_map(x: Tensor, y: Tensor) -> Tensor:
-    """Where x becomes y: the mean face, red where the mean |x - y| is large, (3, size, size)."""
-    heat, face = (x - y).abs().mean((0, 1)), x.mean((0, 1)) / 2
-    much = (heat / heat.max().clamp(min=1e-8)).square()  # squared: small changes are everywhere
-    red = torch.tensor([1.0, -0.4, -0.8])[:, None, None]
-    return face + much * (red - face)
-
-
 def ask_Q(model: Model, parts: Iterable[Tensor]) -> infogan.QOutput:
     """Q(c|x) of pictures in [-1, 1] that come in parts, on the CPU."""
     read = [model.D(part.to(model.device))[1] for part in parts]
@@ -231,16 +222,16 @@ def measure(model: Model, seed: int) -> list[Row]:
         nats = of_code.get(name, (None, None))
         rows.append(Row(name, *nats, effect(x, y), effect(x_edges, edge_map(y))))
         if name in of_code:
-            ends = [*map(pictures, low_high(spec, few, name, rng))]
-            rows[-1] = rows[-1]._replace(tint=tint(*ends), heat=heat_map(*ends))
+            ends = map(pictures, low_high(spec, few, name, rng))
+            rows[-1] = rows[-1]._replace(tint=tint(*ends))
     return sorted(rows, key=lambda row: -row.effect if row.code in of_code else -math.inf)
 
 
 def print_rows(rows: list[Row], names: Names) -> list[list[str]]:
     """Prints the rows with the codes' names; returns the lines, cell by cell."""
-    table = [[*Row._fields[:-1], "name"]]
+    table = [[*Row._fields, "name"]]
     for row in rows:
-        figures = ("" if v is None else f"{v:.4f}" for v in row[1:-1])
+        figures = ("" if v is None else f"{v:.4f}" for v in row[1:])
         table.append([row.code, *figures, names.get(row.code, "")])
     print_table(table)
     return table
@@ -316,12 +307,11 @@ def sheets(model: Model, args: Namespace) -> str:
     seeds, strips = args.faces, []
     for row in (row for row in rows if row.code in args.codes):
         kind = row.code.rstrip("0123456789")
-        name, axis, heat = args.labels[row.code], axes[kind], row.heat[None]
-        faces = traversal(model, base, row.code, axis, held).expand(-1, -1, 3, -1, -1)
-        shown = [torch.cat([faces[0], heat]), *faces[1:]]
+        name, axis = args.labels[row.code], axes[kind]
+        faces = traversal(model, base, row.code, axis, held)
         title = f"{name}: L_I {row.L_I:.2f} of {row.ceiling:.2f} nats, effect {row.effect:.3f}, "
         title += f"tint {row.tint:.2f}"
-        page = sheet(title, zip(seeds, shown, strict=True), [*axis, "where"], zoom)
+        page = sheet(title, zip(seeds, faces, strict=True), axis, zoom)
         save_picture(out / f"{row.code}.png", page)
         if args.gif:
             columns = zip(axis, faces.unbind(1), strict=True)
@@ -330,10 +320,10 @@ def sheets(model: Model, args: Namespace) -> str:
             save_loop(out / f"{row.code}.gif", frames, {"cat": 500, "cont": 100}[kind])
         best = faces.var(1).sum((1, 2, 3)).argmax()  # the face that this code changes most
         label = f"{name}\nL_I {row.L_I:.2f}\neffect {row.effect:.3f}\n{seeds[best]}"
-        strips.append((label, torch.cat([heat, faces[best, : args.steps]])))
+        strips.append((label, faces[best, : args.steps]))
     if strips:
         title = "strongest code first, categories from 0; the seed that it changes most"
-        above = ["where", *axes["cont" if spec.n_cont else "cat"][: args.steps]]
+        above = axes["cont" if spec.n_cont else "cat"][: args.steps]
         save_picture(out / "overview.png", sheet(title, strips, above, zoom))
     if spec.n_cat:
         title = "all categoricals together (columns); z and continuous codes (rows)"
@@ -659,7 +649,7 @@ def typical(model: Model, codes: Codes) -> list[int]:
 def explorer(model: Model, args: Namespace) -> str:
     """One HTML file that draws by itself; opens on a typical face, or on --seeds or --start."""
     spec, path = model.spec, claim(args.out, "explorer.html")
-    rows, codes, layers, weights, scales = measure(model, args.seed), [], [], [], []
+    rows, layers, weights, scales = measure(model, args.seed), [], [], []
     print_rows(rows, args.names)
     faces, seeds = args.base, [] if args.start else args.seeds
     if not args.chosen:
@@ -672,13 +662,6 @@ def explorer(model: Model, args: Namespace) -> str:
         scales += [scale, bias]
         layers.append(weight.shape[:3])
 
-    def encode(raw: bytes) -> str:
-        return base64.b64encode(raw).decode()
-
-    for row in (row for row in rows if row.code in spec.names):
-        to_image(row.heat).save(file := io.BytesIO(), "JPEG", quality=85)
-        heat = f"data:image/jpeg;base64,{encode(file.getvalue())}"
-        codes.append(row._asdict() | {"name": args.names.get(row.code), "heat": heat})
     data = {
         "title": f"{model.path.parent.name}/{model.path.name}, step {model.ckpt['step']:,}",
         "spec": vars(spec),
@@ -688,10 +671,14 @@ def explorer(model: Model, args: Namespace) -> str:
         "tried": 0 if args.chosen else len(args.seeds),
         "faces": [dict(zip(spec.names, (round(v, 4) for v in row), strict=True)) for row in values],
         "layers": layers,
-        "codes": codes,
+        "codes": [
+            row._asdict() | {"name": args.names.get(row.code)}
+            for row in rows
+            if row.code in spec.names
+        ],
         "z": [[round(v, 5) for v in z] for z in faces.z.tolist()],
-        "weights": encode(torch.cat(weights).numpy().tobytes()),
-        "scales": encode(torch.cat(scales).numpy().tobytes()),
+        "weights": base64.b64encode(torch.cat(weights).numpy()).decode(),
+        "scales": base64.b64encode(torch.cat(scales).numpy()).decode(),
     }
     filled = json.dumps(data).replace("<", "\\u003c")  # a name must not end the script
     page = PAGE.read_text(encoding="utf-8").replace("data = null;", f"data = {filled};")

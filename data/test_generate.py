@@ -86,7 +86,7 @@ def test_every_code_has_a_sheet_and_a_loop_the_same_each_time(ckpt, sheets, tmp_
     expected |= {f"{n}.png" for n in ("all-categoricals", "overview", "samples")}
     assert {p.name for p in sheets.iterdir()} == expected | {"table.csv", infogan.MARK}
     sheet = Image.open(sheets / "cont0.png")
-    assert sheet.width >= 6 * 64 and sheet.height >= 3 * 64, "where the five faces change, too"
+    assert sheet.width >= 5 * 64 and sheet.height >= 3 * 64
     again = draws(["--ckpt", ckpt, *SHEETS], tmp_path)
     assert again == {path.name: path.read_bytes() for path in sheets.iterdir()}
 
@@ -98,18 +98,6 @@ def test_the_table_has_the_strongest_codes_first_and_the_tint_of_codes_alone(she
     assert all(0 <= float(r["tint"]) <= 1 for r in codes)
     strengths = [float(r["effect"]) for r in codes]
     assert strengths == sorted(strengths, reverse=True) and strengths[0] > 0
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-def test_a_heat_map_is_red_where_a_code_changes_the_mean_face(channels):
-    x = torch.rand(50, channels, 16, 16, generator=seeded()) - 0.5
-    y = x.clone()
-    y[:, :, 2:6, 3:8] += torch.randn(50, 1, 1, 1, generator=seeded(1))
-    red, green, blue = generate.heat_map(x, y)
-    hot = torch.zeros(16, 16, dtype=torch.bool)
-    hot[2:6, 3:8] = True
-    assert (red - blue > 1).equal(hot) and red[~hot].equal(green[~hot])
-    assert generate.heat_map(x, x).isfinite().all(), "a code that does nothing"
 
 
 def test_low_and_high_differ_in_one_code():
@@ -526,7 +514,7 @@ def test_codes_that_are_set_are_held_wherever_something_is_drawn(ckpt, tmp_path,
     """Each picture that is drawn for a mode has the set values, but where a sheet moves them."""
     drawn, real = [], generate.draw
     monkeypatch.setattr(generate, "draw", lambda G, x: (drawn.append(x), real(G, x))[1])
-    table = [generate.Row("cat1", 0.5, 1.1, 0.1, 0.1, 0.5, torch.zeros(3, 16, 16))]
+    table = [generate.Row("cat1", 0.5, 1.1, 0.1, 0.1, 0.5)]
     monkeypatch.setattr(generate, "measure", lambda model, seed: table)
     head = ["--ckpt", ckpt, "--set", "cat0=2, cont1=-0.5", "--seed", 3]
     spec, modes = infogan.load_generator(ckpt)[1], modes_of(ckpt, tmp_path)
@@ -900,10 +888,6 @@ def test_the_explorer_has_a_control_for_each_code_and_they_move_the_picture(brow
     count = "return document.querySelectorAll(`input[type=${given[0]}]`).length"
     assert browser.run(count, "range") == spec.n_cont
     assert browser.run(count, "radio") == spec.n_cat * spec.cat_dim
-    loaded = "return [...document.querySelectorAll('.head img')].map(i => i.naturalWidth)"
-    assert browser.run(loaded) == [browser.face().shape[2]] * len(spec.names), (
-        "a heat map beside each"
-    )
     seen = [browser.face()]
     if spec.n_cat:
         browser.run("document.querySelector('input[type=radio]:not(:checked)').click()")
