@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import base64
 import csv
+import hashlib
 import io
 import json
 import math
@@ -39,6 +40,7 @@ from infogan import Codes, CodeSpec, Generator, UserError, load_pictures, save_p
 Held, Names = dict[str, float], dict[str, str]  # of codes: the values of --set; what people say
 N_MEASURED, N_MOVED = 400, 100  # samples behind a table's figures; behind its tints
 MOST_SHOWN = 100  # categories on a sheet
+MEASURING_SEED = 0  # whatever --seed is: a table belongs to a checkpoint
 AT_ONCE, N_READ = 32, 4  # pictures in each pass of a network; poses of each one of --read
 FIT_ROUNDS, FIT_STEPS, FIT_RATE = 3, 100, 0.1  # of find_codes: more steps change nothing
 N_FOLLOWED = 4  # categories of one code that find_codes follows to the end
@@ -126,6 +128,12 @@ def claim(folder: Path, file: str = "") -> Path:
     return path
 
 
+def short_hash(tensors: Iterable[Tensor]) -> str:
+    """The same only for the same numbers."""
+    raw = (t.cpu().numpy().tobytes() for t in tensors)
+    return hashlib.sha256(b"".join(raw)).hexdigest()[:12]
+
+
 def save_table(path: Path, lines: Iterable[Iterable[object]]) -> None:
     """A CSV, complete or not at all, with numbers to four decimals."""
     writer = csv.writer(text := io.StringIO(), lineterminator="\n")
@@ -203,9 +211,12 @@ def ask_Q(model: Model, parts: Iterable[Tensor]) -> infogan.QOutput:
     return infogan.QOutput(*(torch.cat(column).cpu() for column in zip(*read, strict=True)))
 
 
-def measure(model: Model, seed: int) -> list[Row]:
-    """Rows for z and each kind of code together, then for every code, strongest effect first."""
-    spec, rng, rows = model.spec, torch.Generator().manual_seed(seed), []
+def measure(model: Model) -> list[Row]:
+    """Rows for z and each kind of code together, then for every code, strongest effect first.
+
+    Of the same samples each time, and to four decimals: a table depends on the checkpoint alone.
+    """
+    spec, rng, rows = model.spec, torch.Generator().manual_seed(MEASURING_SEED), []
     codes, other = spec.sample(N_MEASURED, rng), spec.sample(N_MEASURED, rng)
     few = Codes(*(c[:N_MOVED] for c in codes))
 
@@ -219,22 +230,47 @@ def measure(model: Model, seed: int) -> list[Row]:
     of_code = dict(zip(spec.names, zip(L_I, spec.ceilings, strict=True), strict=True))
     for name in tqdm(["z", *spec.kinds, *spec.names], "measuring", leave=False, disable=None):
         y = pictures(spec.replace(codes, name, other))
-        nats = of_code.get(name, (None, None))
-        rows.append(Row(name, *nats, effect(x, y), effect(x_edges, edge_map(y))))
+        values = [*of_code.get(name, (None, None)), effect(x, y), effect(x_edges, edge_map(y))]
         if name in of_code:
-            ends = map(pictures, low_high(spec, few, name, rng))
-            rows[-1] = rows[-1]._replace(tint=tint(*ends))
+            values.append(tint(*map(pictures, low_high(spec, few, name, rng))))
+        rows.append(Row(name, *(v if v is None else round(v, 4) for v in values)))
     return sorted(rows, key=lambda row: -row.effect if row.code in of_code else -math.inf)
 
 
-def print_rows(rows: list[Row], names: Names) -> list[list[str]]:
-    """Prints the rows with the codes' names; returns the lines, cell by cell."""
-    table = [[*Row._fields, "name"]]
+def read_table(path: Path, spec: CodeSpec, measured: str) -> list[Row]:
+    """The rows of a table.csv, if it is whole and was measured like this; else one of BROKEN."""
+    with open(path, newline="", encoding="utf-8") as file:
+        lines = [line for line in csv.DictReader(file) if line["measured"] == measured]
+    each = ([line[field] for field in Row._fields] for line in lines)
+    rows = [Row(code, *(float(v) if v else None for v in values)) for code, *values in each]
+    parts = ["z", *spec.kinds, *spec.names]
+    if {row.code: None not in row for row in rows} != {part: part in spec.names for part in parts}:
+        raise ValueError
+    return rows
+
+
+def figures(model: Model, path: Path, names: Names) -> list[Row]:
+    """Prints the table and returns its rows: those of the file at path, if it is of this model.
+
+    Else they are measured, and written there if the folder is ours.
+    """
+    weights = [w for net in (model.G, model.D) for w in net.state_dict().values()]
+    how = f"{N_MEASURED} samples of seed {MEASURING_SEED}"
+    measured = f"step {model.ckpt['step']}, weights {short_hash(weights)}, {how}"
+    try:
+        rows, source = read_table(path, model.spec, measured), f"figures from {path}"
+    except (*infogan.BROKEN, csv.Error):
+        rows, source = measure(model), ""
+    table = [[*Row._fields, "name", "measured"]]
     for row in rows:
-        figures = ("" if v is None else f"{v:.4f}" for v in row[1:])
-        table.append([row.code, *figures, names.get(row.code, "")])
-    print_table(table)
-    return table
+        cells = ("" if v is None else f"{v:.4f}" for v in row[1:])
+        table.append([row.code, *cells, names.get(row.code, ""), measured])
+    print_table([line[:-1] for line in table])
+    if source:
+        print(source)
+    if (path.parent / infogan.MARK).exists():
+        save_table(path, table)
+    return rows
 
 
 def tell_apart(x: Tensor, y: Tensor) -> float:
@@ -300,8 +336,7 @@ def sheet(
 def sheets(model: Model, args: Namespace) -> str:
     """The table, a sheet per code, sheets of several codes; nothing selected: the seed's first."""
     spec, out, zoom, held = model.spec, claim(args.out), args.zoom, args.set
-    rows, base = measure(model, args.seed), args.base
-    save_table(out / "table.csv", print_rows(rows, args.names))
+    rows, base = figures(model, out / "table.csv", args.names), args.base
     values = [round(v, 6) + 0.0 for v in torch.linspace(*args.range, args.steps).tolist()]
     axes = {"cat": [*range(spec.cat_dim)][:MOST_SHOWN], "cont": values}
     seeds, strips = args.faces, []
@@ -405,10 +440,10 @@ def versus(model: Model, args: Namespace) -> str:
         real = load_pictures(args.data, *model.shape).x
         real = to_floats(real[torch.randperm(len(real), generator=rng)[:N_REAL]])
     first = sample_seeds(spec, range(args.seed, args.seed + columns), args.set)
-    for run in (model, other):
+    of_other = f"{other.path.parent.name}-{other.path.stem}"
+    for run, table in ((model, "table.csv"), (other, f"table-{of_other}.csv")):
         print(run.path)
-        rows = measure(run, args.seed)
-        print_rows(rows, {})
+        rows = figures(run, out / table, read_names(run, None))
         if args.data:
             drawn = draw(run, spec.join(spec.sample(len(real), rng.manual_seed(args.seed))))
             share = tell_apart(real, drawn)
@@ -649,8 +684,8 @@ def typical(model: Model, codes: Codes) -> list[int]:
 def explorer(model: Model, args: Namespace) -> str:
     """One HTML file that draws by itself; opens on a typical face, or on --seeds or --start."""
     spec, path = model.spec, claim(args.out, "explorer.html")
-    rows, layers, weights, scales = measure(model, args.seed), [], [], []
-    print_rows(rows, args.names)
+    rows = figures(model, path.with_name("table.csv"), args.names)
+    layers, weights, scales = [], [], []
     faces, seeds = args.base, [] if args.start else args.seeds
     if not args.chosen:
         best = typical(model, faces)

@@ -100,6 +100,53 @@ def test_the_table_has_the_strongest_codes_first_and_the_tint_of_codes_alone(she
     assert strengths == sorted(strengths, reverse=True) and strengths[0] > 0
 
 
+def no_measuring(model: generate.Model) -> None:
+    raise AssertionError("measured again")
+
+
+def test_a_table_is_used_again_by_all_modes_for_this_checkpoint_alone(ckpt, tmp_path, capsys):
+    """Whatever the seed and the checkpoint's path are; names are those of today."""
+    first, other, out = tmp_path / "a.pt", tmp_path / "b.pt", tmp_path / "out"
+    shutil.copy(ckpt, first)
+    lively(other, *TINY, "--n-cont", "3")
+    few = ["--rows", 1, "--steps", 2, "--codes", "cat0"]
+    made = draws(["--ckpt", ckpt, *few], out)
+    (tmp_path / "names.json").write_text('{"cont1": "tilt"}')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generate, "measure", no_measuring)
+        for flags in (["--explorer"], few):
+            assert draws(["--ckpt", first, *flags], out)["cat0.png"] == made["cat0.png"]
+            told = capsys.readouterr().out
+            assert f"figures from {out / 'table.csv'}\n" in told and " tilt\n" in told
+    again = draws(["--ckpt", other, "--versus", first], out)  # each of another checkpoint
+    assert again["table.csv"] != made["table.csv"] and "figures" not in capsys.readouterr().out
+    assert again[f"table-{tmp_path.name}-a.csv"].replace(b"tilt", b"") == made["table.csv"]
+
+
+DAMAGES = {
+    "no rows": lambda text: text.splitlines()[0],
+    "cut": lambda text: text[: len(text) // 2],
+    "a cell lost": lambda text: re.sub(r"(cont1,)[^,]+", r"\1", text),
+    "a row lost": lambda text: re.sub("cont1,.*\n", "", text),
+    "no number": lambda text: text.replace("cat0,", "cat0,x"),
+    "another head": lambda text: text.replace("measured", "made"),
+    "no text": lambda text: "\0\udcff",
+    "more samples": lambda text: text.replace(f"{generate.N_MEASURED} samples", "900 samples"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_table_is_measured_anew(sheets, ckpt, tmp_path, damage):
+    model, path = generate.load_model(ckpt, CPU), tmp_path / "table.csv"
+    text = (sheets / "table.csv").read_text()
+    (tmp_path / infogan.MARK).touch()
+    path.write_text(DAMAGES[damage](text), errors="surrogateescape")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(AssertionError, match="measured"):
+        patch.setattr(generate, "measure", no_measuring)
+        generate.figures(model, path, {})
+    assert generate.figures(model, path, {}) and path.read_text() == text
+
+
 def test_low_and_high_differ_in_one_code():
     spec = CodeSpec(2, 3, 2, 1)
     codes = spec.sample(50, seeded())
@@ -466,7 +513,8 @@ def test_two_runs_are_compared_in_a_table_and_a_picture(faces, tmp_path, capsys)
     made = draws(["--ckpt", a, "--versus", b, "--data", faces], tmp_path / "out")
     told = capsys.readouterr().out
     assert all(str(words) in told for words in (a, b, "z  ", "cat1", "L_I", "nearest neighbour"))
-    assert made.keys() == {"comparison.png", infogan.MARK}
+    assert made.keys() == {"comparison.png", "table.csv", "table-b-last.csv", infogan.MARK}
+    assert made["table.csv"] != made["table-b-last.csv"]
     assert Image.open(tmp_path / "out/comparison.png").height > 64 * 2 * (1 + 2 * 8)
 
 
@@ -515,7 +563,7 @@ def test_codes_that_are_set_are_held_wherever_something_is_drawn(ckpt, tmp_path,
     drawn, real = [], generate.draw
     monkeypatch.setattr(generate, "draw", lambda G, x: (drawn.append(x), real(G, x))[1])
     table = [generate.Row("cat1", 0.5, 1.1, 0.1, 0.1, 0.5)]
-    monkeypatch.setattr(generate, "measure", lambda model, seed: table)
+    monkeypatch.setattr(generate, "measure", lambda model: table)
     head = ["--ckpt", ckpt, "--set", "cat0=2, cont1=-0.5", "--seed", 3]
     spec, modes = infogan.load_generator(ckpt)[1], modes_of(ckpt, tmp_path)
     for mode in ("--samples", "--read", "--walk", "sheets"):
