@@ -334,41 +334,48 @@ def sheet(
 
 
 def sheets(model: Model, args: Namespace) -> str:
-    """The table, a sheet per code, sheets of several codes; nothing selected: the seed's first."""
+    """The table and a sheet per code; without --codes, sheets of several codes too.
+
+    Nothing is selected. What is unusual about a sheet is in its name, see unusual().
+    """
     spec, out, zoom, held = model.spec, claim(args.out), args.zoom, args.set
-    rows, base = figures(model, out / "table.csv", args.names), args.base
+    rows = figures(model, out / "table.csv", args.names)
     values = [round(v, 6) + 0.0 for v in torch.linspace(*args.range, args.steps).tolist()]
     axes = {"cat": [*range(spec.cat_dim)][:MOST_SHOWN], "cont": values}
-    seeds, strips = args.faces, []
+    strips = []
+
+    def save(name: str, *of: object) -> None:
+        save_picture(out / f"{name}{args.unusual}.png", sheet(*of, zoom))
+
     for row in (row for row in rows if row.code in args.codes):
         kind = row.code.rstrip("0123456789")
         name, axis = args.labels[row.code], axes[kind]
-        faces = traversal(model, base, row.code, axis, held)
+        faces = traversal(model, args.base, row.code, axis, held)
         title = f"{name}: L_I {row.L_I:.2f} of {row.ceiling:.2f} nats, effect {row.effect:.3f}, "
         title += f"tint {row.tint:.2f}"
-        page = sheet(title, zip(seeds, faces, strict=True), axis, zoom)
-        save_picture(out / f"{row.code}.png", page)
+        save(row.code, title, zip(args.faces, faces, strict=True), axis)
         if args.gif:
             columns = zip(axis, faces.unbind(1), strict=True)
             frames = [sheet(name, [("", x)], [f"{v:g}"] * len(x), zoom) for v, x in columns]
             frames += frames[-2:0:-1]  # and back
-            save_loop(out / f"{row.code}.gif", frames, {"cat": 500, "cont": 100}[kind])
+            path = out / f"{row.code}{args.unusual}.gif"
+            save_loop(path, frames, {"cat": 500, "cont": 100}[kind])
         best = faces.var(1).sum((1, 2, 3)).argmax()  # the face that this code changes most
-        label = f"{name}\nL_I {row.L_I:.2f}\neffect {row.effect:.3f}\n{seeds[best]}"
+        label = f"{name}\nL_I {row.L_I:.2f}\neffect {row.effect:.3f}\n{args.faces[best]}"
         strips.append((label, faces[best, : args.steps]))
-    if strips:
+    of_all = args.codes == spec.names
+    if of_all and strips:
         title = "strongest code first, categories from 0; the seed that it changes most"
-        above = axes["cont" if spec.n_cont else "cat"][: args.steps]
-        save_picture(out / "overview.png", sheet(title, strips, above, zoom))
-    if spec.n_cat:
+        save("overview", title, strips, axes["cont" if spec.n_cont else "cat"][: args.steps])
+    if of_all and spec.n_cat:
         title = "all categoricals together (columns); z and continuous codes (rows)"
-        faces = zip(seeds, traversal(model, base, "cat", axes["cat"], held), strict=True)
-        save_picture(out / "all-categoricals.png", sheet(title, faces, axes["cat"], zoom))
-    first = sample_seeds(spec, range(args.seed, args.seed + 100), held)
-    title = f"100 samples, seeds {args.seed} to {args.seed + 99}, nothing selected"
-    lines = draw(model, spec.join(first)).split(10)
-    page = sheet(title, [("", line) for line in lines], [""] * 10, zoom)
-    save_picture(out / "samples.png", page)
+        faces = traversal(model, args.base, "cat", axes["cat"], held)
+        save("all-categoricals", title, zip(args.faces, faces, strict=True), axes["cat"])
+    if of_all and not args.chosen:
+        first = sample_seeds(spec, range(args.seed, args.seed + 100), held)
+        title = f"100 samples, seeds {args.seed} to {args.seed + 99}, nothing selected"
+        lines = draw(model, spec.join(first)).split(10)
+        save("samples", title, [("", line) for line in lines], [""] * 10)
     return f"{out} has sheets and table.csv; bars: -1 to 1, as in training"
 
 
@@ -455,8 +462,9 @@ def versus(model: Model, args: Namespace) -> str:
         for code, axis in axes.items():
             shown += [(code, faces) for faces in traversal(run, args.base, code, axis, args.set)]
     title = f"above: {model.path}, below: {other.path}"
-    save_picture(out / "comparison.png", sheet(title, shown, range(columns), args.zoom))
-    return f"{out} has comparison.png"
+    path = out / f"comparison-{of_other}{args.unusual}.png"
+    save_picture(path, sheet(title, shown, range(columns), args.zoom))
+    return f"{path} has both"
 
 
 # real pictures by code ----------------------------------------------------------------------------
@@ -683,7 +691,7 @@ def typical(model: Model, codes: Codes) -> list[int]:
 
 def explorer(model: Model, args: Namespace) -> str:
     """One HTML file that draws by itself; opens on a typical face, or on --seeds or --start."""
-    spec, path = model.spec, claim(args.out, "explorer.html")
+    spec, path = model.spec, claim(args.out, f"explorer{args.unusual}.html")
     rows = figures(model, path.with_name("table.csv"), args.names)
     layers, weights, scales = [], [], []
     faces, seeds = args.base, [] if args.start else args.seeds
@@ -768,7 +776,7 @@ def shrink(model: Model, args: Namespace) -> str:
 MODES = {  # by whom; what it writes, beside the checkpoint; the flags that it takes
 "sheets": (sheets, "traversals", "out codes rows seed seeds start set range steps zoom gif names"),
 "--explorer": (explorer, "traversals", "out seed seeds start set range names"),
-"--walk": (walk, "traversals/walk.gif", "out rows seed seeds start set steps zoom"),
+"--walk": (walk, "traversals/walk{}.gif", "out rows seed seeds start set steps zoom"),
 "--samples": (samples, "generated", "out seed seeds start set data"),
 "--read": (read, "traversals", "out seed seeds set codes names zoom"),
 "--sort": (sort, "sorted", "out codes rows steps zoom names"),
@@ -891,6 +899,23 @@ def check_count(args: Namespace) -> None:
         raise UserError(f"{args.mode}: needs {least} to {most:,} {what}, not {len(args.seeds):,}")
 
 
+def unusual(args: Namespace, usual_range: list[float]) -> str:
+    """What sheets of other faces or values than usual have in their names: "-seeds-3,17".
+
+    So that no call writes over the sheets of another that shows something else.
+    """
+    low_high = [] if [*args.range] == usual_range else args.range
+    texts = {"seed": f"{args.seed or ''}", "seeds": args.seeds_given or ""}
+    texts["start"] = ",".join(Path(face).stem for face in args.faces) if args.start else ""
+    texts["set"] = ",".join(f"{code}={v:g}" for code, v in args.set.items())
+    texts["range"] = "-".join(f"{v:g}" for v in low_high)
+    text = "".join(f"-{flag}-{text}" for flag, text in texts.items() if text)
+    safe = re.sub(r"[^\w.,=+-]", "", text)
+    if args.start or len(safe) > 60:  # other pictures may have the same names
+        safe = f"{safe[:50]}-{short_hash([*args.base, torch.tensor(args.range)])}"
+    return safe
+
+
 def parse_args(argv: list[str] | None = None) -> Namespace:
     """The flags, the mode, its seeds. Raises UserError for what is wrong or has no effect."""
     parser = infogan.Parser("generate.py", __doc__, FLAGS, MORE)
@@ -914,6 +939,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     count, args.chosen = counts.get(args.mode, args.rows), bool(args.seeds or args.start)
     if args.start and (given & {"--seed", "--seeds", "--rows"} or args.samples):
         raise UserError("--start: leave out --seed, --seeds, --rows and N of --samples")
+    args.seeds_given = args.seeds
     args.seeds = read_seeds(args.seeds) if args.seeds else [*range(args.seed, args.seed + count)]
     if not args.start:
         check_count(args)
@@ -940,7 +966,9 @@ def show(args: Namespace) -> int:
         base = sample_seeds(spec, args.seeds, {})
     args.base = hold(spec, base, args.set)
     reach = 3.0 if spec.n_cont > 5 else 1.5
-    args.range = args.range or (-reach, reach)
+    args.range = args.range or [-reach, reach]
+    args.unusual = unusual(args, [-reach, reach])
+    place = place.format(args.unusual)
     place = place if path.name == "last.pt" else f"{path.stem}-{place}"
     args.out = Path(args.out or path.parent / place)
     # a GPU draws in full precision and always with the same kernels: on one device a seed is

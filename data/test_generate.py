@@ -42,6 +42,7 @@ from infogan import Codes, CodeSpec, Generator
 # generate.py --------------------------------------------------------------------------------------
 
 
+SEVERAL = ["all-categoricals", "overview", "samples"]
 SHEETS = ("--rows", "3", "--steps", "5", "--gif")
 
 
@@ -83,7 +84,7 @@ def table_of(path: Path) -> list[dict[str, str]]:
 def test_every_code_has_a_sheet_and_a_loop_the_same_each_time(ckpt, sheets, tmp_path):
     names = ["cat0", "cat1", "cont0", "cont1", "cont2"]
     expected = {f"{n}.{kind}" for n in names for kind in ("png", "gif")}
-    expected |= {f"{n}.png" for n in ("all-categoricals", "overview", "samples")}
+    expected |= {f"{n}.png" for n in SEVERAL}
     assert {p.name for p in sheets.iterdir()} == expected | {"table.csv", infogan.MARK}
     sheet = Image.open(sheets / "cont0.png")
     assert sheet.width >= 5 * 64 and sheet.height >= 3 * 64
@@ -114,13 +115,45 @@ def test_a_table_is_used_again_by_all_modes_for_this_checkpoint_alone(ckpt, tmp_
     (tmp_path / "names.json").write_text('{"cont1": "tilt"}')
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(generate, "measure", no_measuring)
-        for flags in (["--explorer"], few):
+        for flags in (["--explorer"], [*few, "--seed", 5], few):
             assert draws(["--ckpt", first, *flags], out)["cat0.png"] == made["cat0.png"]
             told = capsys.readouterr().out
             assert f"figures from {out / 'table.csv'}\n" in told and " tilt\n" in told
     again = draws(["--ckpt", other, "--versus", first], out)  # each of another checkpoint
     assert again["table.csv"] != made["table.csv"] and "figures" not in capsys.readouterr().out
     assert again[f"table-{tmp_path.name}-a.csv"].replace(b"tilt", b"") == made["table.csv"]
+
+
+def test_no_call_writes_over_the_sheets_of_another_that_shows_something_else(ckpt, tmp_path):
+    """What is unusual is in the names; size is not. --codes writes sheets of these codes alone."""
+    head, out = ["--ckpt", ckpt, "--rows", 1, "--steps", 2], tmp_path / "out"
+    draws(["--ckpt", ckpt, "--read", few_pictures(tmp_path / "few") / "0.png"], tmp_path / "read")
+    start = tmp_path / "my codes.csv"
+    shutil.copy(tmp_path / "read/codes.csv", start)
+    before = draws(head, out)
+    for flags, names in {
+        "--codes cont0,cat1 --gif": ["cont0.gif", "cat1.gif"],
+        "--codes cont0,cat1": [],
+        "--codes cont0 --zoom 2 --range -3 2": ["cont0-range--3-2.png"],
+        "--codes cont0 --range -1.5 1.5 --seed 0": [],
+        "--codes cont0 --set cat0=2,cont1=-.50": ["cont0-set-cat0=2,cont1=-0.5.png"],
+        "--seed 7 --set cat0=1": [f"{name}-seed-7-set-cat0=1.png" for name in SEVERAL],
+    }.items():
+        made = draws([*head, *flags.split()], out)
+        new = [name for name in made if name not in before and not re.match("c.*-seed-7", name)]
+        assert sorted(new) == sorted(names), flags
+        assert all(made[name] == raw for name, raw in before.items())
+        before = made
+    head = head[:2] + head[4:]
+    seeds = ",".join(map(str, range(30, 70)))
+    few = [["--seeds", "3, 17"], ["--seeds", seeds], ["--seeds", seeds[:-2] + "80"]]
+    few += [["--start", start], ["--start", start, "--set", "cat0=1"]]
+    for flags in few:
+        made = draws([*head, *flags, "--codes", "cont0"], out)
+        (new,) = made.keys() - before.keys()
+        assert re.fullmatch(r"[\w.,=-]{10,90}", new) and flags[0][2:] in new
+        before = made
+    assert "cont0-seeds-3,17.png" in before
 
 
 DAMAGES = {
@@ -513,9 +546,9 @@ def test_two_runs_are_compared_in_a_table_and_a_picture(faces, tmp_path, capsys)
     made = draws(["--ckpt", a, "--versus", b, "--data", faces], tmp_path / "out")
     told = capsys.readouterr().out
     assert all(str(words) in told for words in (a, b, "z  ", "cat1", "L_I", "nearest neighbour"))
-    assert made.keys() == {"comparison.png", "table.csv", "table-b-last.csv", infogan.MARK}
+    assert made.keys() == {"comparison-b-last.png", "table.csv", "table-b-last.csv", infogan.MARK}
     assert made["table.csv"] != made["table-b-last.csv"]
-    assert Image.open(tmp_path / "out/comparison.png").height > 64 * 2 * (1 + 2 * 8)
+    assert Image.open(tmp_path / "out/comparison-b-last.png").height > 64 * 2 * (1 + 2 * 8)
 
 
 def test_runs_with_other_codes_are_not_compared_and_it_says_what_differs(ckpt, tmp_path, capsys):
@@ -584,8 +617,8 @@ def test_codes_that_are_set_are_held_wherever_something_is_drawn(ckpt, tmp_path,
 
 def page_of(argv: list[object], out: Path) -> dict:
     """What generate.py writes into the explorer's page."""
-    page = draws(argv, out)["explorer.html"].decode()
-    return json.loads(re.search("data = (.*);", page)[1])
+    (page,) = (raw for name, raw in draws(argv, out).items() if name.endswith(".html"))
+    return json.loads(re.search("data = (.*);", page.decode())[1])
 
 
 def test_typical_pictures_are_near_to_others(monkeypatch):
@@ -924,7 +957,7 @@ def test_the_explorer_opens_with_the_codes_that_are_set(browser, explorer, page,
     given = ",".join(f"{code}={value}" for code, value in held.items())
     of_codes = ["--set", given] if held else []
     draws(["--ckpt", page[0], "--explorer", "--seeds", "6,2", *of_codes], tmp_path / "out")
-    browser.ask("/url", url=(tmp_path / "out/explorer.html").as_uri())
+    browser.ask("/url", url=next((tmp_path / "out").glob("explorer-*.html")).as_uri())
     codes = generate.sample_seeds(spec, [6], held)
     assert (browser.face() - (G(spec.join(codes))[0] + 1) * 127.5).abs().max() <= 2
     thumbs = "return [...document.querySelectorAll('.one')].slice(0, 3).map(b => b.title)"
