@@ -300,13 +300,12 @@ def font_for(text: str, size: int) -> ImageFont.FreeTypeFont:
 
 
 def sheet(
-    title: str, rows: Iterable[tuple[str, Tensor]], above: Sequence[str | float], zoom: int
+    title: str, labels: Sequence[str], rows: Sequence[Tensor], above: Sequence, zoom: int
 ) -> Image.Image:
     """Rows of up to len(above) pictures, with labels at their left and above the columns.
 
     Floats above are a continuous code's values: below those of training, -1 to 1, is a bar.
     """
-    labels, rows = zip(*rows, strict=True)
     size = rows[0].shape[3] * max(1, 64 // rows[0].shape[3]) * zoom  # labels need 64 pixels
     step, edge, top = size + 2 * zoom, 12 * zoom, 54 * zoom
     font_of, title_font = partial(font_for, size=12 * zoom), font_for(title, 15 * zoom)
@@ -333,50 +332,71 @@ def sheet(
     return page
 
 
+def below_each_other(pages: list[Image.Image]) -> Image.Image:
+    """One page of several, each at the left."""
+    size = max(page.width for page in pages), sum(page.height for page in pages)
+    whole, top = Image.new("RGB", size, "white"), 0
+    for page in pages:
+        whole.paste(page, (0, top))
+        top += page.height
+    return whole
+
+
 def sheets(model: Model, args: Namespace) -> str:
     """The table and a sheet per code; without --codes, sheets of several codes too.
 
     Nothing is selected. What is unusual about a sheet is in its name, see unusual().
     """
-    spec, out, zoom, held = model.spec, claim(args.out), args.zoom, args.set
+    spec, out, zoom = model.spec, claim(args.out), args.zoom
     rows = figures(model, out / "table.csv", args.names)
     values = [round(v, 6) + 0.0 for v in torch.linspace(*args.range, args.steps).tolist()]
     axes = {"cat": [*range(spec.cat_dim)][:MOST_SHOWN], "cont": values}
-    strips = []
-
-    def save(name: str, *of: object) -> None:
-        save_picture(out / f"{name}{args.unusual}.png", sheet(*of, zoom))
-
+    best = {kind: [] for kind in axes}
     for row in (row for row in rows if row.code in args.codes):
         kind = row.code.rstrip("0123456789")
-        name, axis = args.labels[row.code], axes[kind]
-        faces = traversal(model, args.base, row.code, axis, held)
-        title = f"{name}: L_I {row.L_I:.2f} of {row.ceiling:.2f} nats, effect {row.effect:.3f}, "
-        title += f"tint {row.tint:.2f}"
-        save(row.code, title, zip(args.faces, faces, strict=True), axis)
+        name, axis, path = args.labels[row.code], axes[kind], out / f"{row.code}{args.unusual}.png"
+        faces = traversal(model, args.base, row.code, axis, args.set)
+        told = f"L_I {row.L_I:.2f} of {row.ceiling:.2f} nats, effect {row.effect:.3f}"
+        title = f"{name}: {told}, tint {row.tint:.2f}"
+        save_picture(path, sheet(title, args.faces, faces, axis, zoom))
         if args.gif:
             columns = zip(axis, faces.unbind(1), strict=True)
-            frames = [sheet(name, [("", x)], [f"{v:g}"] * len(x), zoom) for v, x in columns]
+            frames = [sheet(name, [""], [x], [f"{v:g}"] * len(x), zoom) for v, x in columns]
             frames += frames[-2:0:-1]  # and back
-            path = out / f"{row.code}{args.unusual}.gif"
-            save_loop(path, frames, {"cat": 500, "cont": 100}[kind])
-        best = faces.var(1).sum((1, 2, 3)).argmax()  # the face that this code changes most
-        label = f"{name}\nL_I {row.L_I:.2f}\neffect {row.effect:.3f}\n{args.faces[best]}"
-        strips.append((label, faces[best, : args.steps]))
-    of_all = args.codes == spec.names
-    if of_all and strips:
-        title = "strongest code first, categories from 0; the seed that it changes most"
-        save("overview", title, strips, axes["cont" if spec.n_cont else "cat"][: args.steps])
-    if of_all and spec.n_cat:
+            save_loop(path.with_suffix(".gif"), frames, {"cat": 500, "cont": 100}[kind])
+        most = faces.var(1).sum((1, 2, 3)).argmax()  # the face that this code changes most
+        label = f"{name}\nL_I {row.L_I:.2f}\neffect {row.effect:.3f}\n{args.faces[most]}"
+        best[kind].append((label, faces[most]))
+    if args.codes == spec.names:
+        for name, page in several(model, args, best, axes).items():
+            save_picture(out / f"{name}{args.unusual}.png", page)
+    return f"{out} has sheets and table.csv; bars: -1 to 1, as in training"
+
+
+def several(
+    model: Model, args: Namespace, best: dict[str, list[tuple[str, Tensor]]], axes: dict[str, list]
+) -> dict[str, Image.Image]:
+    """Sheets of all codes, by name. best: the labels and rows of overview, for each kind."""
+    spec, zoom, pages = model.spec, args.zoom, {}
+    words = {"cat": "categorical codes: columns are categories", "cont": "continuous codes"}
+    title = "; the strongest first, on the seed that it changes most"
+    parts = [
+        sheet(words[kind] + title, *zip(*rows, strict=True), axes[kind], zoom)
+        for kind, rows in best.items()
+        if rows
+    ]
+    if parts:
+        pages["overview"] = below_each_other(parts)
+    if spec.n_cat:
         title = "all categoricals together (columns); z and continuous codes (rows)"
-        faces = traversal(model, args.base, "cat", axes["cat"], held)
-        save("all-categoricals", title, zip(args.faces, faces, strict=True), axes["cat"])
-    if of_all and not args.chosen:
-        first = sample_seeds(spec, range(args.seed, args.seed + 100), held)
+        faces = traversal(model, args.base, "cat", axes["cat"], args.set)
+        pages["all-categoricals"] = sheet(title, args.faces, faces, axes["cat"], zoom)
+    if not args.chosen:
+        first = sample_seeds(spec, range(args.seed, args.seed + 100), args.set)
         title = f"100 samples, seeds {args.seed} to {args.seed + 99}, nothing selected"
         lines = draw(model, spec.join(first)).split(10)
-        save("samples", title, [("", line) for line in lines], [""] * 10)
-    return f"{out} has sheets and table.csv; bars: -1 to 1, as in training"
+        pages["samples"] = sheet(title, [""] * 10, lines, [""] * 10, zoom)
+    return pages
 
 
 def save_loop(path: Path, frames: Iterable[Image.Image], milliseconds: int) -> None:
@@ -461,9 +481,10 @@ def versus(model: Model, args: Namespace) -> str:
             axes[code] = torch.linspace(*args.range, columns).tolist()
         for code, axis in axes.items():
             shown += [(code, faces) for faces in traversal(run, args.base, code, axis, args.set)]
+    labels, faces = zip(*shown, strict=True)
     title = f"above: {model.path}, below: {other.path}"
     path = out / f"comparison-{of_other}{args.unusual}.png"
-    save_picture(path, sheet(title, shown, range(columns), args.zoom))
+    save_picture(path, sheet(title, labels, faces, range(columns), args.zoom))
     return f"{path} has both"
 
 
@@ -546,7 +567,7 @@ def sort(model: Model, args: Namespace) -> str:
             above, left = [f"{v:+.2f}" for v in value[chosen].mean(0)], [""] * n
             title = f"{name}: lowest to highest, as Q reads it"
         rows = [to_floats(x[some[:steps]]) for some in chosen]
-        page = sheet(title, zip(left, rows, strict=True), above, args.zoom)
+        page = sheet(title, left, rows, above, args.zoom)
         save_picture(out / f"{code}.png", page)
     return f"{out} has sheets and codes.csv"
 
@@ -647,7 +668,7 @@ def read(model: Model, args: Namespace) -> str:
     shown = [to_floats(x)[:, None], *(part.unflatten(0, (len(x), -1)) for part in drawn)]
     title = "each picture; what Q alone makes of it; what is found; that face posed as seeds"
     above = ["picture", "Q alone", "found", *(f"as {seed}" for seed in args.faces)]
-    page = sheet(title, zip(names, torch.cat(shown, 1), strict=True), above, args.zoom)
+    page = sheet(title, names, torch.cat(shown, 1), above, args.zoom)
     save_picture(out / "read.png", page)
     return f"{out} has read.png, and codes.csv for --start"
 

@@ -203,28 +203,41 @@ def test_loops_run_forth_and_back(tmp_path):
             assert ImageStat.Stat(ImageChops.difference(loop.convert("RGB"), first)).mean[0] < 1
 
 
+def tiles_of(page: Image.Image, left: int, top: int, columns: int) -> torch.Tensor:
+    """(columns, 3, 64, 64): pictures of a row of a sheet."""
+    row = page.crop((left, top, left + 66 * columns, top + 64)).convert("RGB")
+    pixels = torch.frombuffer(bytearray(row.tobytes()), dtype=torch.uint8).view(64, columns, 66, 3)
+    return pixels[:, :, :64].permute(1, 3, 0, 2).float()
+
+
 def test_values_of_training_are_marked_and_overview_has_each_codes_best_face(tmp_path):
-    lively(tmp_path / "last.pt", "--image-size", "16", "--width", "8", "--n-cont", "3")
+    """Categorical codes above, of categories, continuous ones below, of values with the bar."""
+    flags = ["--image-size", "16", "--width", "8", "--n-cont", "3", "--n-cat", "2"]
+    lively(tmp_path / "last.pt", *flags, "--cat-dim", "7")
     draws(["--ckpt", tmp_path, *SHEETS], tmp_path / "out")
-    codes, tiles = [r["code"] for r in table_of(tmp_path / "out/table.csv") if r["tint"]], []
-    for name, row, n in (("cont0", 0, 3), ("overview", codes.index("cont0"), 1)):
-        page = Image.open(tmp_path / f"out/{name}.png")
-        marked = [x for x in range(page.width) if page.getpixel((x, 51)) == (0x2F, 0x62, 0xC9)]
-        assert len(marked) == marked[-1] - marked[0] + 1 == 3 * 66 + 1, "-0.75, 0, 0.75"
-        left, pixels = marked[0] - 66, torch.tensor([*page.tobytes()]).view(page.height, -1, 3)
-        for top in range(54 + 66 * row, 54 + 66 * (row + n), 66):
-            line = pixels[top : top + 64, left : left + 5 * 66].unflatten(1, (5, 66))
-            tiles.append(line[:, :, :64].float())  # (64, 5 pictures, 64, 3)
-    best = max(tiles[:3], key=lambda line: line.var(1).sum())
-    assert tiles[3].equal(best)
+    codes = [r["code"] for r in table_of(tmp_path / "out/table.csv") if r["tint"]]
+    tops, bar = {"cat": 54, "cont": 54 + 2 * 66 + 12 + 54}, (0x2F, 0x62, 0xC9)
+    overview = Image.open(tmp_path / "out/overview.png")
+    for kind, columns in (("cat", 7), ("cont", 5)):
+        sheet, top = Image.open(tmp_path / f"out/{kind}1.png"), tops[kind]
+        row = [code for code in codes if code.startswith(kind)].index(f"{kind}1")
+        lefts = []
+        for page, y in ((sheet, 54), (overview, top)):
+            marked = [x for x in range(page.width) if page.getpixel((x, y - 3)) == bar]
+            assert len(marked) == (kind == "cont") * (3 * 66 + 1), "-0.75, 0, 0.75"
+            line = [page.getpixel((x, y)) for x in range(page.width)]
+            lefts.append(line.index(next(pixel for pixel in line if pixel != (255, 255, 255))))
+        each = [tiles_of(sheet, lefts[0], 54 + 66 * i, columns) for i in range(3)]
+        best = max(each, key=lambda row: row.var(0).sum())
+        assert tiles_of(overview, lefts[1], top + 66 * row, columns).equal(best)
 
 
 @pytest.mark.parametrize("title, left, above", [
     ("t", ["one\ntwo", "a long label"], ["a", -3.0, 3.0]), ("t" * 90, ["", ""], [""] * 3),
 ])  # fmt: skip
 def test_zoom_enlarges_whole_sheets_and_labels_fit(title, left, above):
-    rows = [*zip(left, torch.rand(2, 3, 3, 32, 32, generator=seeded()) - 0.5, strict=True)]
-    small, large = (generate.sheet(title, rows, above, zoom) for zoom in (1, 2))
+    rows = torch.rand(2, 3, 3, 32, 32, generator=seeded()) - 0.5
+    small, large = (generate.sheet(title, left, rows, above, zoom) for zoom in (1, 2))
     assert abs(large.width - 2 * small.width) < 5 and large.height == 2 * small.height
     for page in (small, large):  # nothing touches the edge, so nothing is cut
         white = Image.new("RGB", page.size, "white")
