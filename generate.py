@@ -45,7 +45,7 @@ AT_ONCE, N_READ = 32, 4  # pictures in each pass of a network; poses of each one
 FIT_ROUNDS, FIT_STEPS, FIT_RATE = 3, 100, 0.1  # of find_codes: more steps change nothing
 N_FOLLOWED = 4  # categories of one code that find_codes follows to the end
 N_REAL, MOST_SAMPLES = 1000, 10**6  # pictures that --versus compares, that --samples writes
-N_TRIED, N_FACES, N_NEAR = 64, 10, 5  # seeds for the page: tried, shown; see typical()
+N_TRIED, N_FACES, N_NEAR = 64, 10, 5  # seeds for the page: tried, shown (and characters); typical()
 PAGE = Path(__file__).parent / "data/explorer.html"
 FONTS = ["DejaVuSans", "NotoSansCJK-Regular", "DroidSansFallbackFull", "arial", "msyh", "malgun"]
 to_floats = partial(infogan.make_batch, flip=False, rng=None, device=torch.device("cpu"))
@@ -98,11 +98,18 @@ def sample_seeds(spec: CodeSpec, seeds: Iterable[int], held: Held) -> Codes:
     return hold(spec, Codes(*map(torch.cat, zip(*each, strict=True))), held)
 
 
-def traversal(model: Model, base: Codes, code: str, values: Sequence, held: Held) -> Tensor:
-    """Pictures (n, len(values), …) along a code, or along all categoricals that are not held."""
+def traversal(model: Model, base: Codes, code: str, values: Sequence) -> Tensor:
+    """Pictures (n, len(values), channels, size, size) of n faces along a code."""
     moved = model.spec.traverse(base, code, values)
-    moved = hold(model.spec, moved, held if code == "cat" else {})
     return draw(model, model.spec.join(moved)).unflatten(0, (-1, len(values)))
+
+
+def characters(model: Model, base: Codes, held: Held) -> Tensor:
+    """Pictures (n, 10, …) of n faces with all categorical codes as seeds 0 to 9 have them."""
+    rows = Codes(*(c.repeat_interleave(N_FACES, 0) for c in base))
+    settings = sample_seeds(model.spec, range(N_FACES), held).c_cat.repeat(len(base.z), 1)
+    joined = model.spec.join(rows._replace(c_cat=settings))
+    return draw(model, joined).unflatten(0, (-1, N_FACES))
 
 
 def quick(device: torch.device) -> torch.autocast:
@@ -355,7 +362,7 @@ def sheets(model: Model, args: Namespace) -> str:
     for row in (row for row in rows if row.code in args.codes):
         kind = row.code.rstrip("0123456789")
         name, axis, path = args.labels[row.code], axes[kind], out / f"{row.code}{args.unusual}.png"
-        faces = traversal(model, args.base, row.code, axis, args.set)
+        faces = traversal(model, args.base, row.code, axis)
         told = f"L_I {row.L_I:.2f} of {row.ceiling:.2f} nats, effect {row.effect:.3f}"
         title = f"{name}: {told}, tint {row.tint:.2f}"
         save_picture(path, sheet(title, args.faces, faces, axis, zoom))
@@ -387,10 +394,11 @@ def several(
     ]
     if parts:
         pages["overview"] = below_each_other(parts)
-    if spec.n_cat:
-        title = "all categoricals together (columns); z and continuous codes (rows)"
-        faces = traversal(model, args.base, "cat", axes["cat"], args.set)
-        pages["all-categoricals"] = sheet(title, args.faces, faces, axes["cat"], zoom)
+    if spec.n_cat > 1:
+        title = "ten characters: a column is one setting of all categorical codes (those of seeds "
+        title += "0 to 9); z and continuous codes of the rows"
+        faces = characters(model, args.base, args.set)
+        pages["characters"] = sheet(title, args.faces, faces, range(N_FACES), zoom)
     if not args.chosen:
         first = sample_seeds(spec, range(args.seed, args.seed + 100), args.set)
         title = f"100 samples, seeds {args.seed} to {args.seed + 99}, nothing selected"
@@ -461,12 +469,12 @@ def versus(model: Model, args: Namespace) -> str:
     if changes := infogan.differences(flags, other.ckpt["args"], same):
         changes = ", ".join(changes)
         raise UserError(f"--versus {other.path}: has other codes or pictures: {changes}")
-    out, columns = claim(args.out), min(spec.cat_dim, MOST_SHOWN)
+    out = claim(args.out)
     rng = torch.Generator().manual_seed(args.seed)
     if args.data:
         real = load_pictures(args.data, *model.shape).x
         real = to_floats(real[torch.randperm(len(real), generator=rng)[:N_REAL]])
-    first = sample_seeds(spec, range(args.seed, args.seed + columns), args.set)
+    first = sample_seeds(spec, range(args.seed, args.seed + N_FACES), args.set)
     of_other = f"{other.path.parent.name}-{other.path.stem}"
     for run, table in ((model, "table.csv"), (other, f"table-{of_other}.csv")):
         print(run.path)
@@ -476,15 +484,18 @@ def versus(model: Model, args: Namespace) -> str:
             share = tell_apart(real, drawn)
             print(f"real or not, by the nearest neighbour: {share:.1%} right, 50% is best")
         shown.append(("samples", draw(run, spec.join(first))))
-        axes = {"cat": range(columns)} if spec.n_cat else {}
+        if spec.n_cat > 1:
+            shown += [("characters", row) for row in characters(run, args.base, args.set)]
+        axes = {"cat0": range(spec.cat_dim)[:N_FACES]} if spec.n_cat == 1 else {}
         for code in [row.code for row in rows if row.code in spec.names[spec.n_cat :]][:1]:
-            axes[code] = torch.linspace(*args.range, columns).tolist()
+            axes[code] = torch.linspace(*args.range, N_FACES).tolist()
         for code, axis in axes.items():
-            shown += [(code, faces) for faces in traversal(run, args.base, code, axis, args.set)]
+            label = code if code == "cat0" else f"{code}, strongest"
+            shown += [(label, row) for row in traversal(run, args.base, code, axis)]
     labels, faces = zip(*shown, strict=True)
     title = f"above: {model.path}, below: {other.path}"
     path = out / f"comparison-{of_other}{args.unusual}.png"
-    save_picture(path, sheet(title, labels, faces, range(columns), args.zoom))
+    save_picture(path, sheet(title, labels, faces, range(N_FACES), args.zoom))
     return f"{path} has both"
 
 

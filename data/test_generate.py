@@ -42,7 +42,7 @@ from infogan import Codes, CodeSpec, Generator
 # generate.py --------------------------------------------------------------------------------------
 
 
-SEVERAL = ["all-categoricals", "overview", "samples"]
+SEVERAL = ["characters", "overview", "samples"]
 SHEETS = ("--rows", "3", "--steps", "5", "--gif")
 
 
@@ -140,7 +140,11 @@ def test_no_call_writes_over_the_sheets_of_another_that_shows_something_else(ckp
         "--seed 7 --set cat0=1": [f"{name}-seed-7-set-cat0=1.png" for name in SEVERAL],
     }.items():
         made = draws([*head, *flags.split()], out)
-        new = [name for name in made if name not in before and not re.match("c.*-seed-7", name)]
+        new = [
+            name
+            for name in made
+            if name not in before and not re.match("c(at|ont)[0-9]-seed-7", name)
+        ]
         assert sorted(new) == sorted(names), flags
         assert all(made[name] == raw for name, raw in before.items())
         before = made
@@ -517,6 +521,27 @@ def test_the_explorers_layers_are_those_of_G_with_batch_norm_in_them(tmp_path, c
         if i == 1 and cont_at == "8":
             x = x + F.conv_transpose2d(c_cont, U)
     assert x.tanh().allclose(G(codes), atol=1e-5)
+
+
+@pytest.mark.parametrize("n_cat", [1, 2, 3])
+def test_characters_are_settings_of_all_categorical_codes_in_the_poses_of_the_rows(
+    tmp_path, monkeypatch, n_cat
+):
+    drawn, real = [], generate.draw
+    monkeypatch.setattr(generate, "draw", lambda m, x: (drawn.append(x), real(m, x))[1])
+    lively(tmp_path / "last.pt", *TINY, "--n-cat", str(n_cat))
+    model = generate.load_model(str(tmp_path), CPU)
+    base, held = model.spec.sample(4, seeded(5)), {"cat0": 2.0}
+    shown = generate.characters(model, base, held)
+    assert shown.shape == (4, 10, 3, 16, 16)
+    expected = generate.sample_seeds(model.spec, range(10), held).c_cat
+    x = drawn[0].view(4, 10, -1)
+    for k in range(10):
+        assert x[:, k].equal(model.spec.join(base._replace(c_cat=expected[[k] * 4])))
+    assert shown.flatten(0, 1).equal(real(model, drawn[0]))
+    made = draws(["--ckpt", tmp_path, "--rows", 1, "--steps", 2], tmp_path / "out")
+    assert ("characters.png" in made) == (n_cat > 1), "with one code it would be cat0.png"
+    draws(["--ckpt", tmp_path, "--versus", tmp_path, "--rows", 1], tmp_path / "out")
 
 
 @pytest.mark.parametrize("name, columns", [("cat1", [5]), ("cont0", [6]), ("cat", [4, 5])])
