@@ -19,9 +19,11 @@ import json
 import math
 import os
 import re
+import shutil
+import sys
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import cache, partial
 from itertools import chain
@@ -85,6 +87,16 @@ def draw(model: Model, joined: Tensor) -> Tensor:
     return torch.cat(parts)[: len(joined)]
 
 
+def pick(codes: Codes, which: Tensor | slice | list[int]) -> Codes:
+    """Some of the draws, in this order."""
+    return Codes(*(c[which] for c in codes))
+
+
+def gather(each: Iterable[Codes]) -> Codes:
+    """All draws one after the other."""
+    return Codes(*map(torch.cat, zip(*each, strict=True)))
+
+
 def hold(spec: CodeSpec, codes: Codes, held: Held) -> Codes:
     """codes with the values of --set."""
     for name, value in held.items():
@@ -94,8 +106,8 @@ def hold(spec: CodeSpec, codes: Codes, held: Held) -> Codes:
 
 def sample_seeds(spec: CodeSpec, seeds: Iterable[int], held: Held) -> Codes:
     """One draw for each seed, which depends on nothing else, with the values of --set."""
-    each = [spec.sample(1, torch.Generator().manual_seed(seed)) for seed in seeds]
-    return hold(spec, Codes(*map(torch.cat, zip(*each, strict=True))), held)
+    each = (spec.sample(1, torch.Generator().manual_seed(seed)) for seed in seeds)
+    return hold(spec, gather(each), held)
 
 
 def traversal(model: Model, base: Codes, code: str, values: Sequence) -> Tensor:
@@ -106,7 +118,7 @@ def traversal(model: Model, base: Codes, code: str, values: Sequence) -> Tensor:
 
 def characters(model: Model, base: Codes, held: Held) -> Tensor:
     """Pictures (n, 10, …) of n faces with all categorical codes as seeds 0 to 9 have them."""
-    rows = Codes(*(c.repeat_interleave(N_FACES, 0) for c in base))
+    rows = pick(base, torch.arange(len(base.z)).repeat_interleave(N_FACES))
     settings = sample_seeds(model.spec, range(N_FACES), held).c_cat.repeat(len(base.z), 1)
     joined = model.spec.join(rows._replace(c_cat=settings))
     return draw(model, joined).unflatten(0, (-1, N_FACES))
@@ -153,15 +165,16 @@ def save_table(path: Path, lines: Iterable[Iterable[object]]) -> None:
 def save_codes(path: Path, spec: CodeSpec, first: dict[str, list], values: Tensor) -> None:
     """codes.csv: columns of their own, then values (n, codes), or (n, codes + z_dim)."""
     names = [*spec.names, *(f"z{i}" for i in range(spec.z_dim))][: values.shape[1]]
-    lines = zip(*first.values(), values.tolist(), strict=True)
-    save_table(path, [[*first, *names], *([*line[:-1], *line[-1]] for line in lines)])
+    lines = zip(*first.values(), *values.T.tolist(), strict=True)
+    save_table(path, [[*first, *names], *lines])
 
 
 def print_table(lines: list[list[str]]) -> None:
-    """Columns: the first to the left, the others to the right."""
+    """Columns, all but the first and the last to the right; cut at the end of a terminal's line."""
     left, *right = (max(map(len, column)) for column in zip(*lines, strict=True))
-    for name, *cells in lines:
-        print(f"{name:{left}}", *map(str.rjust, cells, right), sep="  ")
+    room = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    for name, *cells, last in lines:
+        print("  ".join([f"{name:{left}}", *map(str.rjust, cells, right), last])[:room])
 
 
 # figures ------------------------------------------------------------------------------------------
@@ -225,7 +238,7 @@ def measure(model: Model) -> list[Row]:
     """
     spec, rng, rows = model.spec, torch.Generator().manual_seed(MEASURING_SEED), []
     codes, other = spec.sample(N_MEASURED, rng), spec.sample(N_MEASURED, rng)
-    few = Codes(*(c[:N_MOVED] for c in codes))
+    few = pick(codes, slice(N_MOVED))
 
     def pictures(codes: Codes) -> Tensor:
         with quick(model.device):
@@ -359,7 +372,7 @@ def sheets(model: Model, args: Namespace) -> str:
     values = [round(v, 6) + 0.0 for v in torch.linspace(*args.range, args.steps).tolist()]
     axes = {"cat": [*range(spec.cat_dim)][:MOST_SHOWN], "cont": values}
     best = {kind: [] for kind in axes}
-    for row in (row for row in rows if row.code in args.codes):
+    for row in [row for row in rows if row.code in args.codes]:
         kind = row.code.rstrip("0123456789")
         name, axis, path = args.labels[row.code], axes[kind], out / f"{row.code}{args.unusual}.png"
         faces = traversal(model, args.base, row.code, axis)
@@ -385,8 +398,8 @@ def several(
 ) -> dict[str, Image.Image]:
     """Sheets of all codes, by name. best: the labels and rows of overview, for each kind."""
     spec, zoom, pages = model.spec, args.zoom, {}
-    words = {"cat": "categorical codes: columns are categories", "cont": "continuous codes"}
-    title = "; the strongest first, on the seed that it changes most"
+    words = {"cat": "categorical codes (columns: categories)", "cont": "continuous codes (values)"}
+    title = ", strongest first, each on the face that it changes most"
     parts = [
         sheet(words[kind] + title, *zip(*rows, strict=True), axes[kind], zoom)
         for kind, rows in best.items()
@@ -427,47 +440,60 @@ def walk(model: Model, args: Namespace) -> str:
     return f"{path} has {len(x)} frames"
 
 
-def save_pngs(folder: Path, parts: Iterable[Tensor], names: list[str]) -> None:
-    """Parts of pictures (n, channels, size, size) as PNGs; those of an earlier call go, and codes.
+def save_pngs(folder: Path, parts: Iterable[Tensor], names: list[str]) -> Iterator[str]:
+    """Parts of pictures (n, channels, size, size) as PNGs, told one by one when they are there.
 
-    Raises UserError, with nothing changed, where there are others.
+    Pictures and codes of an earlier call go first. Raises UserError, with nothing changed, where
+    there are others.
     """
-    mine = {*names}
-    others = [path for path in claim(folder).glob("*.png") if path.name not in mine]
-    ours = (folder / infogan.MARK).exists()
-    if foreign := [path for path in others if not (ours and re.fullmatch("[0-9]{6,}", path.stem))]:
+    old, ours = [*claim(folder).glob("*.png")], (folder / infogan.MARK).exists()
+    if foreign := [path for path in old if not (ours and re.fullmatch("[0-9]{6,}", path.stem))]:
         raise UserError(f"--out {folder}: holds {len(foreign):,} other pictures; give an empty one")
-    for path in [*others, folder / "codes.csv"]:
+    for path in [*old, folder / "codes.csv"]:
         path.unlink(missing_ok=True)
-    for name, picture in zip(names, chain.from_iterable(parts), strict=True):
-        # lossless at any level; more would take four times as long for files as large
-        to_image(picture).save(folder / name, compress_level=1)
+    pictures = chain.from_iterable(parts)
+    for name in tqdm(names, "pictures", leave=False, disable=None):
+        image = to_image(next(pictures))
+        try:
+            # lossless at any level; more would take four times as long for files as large
+            image.save(folder / name, compress_level=1)
+        except BaseException:  # Ctrl-C, too
+            (folder / name).unlink(missing_ok=True)
+            raise
+        yield name
 
 
 def samples(model: Model, args: Namespace) -> str:
-    """A PNG for each seed and codes.csv, its codes; of --data, what a run sees, into OUT-real."""
-    spec, out, names = model.spec, args.out, [f"{seed:06d}.png" for seed in args.seeds]
-    codes, first = args.base, {"file": names}
-    first |= {} if args.start else {"seed": args.seeds}
-    save_pngs(out, (draw(model, part) for part in spec.join(codes).split(AT_ONCE)), names)
-    # a seed tells z by itself
-    values = [codes.c_cat, codes.c_cont, *([codes.z] if args.start else [])]
-    save_codes(out / "codes.csv", spec, first, torch.cat(values, 1))
-    written = f"{out} has {len(names):,} pictures and codes.csv"
+    """A PNG for each seed and codes.csv, its codes; of --data, what a run sees, into OUT-real.
+
+    Where it is stopped, codes.csv has the pictures that are there.
+    """
+    out, codes, names, written = args.out, args.base, [f"{seed:06d}.png" for seed in args.seeds], []
+    parts = map(partial(draw, model), model.spec.join(codes).split(AT_ONCE))
+    try:
+        for name in save_pngs(out, parts, names):
+            written.append(name)
+    finally:
+        if n := len(written):
+            first = {"file": written} | ({} if args.start else {"seed": args.seeds[:n]})
+            # a seed tells z by itself
+            values = torch.cat([*codes[1:], *([codes.z] if args.start else [])], 1)
+            save_codes(out / "codes.csv", model.spec, first, values[:n])
+    told = f"{out} has {n:,} pictures and codes.csv"
     if args.data:
         real, x = out.with_name(f"{out.name}-real"), load_pictures(args.data, *model.shape).x
         print(f"writing the {len(x):,} pictures of {args.data} into {real}", flush=True)
-        save_pngs(real, map(to_floats, x.split(AT_ONCE)), [f"{i:06d}.png" for i in range(len(x))])
-        written += f", {real} the {len(x):,} of {args.data}"
-    return written
+        names = [f"{i:06d}.png" for i in range(len(x))]
+        n = len([*save_pngs(real, map(to_floats, x.split(AT_ONCE)), names)])
+        told += f", {real} the {n:,} of {args.data}"
+    return told
 
 
 def versus(model: Model, args: Namespace) -> str:
     """The tables of two runs, how far from --data they are, and both in comparison.png."""
-    spec, other, shown = model.spec, load_model(args.versus, model.device), []
+    spec, other, labels, shown = model.spec, load_model(args.versus, model.device), [], []
     flags, same = Namespace(**model.ckpt["args"]), [*vars(spec), "image_size", "channels"]
-    if changes := infogan.differences(flags, other.ckpt["args"], same):
-        changes = ", ".join(changes)
+    if changes := ", ".join(infogan.differences(flags, other.ckpt["args"], same)):
         raise UserError(f"--versus {other.path}: has other codes or pictures: {changes}")
     out = claim(args.out)
     rng = torch.Generator().manual_seed(args.seed)
@@ -483,19 +509,21 @@ def versus(model: Model, args: Namespace) -> str:
             drawn = draw(run, spec.join(spec.sample(len(real), rng.manual_seed(args.seed))))
             share = tell_apart(real, drawn)
             print(f"real or not, by the nearest neighbour: {share:.1%} right, 50% is best")
-        shown.append(("samples", draw(run, spec.join(first))))
+        each = {"samples": draw(run, spec.join(first))[None]}
         if spec.n_cat > 1:
-            shown += [("characters", row) for row in characters(run, args.base, args.set)]
-        axes = {"cat0": range(spec.cat_dim)[:N_FACES]} if spec.n_cat == 1 else {}
-        for code in [row.code for row in rows if row.code in spec.names[spec.n_cat :]][:1]:
-            axes[code] = torch.linspace(*args.range, N_FACES).tolist()
-        for code, axis in axes.items():
-            label = code if code == "cat0" else f"{code}, strongest"
-            shown += [(label, row) for row in traversal(run, args.base, code, axis)]
-    labels, faces = zip(*shown, strict=True)
+            each["characters"] = characters(run, args.base, args.set)
+        if spec.n_cat == 1:
+            each["cat0"] = traversal(run, args.base, "cat0", range(spec.cat_dim)[:N_FACES])
+        if spec.n_cont:
+            strongest = next(row.code for row in rows if row.code in spec.names[spec.n_cat :])
+            values = torch.linspace(*args.range, N_FACES).tolist()
+            each[f"{strongest}, strongest"] = traversal(run, args.base, strongest, values)
+        for label, faces in each.items():
+            labels += [label] * len(faces)
+            shown += faces
     title = f"above: {model.path}, below: {other.path}"
     path = out / f"comparison-{of_other}{args.unusual}.png"
-    save_picture(path, sheet(title, labels, faces, range(N_FACES), args.zoom))
+    save_picture(path, sheet(title, labels, shown, range(N_FACES), args.zoom))
     return f"{path} has both"
 
 
@@ -551,9 +579,8 @@ def sort(model: Model, args: Namespace) -> str:
     out = claim(args.out)
     values, doubts = read_codes(model, x)
     doubted = [f"{code}_{'p' if code.startswith('cat') else 'sigma'}" for code in spec.names]
-    lines = zip(files, torch.cat([values, doubts], 1).tolist(), strict=True)
-    table = [["file", *spec.names, *doubted], *([file, *row] for file, row in lines)]
-    save_table(out / "codes.csv", table)
+    lines = zip(files, *values.T.tolist(), *doubts.T.tolist(), strict=True)
+    save_table(out / "codes.csv", [["file", *spec.names, *doubted], *lines])
     known = [i for i, label in enumerate(labels) if label]
     n_labels = len({labels[i] for i in known})
     if spec.n_cat and known:
@@ -621,7 +648,7 @@ def find_codes(model: Model, x: Tensor, guess: Codes) -> Codes:
     if spec.n_cat:  # z can turn the order of the last code's best ones: with it each is tried
         nearest = far.topk(min(N_FOLLOWED, spec.cat_dim), largest=False).indices
         owner = owner.repeat_interleave(nearest.shape[1])
-        codes, wanted = Codes(*(c[owner] for c in codes)), wanted[owner]
+        codes, wanted = pick(codes, owner), wanted[owner]
         codes.c_cat[:, -1] = nearest.flatten()
     moved = [c.requires_grad_() for c in (codes.z, codes.c_cont) if c.numel()]
     adam = torch.optim.Adam(moved, FIT_RATE) if moved else None
@@ -636,7 +663,7 @@ def find_codes(model: Model, x: Tensor, guess: Codes) -> Codes:
     with torch.no_grad():
         far = misfit(model, spec.join(codes), wanted).view(n, -1)
     best = torch.arange(n, device=device) * far.shape[1] + far.argmin(1)
-    codes = Codes(*(c.detach()[best].cpu() for c in codes))
+    codes = (c.detach().cpu() for c in pick(codes, best))
     return Codes(*(c.double().round(decimals=4).to(c.dtype) for c in codes))
 
 
@@ -664,17 +691,14 @@ def read(model: Model, args: Namespace) -> str:
     z = args.base.z[:1].expand(len(x), -1)
     by_Q = hold(spec, Codes(z, c_cat.long(), c_cont), args.set)
     # find_codes follows N_FOLLOWED drawings of each picture: AT_ONCE together
-    columns = (column.split(AT_ONCE // N_FOLLOWED) for column in (x, *by_Q))
-    each = [
-        find_codes(model, to_floats(part), Codes(*guess))
-        for part, *guess in zip(*columns, strict=True)
-    ]
-    found = hold(spec, Codes(*map(torch.cat, zip(*each, strict=True))), args.set)
+    parts = torch.arange(len(x)).split(AT_ONCE // N_FOLLOWED)
+    each = [find_codes(model, to_floats(x[part]), pick(by_Q, part)) for part in parts]
+    found = hold(spec, gather(each), args.set)
     save_codes(out / "codes.csv", spec, {"file": names}, torch.cat([*found[1:], found.z], 1))
     n = len(args.seeds)
     face, pose = torch.arange(len(x)).repeat_interleave(n), torch.arange(n).repeat(len(x))
-    each_face, each_pose = Codes(*(c[face] for c in found)), Codes(*(c[pose] for c in args.base))
-    posed = spec.replace(each_face, "cont" if spec.n_cont else "z", each_pose)
+    moved = "cont" if spec.n_cont else "z"
+    posed = spec.replace(pick(found, face), moved, pick(args.base, pose))
     drawn = [draw(model, spec.join(codes)) for codes in (by_Q, found, posed)]
     shown = [to_floats(x)[:, None], *(part.unflatten(0, (len(x), -1)) for part in drawn)]
     title = "each picture; what Q alone makes of it; what is found; that face posed as seeds"
@@ -729,8 +753,8 @@ def explorer(model: Model, args: Namespace) -> str:
     faces, seeds = args.base, [] if args.start else args.seeds
     if not args.chosen:
         best = typical(model, faces)
-        faces, seeds = Codes(*(c[best] for c in faces)), [args.seeds[k] for k in best]
-    values = torch.cat(faces[1:], 1).tolist()
+        faces, seeds = pick(faces, best), [args.seeds[k] for k in best]
+    values = torch.cat(faces[1:], 1).double().round(decimals=4).tolist()
     for weight, bias in folded(model.G.cpu()):  # 8 bits a weight, with a scale for each channel
         scale = weight.abs().amax((0, 2, 3)).clamp(min=1e-12) / 127
         weights.append((weight / scale[:, None, None]).round().to(torch.int8).flatten())
@@ -744,14 +768,14 @@ def explorer(model: Model, args: Namespace) -> str:
         "set": args.set,
         "seeds": seeds,
         "tried": 0 if args.chosen else len(args.seeds),
-        "faces": [dict(zip(spec.names, (round(v, 4) for v in row), strict=True)) for row in values],
+        "faces": [dict(zip(spec.names, row, strict=True)) for row in values],
         "layers": layers,
         "codes": [
             row._asdict() | {"name": args.names.get(row.code)}
             for row in rows
             if row.code in spec.names
         ],
-        "z": [[round(v, 5) for v in z] for z in faces.z.tolist()],
+        "z": faces.z.double().round(decimals=5).tolist(),
         "weights": base64.b64encode(torch.cat(weights).numpy()).decode(),
         "scales": base64.b64encode(torch.cat(scales).numpy()).decode(),
     }
@@ -851,12 +875,25 @@ MORE = {  # of flags that are not one word with a default
 # fmt: on
 
 
-def check_codes(spec: CodeSpec, flag: str, codes: Iterable[str]) -> None:
-    """Raises UserError for a code that spec does not have."""
-    for code in codes:
-        if code not in spec.names:
-            has = ", ".join(spec.names) or "none"
-            raise UserError(f"{flag}: {code!a}: this checkpoint has {has}")
+def to_codes(text: str, names: Names, flag: str, labels: Names) -> list[tuple[str, str]]:
+    """(code, value) of each part of a list like "cat0=3, eyes close=1", value "" where none is.
+
+    A name stands for the code that alone has it. Raises UserError for what is no code.
+    """
+    often = Counter(map(str.lower, names.values()))
+    known = {name.lower(): code for code, name in names.items() if often[name.lower()] == 1}
+    known |= {code: code for code in labels}
+    words = "|".join(map(re.escape, sorted(known, key=len, reverse=True)))  # they may have commas
+    name = rf"(?<![^,])\s*({words})\s*(?![^,=])"
+    text = re.sub(name, lambda found: known.get(found[1], ""), text.lower())
+    parts = []
+    for part in map(str.strip, text.split(",")):
+        code, _, value = part.partition("=")
+        if code not in labels or (flag == "--codes" and code != part):
+            has = ", ".join(labels.values()) or "none"
+            raise UserError(f"{flag}: {part!a}: this checkpoint has {has}")
+        parts.append((code, value))
+    return parts
 
 
 def read_names(model: Model, given: str | None) -> Names:
@@ -875,18 +912,19 @@ def read_names(model: Model, given: str | None) -> Names:
     return {code: name for code, name in names.items() if code in model.spec.names}
 
 
-def read_set(text: str, spec: CodeSpec) -> Held:
-    """The codes of "cat0=3,cont5=-0.8", with their values. Raises UserError."""
+def read_set(parts: list[tuple[str, str]], spec: CodeSpec) -> Held:
+    """The codes of --set with their values. Raises UserError for one that does not fit."""
     held = {}
-    for part in map(str.strip, text.split(",")):
-        code, _, value = part.partition("=")
-        check_codes(spec, "--set", [code])
+    for code, value in parts:
         v = float(value) if re.fullmatch(r"[-+]?[0-9]*\.?[0-9]+", value) else math.nan
         fits, must = abs(v) <= 1000, "a number from -1000 to 1000"
         if code.startswith("cat"):
             fits, must = v in range(spec.cat_dim), f"a whole number from 0 to {spec.cat_dim - 1}"
+        elif abs(v) > 3:
+            why = "training has seen -1 to 1 only, pictures may fall apart"
+            print(f"--set {code}={value}: {why}")
         if code in held or not fits:
-            raise UserError(f"--set {part}: {code} must be given once, as {must}")
+            raise UserError(f"--set {code}={value}: {code} must be given once, as {must}")
         held[code] = v
     return held
 
@@ -922,13 +960,25 @@ def read_start(text: str, spec: CodeSpec) -> tuple[list[str], Codes]:
     return [row[0] for row in rows], Codes(z, c_cat.long(), c_cont)
 
 
-def check_count(args: Namespace) -> None:
-    """Raises UserError for too few or too many faces."""
+def choose_faces(spec: CodeSpec, args: Namespace) -> tuple[list[int], list[str], Codes]:
+    """The seeds (or places from 0), the labels and the codes of the faces to begin with.
+
+    Raises UserError for too few or too many.
+    """
+    if args.start:
+        what, (labels, codes) = "rows", read_start(args.start, spec)
+        seeds = [*range(len(labels))]
+    else:
+        counts = {"--samples": args.samples, "--read": N_READ, "--explorer": N_TRIED}
+        count = counts.get(args.mode, args.rows)
+        numbers = read_seeds(args.seeds) if args.seeds else range(args.seed, args.seed + count)
+        what, seeds, codes = "seeds", [*numbers], None
+        labels = [f"seed {seed}" for seed in seeds]
     bounds = {"--walk": (2, 100), "--samples": (1, MOST_SAMPLES)}
     least, most = bounds.get(args.mode, (1, 100))
-    if not least <= len(args.seeds) <= most:
-        what = "rows" if args.start else "seeds"
-        raise UserError(f"{args.mode}: needs {least} to {most:,} {what}, not {len(args.seeds):,}")
+    if not least <= len(seeds) <= most:
+        raise UserError(f"{args.mode}: needs {least} to {most:,} {what}, not {len(seeds):,}")
+    return seeds, labels, hold(spec, codes or sample_seeds(spec, seeds, {}), args.set)
 
 
 def unusual(args: Namespace, usual_range: list[float]) -> str:
@@ -965,16 +1015,10 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
         raise UserError("--range: must be two different numbers from -1000 to 1000")
     if args.mode == "--walk" and args.out and not args.out.lower().endswith((".gif", ".webp")):
         raise UserError(f"--out {args.out}: must end with .gif or .webp")
-    if args.seeds and (given & {"--seed", "--rows"} or args.samples):
-        raise UserError("--seeds: leave out --seed, --rows and N of --samples")
-    counts = {"--samples": args.samples, "--read": N_READ, "--explorer": N_TRIED}
-    count, args.chosen = counts.get(args.mode, args.rows), bool(args.seeds or args.start)
-    if args.start and (given & {"--seed", "--seeds", "--rows"} or args.samples):
-        raise UserError("--start: leave out --seed, --seeds, --rows and N of --samples")
-    args.seeds_given = args.seeds
-    args.seeds = read_seeds(args.seeds) if args.seeds else [*range(args.seed, args.seed + count)]
-    if not args.start:
-        check_count(args)
+    for flag in sorted(given & {"--seeds", "--start"}):
+        if (given - {flag}) & {"--seed", "--seeds", "--start", "--rows"} or args.samples:
+            others = "--seed, --rows, N of --samples, and the other of --seeds and --start"
+            raise UserError(f"{flag}: chooses the faces, so leave out {others}")
     return args
 
 
@@ -983,20 +1027,16 @@ def show(args: Namespace) -> int:
     write, place, _ = MODES[args.mode]
     model = load_model(args.ckpt, infogan.pick_device(args.device))
     spec, path = model.spec, model.path
-    args.codes = [c.strip() for c in args.codes.split(",")] if args.codes else spec.names
-    check_codes(spec, "--codes", args.codes)
     args.names = read_names(model, args.names)
     args.labels = {code: code for code in spec.names}  # of sheets
     args.labels |= {code: f"{code} ({name})" for code, name in args.names.items()}
-    args.set = read_set(args.set, spec) if args.set else {}
-    args.faces = [f"seed {seed}" for seed in args.seeds]
-    if args.start:
-        args.faces, base = read_start(args.start, spec)
-        args.seeds = [*range(len(args.faces))]
-        check_count(args)
-    else:
-        base = sample_seeds(spec, args.seeds, {})
-    args.base = hold(spec, base, args.set)
+    codes, held = (
+        to_codes(given, args.names, flag, args.labels) if given else []
+        for flag, given in (("--codes", args.codes), ("--set", args.set))
+    )
+    args.codes, args.set = [code for code, _ in codes] or spec.names, read_set(held, spec)
+    args.chosen, args.seeds_given = bool(args.seeds or args.start), args.seeds
+    args.seeds, args.faces, args.base = choose_faces(spec, args)
     reach = 3.0 if spec.n_cont > 5 else 1.5
     args.range = args.range or [-reach, reach]
     args.unusual = unusual(args, [-reach, reach])

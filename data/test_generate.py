@@ -298,6 +298,43 @@ def test_names_in_other_scripts_take_the_first_font_that_has_their_letters(monke
     generate.font_for.cache_clear()
 
 
+def test_a_code_may_be_called_by_its_name(tmp_path, capsys):
+    """In any case, even if it has a comma or begins another name; codes themselves go first."""
+    lively(tmp_path / "last.pt", *TINY, "--n-cont", "8")
+    names = {
+        "cont1": "Eyes close",
+        "cont2": "head",
+        "cont3": "head, mouth = open",
+        "cont4": "cont5",
+    }
+    names |= {"cat1": "hair", "cont6": "smile", "cont7": "SMILE"}
+    (tmp_path / "names.json").write_text(json.dumps(names))
+    head, out = ["--ckpt", tmp_path, "--rows", 1, "--steps", 2], tmp_path / "out"
+    for flags, expected in {
+        ("--codes", "eyes CLOSE,head, mouth = open , head,cat0"): "cont1 cont3 cont2 cat0",
+        ("--codes", "cont5", "--set", "Hair=2, eyes close=-.5,cont2=9"): "cont5-set-cat1=2,cont1="
+        "-0.5,cont2=9",
+    }.items():
+        made = draws([*head, *flags], out)
+        assert {f"{name}.png" for name in expected.split()} <= made.keys()
+    told = "--set cont2=9: training has seen -1 to 1 only, pictures may fall apart\n"
+    assert capsys.readouterr().out.count("training has seen") == 1 and "cont4.png" not in made
+    capsys.readouterr()
+    draws([*head, "--set", "cont2=9"], out)
+    assert told in capsys.readouterr().out
+    for flag, unknown in (("--codes", "smile"), ("--set", "mouth=1"), ("--codes", "cat0=1")):
+        refused(capsys, [*head, flag, unknown], flag, unknown, "cont6 (smile), cont7 (SMILE)")
+
+
+@pytest.mark.parametrize("width", [None, 30])
+def test_a_table_is_cut_at_the_end_of_a_terminals_lines(monkeypatch, capsys, width):
+    monkeypatch.setenv("COLUMNS", "30")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: width is not None)
+    generate.print_table([["code", "L_I", "name"], ["cont10", "-1.5", "a name of over 30 letters"]])
+    lines = ["code     L_I  name", "cont10  -1.5  a name of over 30 letters"]
+    assert capsys.readouterr().out.splitlines() == [line[:width] for line in lines]
+
+
 HAS_ONNX = importlib.util.find_spec("onnxscript") is not None
 BAD_NAMES = {
     "no such file": None,
@@ -704,6 +741,24 @@ def test_a_walk_is_closed_and_its_z_keeps_its_length(tmp_path, monkeypatch):
     assert codes[3].allclose((codes[0] + codes[6]) / 2, atol=1e-6)
     steps = (x.roll(-1, 0) - x).norm(dim=1)  # the last back to the first
     assert steps.max() < 0.4 * (faces - faces.roll(1, 0)).norm(dim=1).min()
+
+
+def test_samples_that_are_stopped_leave_the_codes_of_what_is_there(ckpt, tmp_path, monkeypatch):
+    samples, out, saved = ["--ckpt", ckpt, "--samples", 70], tmp_path / "out", []
+    before, real = draws(samples, out), Image.Image.save
+
+    def save(image: Image.Image, path: Path, **how: object) -> None:
+        path.write_bytes(b"half of it")
+        if len(saved) == 40:
+            raise KeyboardInterrupt
+        saved.append(path.name)
+        real(image, path, **how)
+
+    monkeypatch.setattr(Image.Image, "save", save)
+    assert generate.main([*map(str, samples), "--out", str(out), "--set", "cat0=1"]) == 130
+    rows = table_of(out / "codes.csv")
+    assert [row["file"] for row in rows] == saved and {row["cat0"] for row in rows} == {"1"}
+    assert sorted(path.name for path in out.glob("*.png")) == saved and len(before) == 72
 
 
 def test_samples_with_data_leave_the_whole_set_as_the_run_sees_it(ckpt, tmp_path):
