@@ -92,9 +92,10 @@ def pick(codes: Codes, which: Tensor | slice | list[int]) -> Codes:
     return Codes(*(c[which] for c in codes))
 
 
-def gather(each: Iterable[Codes]) -> Codes:
-    """All draws one after the other."""
-    return Codes(*map(torch.cat, zip(*each, strict=True)))
+def gather(parts: Iterable[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """Codes, or Q's answers, one after the other as one, on the CPU."""
+    first, *more = parts
+    return first._make(torch.cat(column).cpu() for column in zip(first, *more, strict=True))
 
 
 def hold(spec: CodeSpec, codes: Codes, held: Held) -> Codes:
@@ -117,11 +118,16 @@ def traversal(model: Model, base: Codes, code: str, values: Sequence) -> Tensor:
 
 
 def characters(model: Model, base: Codes, held: Held) -> Tensor:
-    """Pictures (n, 10, …) of n faces with all categorical codes as seeds 0 to 9 have them."""
+    """Pictures (n, up to 10, …) of n faces: with all categorical codes as seeds 0 to 9 have them.
+
+    Of a single categorical code its categories.
+    """
+    spec = model.spec
+    if spec.n_cat == 1:
+        return traversal(model, base, "cat0", range(spec.cat_dim)[:N_FACES])
     rows = pick(base, torch.arange(len(base.z)).repeat_interleave(N_FACES))
-    settings = sample_seeds(model.spec, range(N_FACES), held).c_cat.repeat(len(base.z), 1)
-    joined = model.spec.join(rows._replace(c_cat=settings))
-    return draw(model, joined).unflatten(0, (-1, N_FACES))
+    settings = sample_seeds(spec, range(N_FACES), held).c_cat.repeat(len(base.z), 1)
+    return draw(model, spec.join(rows._replace(c_cat=settings))).unflatten(0, (-1, N_FACES))
 
 
 def quick(device: torch.device) -> torch.autocast:
@@ -162,9 +168,14 @@ def save_table(path: Path, lines: Iterable[Iterable[object]]) -> None:
         file.write(text.getvalue().encode(errors="surrogateescape"))
 
 
+def code_columns(spec: CodeSpec) -> list[str]:
+    """Of codes.csv."""
+    return [*spec.names, *(f"z{i}" for i in range(spec.z_dim))]
+
+
 def save_codes(path: Path, spec: CodeSpec, first: dict[str, list], values: Tensor) -> None:
     """codes.csv: columns of their own, then values (n, codes), or (n, codes + z_dim)."""
-    names = [*spec.names, *(f"z{i}" for i in range(spec.z_dim))][: values.shape[1]]
+    names = code_columns(spec)[: values.shape[1]]
     lines = zip(*first.values(), *values.T.tolist(), strict=True)
     save_table(path, [[*first, *names], *lines])
 
@@ -227,8 +238,7 @@ def tint(x: Tensor, y: Tensor) -> float:
 
 def ask_Q(model: Model, parts: Iterable[Tensor]) -> infogan.QOutput:
     """Q(c|x) of pictures in [-1, 1] that come in parts, on the CPU."""
-    read = [model.D(part.to(model.device))[1] for part in parts]
-    return infogan.QOutput(*(torch.cat(column).cpu() for column in zip(*read, strict=True)))
+    return gather(model.D(part.to(model.device))[1] for part in parts)
 
 
 def measure(model: Model) -> list[Row]:
@@ -247,26 +257,15 @@ def measure(model: Model) -> list[Row]:
     x = pictures(codes)
     x_edges, q = edge_map(x), ask_Q(model, x.split(AT_ONCE))
     L_I = infogan.mutual_information(spec, q, codes).tolist()
-    of_code = dict(zip(spec.names, zip(L_I, spec.ceilings, strict=True), strict=True))
     for name in tqdm(["z", *spec.kinds, *spec.names], "measuring", leave=False, disable=None):
         y = pictures(spec.replace(codes, name, other))
-        values = [*of_code.get(name, (None, None)), effect(x, y), effect(x_edges, edge_map(y))]
-        if name in of_code:
-            values.append(tint(*map(pictures, low_high(spec, few, name, rng))))
+        values = [None, None, effect(x, y), effect(x_edges, edge_map(y))]
+        if name in spec.names:
+            k = spec.names.index(name)
+            moved = tint(*map(pictures, low_high(spec, few, name, rng)))
+            values = [L_I[k], spec.ceilings[k], *values[2:], moved]
         rows.append(Row(name, *(v if v is None else round(v, 4) for v in values)))
-    return sorted(rows, key=lambda row: -row.effect if row.code in of_code else -math.inf)
-
-
-def read_table(path: Path, spec: CodeSpec, measured: str) -> list[Row]:
-    """The rows of a table.csv, if it is whole and was measured like this; else one of BROKEN."""
-    with open(path, newline="", encoding="utf-8") as file:
-        lines = [line for line in csv.DictReader(file) if line["measured"] == measured]
-    each = ([line[field] for field in Row._fields] for line in lines)
-    rows = [Row(code, *(float(v) if v else None for v in values)) for code, *values in each]
-    parts = ["z", *spec.kinds, *spec.names]
-    if {row.code: None not in row for row in rows} != {part: part in spec.names for part in parts}:
-        raise ValueError
-    return rows
+    return sorted(rows, key=lambda row: -row.effect if row.code in spec.names else -math.inf)
 
 
 def figures(model: Model, path: Path, names: Names) -> list[Row]:
@@ -277,8 +276,17 @@ def figures(model: Model, path: Path, names: Names) -> list[Row]:
     weights = [w for net in (model.G, model.D) for w in net.state_dict().values()]
     how = f"{N_MEASURED} samples of seed {MEASURING_SEED}"
     measured = f"step {model.ckpt['step']}, weights {short_hash(weights)}, {how}"
+    codes = model.spec.names
     try:
-        rows, source = read_table(path, model.spec, measured), f"figures from {path}"
+        with open(path, newline="", encoding="utf-8") as file:
+            found = [
+                line[: len(Row._fields)] for line in csv.reader(file) if line[-1:] == [measured]
+            ]
+        rows = [Row(code, *(float(v) if v else None for v in values)) for code, *values in found]
+        whole = {part: part in codes for part in ["z", *model.spec.kinds, *codes]}
+        if {row.code: None not in row for row in rows} != whole:
+            raise ValueError("rows or figures are missing")
+        source = f"figures from {path}\n"
     except (*infogan.BROKEN, csv.Error):
         rows, source = measure(model), ""
     table = [[*Row._fields, "name", "measured"]]
@@ -286,8 +294,7 @@ def figures(model: Model, path: Path, names: Names) -> list[Row]:
         cells = ("" if v is None else f"{v:.4f}" for v in row[1:])
         table.append([row.code, *cells, names.get(row.code, ""), measured])
     print_table([line[:-1] for line in table])
-    if source:
-        print(source)
+    print(source, end="")
     if (path.parent / infogan.MARK).exists():
         save_table(path, table)
     return rows
@@ -328,10 +335,10 @@ def sheet(
     """
     size = rows[0].shape[3] * max(1, 64 // rows[0].shape[3]) * zoom  # labels need 64 pixels
     step, edge, top = size + 2 * zoom, 12 * zoom, 54 * zoom
-    font_of, title_font = partial(font_for, size=12 * zoom), font_for(title, 15 * zoom)
-    lines = [line for label in labels for line in label.splitlines()]
-    widths = [font_of(line).getlength(line) + 8 * zoom for line in lines]
-    margin = edge + int(max(widths, default=0))
+    text, title_font = "\n".join(labels), font_for(title, 15 * zoom)
+    font = font_for(text, 12 * zoom)
+    widest = max(map(font.getlength, text.split("\n")))
+    margin = edge + (int(widest) + 8 * zoom if widest else 0)
     width = max(margin + len(above) * step, edge + int(title_font.getlength(title))) + edge
     page = Image.new("RGB", (width, top + len(rows) * step + edge), "white")
     pen = ImageDraw.Draw(page)
@@ -342,9 +349,9 @@ def sheet(
             text = f"{value:+.2f}"
             if abs(value) <= 1:
                 pen.rectangle((left, top - 4 * zoom, left + step, top - 3 * zoom), "#2f62c9")
-        pen.text((left + size // 2, top - 6 * zoom), text, "#333333", font_of(text), anchor="ms")
+        pen.text((left + size // 2, top - 6 * zoom), text, "#333333", font, anchor="ms")
     for i, (label, row) in enumerate(zip(labels, rows, strict=True)):
-        at, font = (edge, top + i * step + size // 2), font_of(label)
+        at = edge, top + i * step + size // 2
         pen.text(at, label, "#333333", font, anchor="lm", spacing=3 * zoom)
         for j, picture in enumerate(row):
             tile = to_image(picture).resize((size, size), Image.Resampling.NEAREST)
@@ -399,17 +406,16 @@ def several(
     """Sheets of all codes, by name. best: the labels and rows of overview, for each kind."""
     spec, zoom, pages = model.spec, args.zoom, {}
     words = {"cat": "categorical codes (columns: categories)", "cont": "continuous codes (values)"}
-    title = ", strongest first, each on the face that it changes most"
-    parts = [
-        sheet(words[kind] + title, *zip(*rows, strict=True), axes[kind], zoom)
-        for kind, rows in best.items()
-        if rows
-    ]
+    parts = []
+    for kind, rows in best.items():
+        if rows:
+            title = f"{words[kind]}, strongest first, each on the face that it changes most"
+            parts.append(sheet(title, *zip(*rows, strict=True), axes[kind], zoom))
     if parts:
         pages["overview"] = below_each_other(parts)
     if spec.n_cat > 1:
-        title = "ten characters: a column is one setting of all categorical codes (those of seeds "
-        title += "0 to 9); z and continuous codes of the rows"
+        columns = "a column is one setting of all categorical codes (those of seeds 0 to 9)"
+        title = f"ten characters: {columns}; z and continuous codes of the rows"
         faces = characters(model, args.base, args.set)
         pages["characters"] = sheet(title, args.faces, faces, range(N_FACES), zoom)
     if not args.chosen:
@@ -507,17 +513,15 @@ def versus(model: Model, args: Namespace) -> str:
         rows = figures(run, out / table, read_names(run, None))
         if args.data:
             drawn = draw(run, spec.join(spec.sample(len(real), rng.manual_seed(args.seed))))
-            share = tell_apart(real, drawn)
-            print(f"real or not, by the nearest neighbour: {share:.1%} right, 50% is best")
+            right = f"{tell_apart(real, drawn):.1%} right, 50% is best"
+            print(f"real or not, by the nearest neighbour: {right}")
         each = {"samples": draw(run, spec.join(first))[None]}
-        if spec.n_cat > 1:
-            each["characters"] = characters(run, args.base, args.set)
-        if spec.n_cat == 1:
-            each["cat0"] = traversal(run, args.base, "cat0", range(spec.cat_dim)[:N_FACES])
+        if spec.n_cat:
+            each["categorical codes"] = characters(run, args.base, args.set)
         if spec.n_cont:
             strongest = next(row.code for row in rows if row.code in spec.names[spec.n_cat :])
-            values = torch.linspace(*args.range, N_FACES).tolist()
-            each[f"{strongest}, strongest"] = traversal(run, args.base, strongest, values)
+            values = torch.linspace(*args.range, N_FACES)
+            each[f"{strongest}, strongest"] = traversal(run, args.base, strongest, values.tolist())
         for label, faces in each.items():
             labels += [label] * len(faces)
             shown += faces
@@ -605,8 +609,7 @@ def sort(model: Model, args: Namespace) -> str:
             above, left = [f"{v:+.2f}" for v in value[chosen].mean(0)], [""] * n
             title = f"{name}: lowest to highest, as Q reads it"
         rows = [to_floats(x[some[:steps]]) for some in chosen]
-        page = sheet(title, left, rows, above, args.zoom)
-        save_picture(out / f"{code}.png", page)
+        save_picture(out / f"{code}.png", sheet(title, left, rows, above, args.zoom))
     return f"{out} has sheets and codes.csv"
 
 
@@ -650,9 +653,9 @@ def find_codes(model: Model, x: Tensor, guess: Codes) -> Codes:
         owner = owner.repeat_interleave(nearest.shape[1])
         codes, wanted = pick(codes, owner), wanted[owner]
         codes.c_cat[:, -1] = nearest.flatten()
-    moved = [c.requires_grad_() for c in (codes.z, codes.c_cont) if c.numel()]
-    adam = torch.optim.Adam(moved, FIT_RATE) if moved else None
-    for step in tqdm(range(FIT_STEPS if moved else 0), "z, cont", leave=False, disable=None):
+    moved = codes.z.requires_grad_(), codes.c_cont.requires_grad_()
+    adam = torch.optim.Adam(moved, FIT_RATE)
+    for step in tqdm(range(FIT_STEPS), "z, cont", leave=False, disable=None):
         adam.param_groups[0]["lr"] = FIT_RATE * min(1, 2 - 2 * step / FIT_STEPS)  # to rest
         adam.zero_grad()
         misfit(model, spec.join(codes), wanted).sum().backward()
@@ -703,8 +706,7 @@ def read(model: Model, args: Namespace) -> str:
     shown = [to_floats(x)[:, None], *(part.unflatten(0, (len(x), -1)) for part in drawn)]
     title = "each picture; what Q alone makes of it; what is found; that face posed as seeds"
     above = ["picture", "Q alone", "found", *(f"as {seed}" for seed in args.faces)]
-    page = sheet(title, names, torch.cat(shown, 1), above, args.zoom)
-    save_picture(out / "read.png", page)
+    save_picture(out / "read.png", sheet(title, names, torch.cat(shown, 1), above, args.zoom))
     return f"{out} has read.png, and codes.csv for --start"
 
 
@@ -750,23 +752,20 @@ def explorer(model: Model, args: Namespace) -> str:
     spec, path = model.spec, claim(args.out, f"explorer{args.unusual}.html")
     rows = figures(model, path.with_name("table.csv"), args.names)
     layers, weights, scales = [], [], []
-    faces, seeds = args.base, [] if args.start else args.seeds
-    if not args.chosen:
-        best = typical(model, faces)
-        faces, seeds = pick(faces, best), [args.seeds[k] for k in best]
+    shown = [*range(len(args.seeds))] if args.chosen else typical(model, args.base)
+    faces = pick(args.base, shown)
     values = torch.cat(faces[1:], 1).double().round(decimals=4).tolist()
     for weight, bias in folded(model.G.cpu()):  # 8 bits a weight, with a scale for each channel
         scale = weight.abs().amax((0, 2, 3)).clamp(min=1e-12) / 127
         weights.append((weight / scale[:, None, None]).round().to(torch.int8).flatten())
         scales += [scale, bias]
         layers.append(weight.shape[:3])
-
     data = {
         "title": f"{model.path.parent.name}/{model.path.name}, step {model.ckpt['step']:,}",
         "spec": vars(spec),
         "range": args.range,
         "set": args.set,
-        "seeds": seeds,
+        "seeds": [] if args.start else [args.seeds[k] for k in shown],
         "tried": 0 if args.chosen else len(args.seeds),
         "faces": [dict(zip(spec.names, row, strict=True)) for row in values],
         "layers": layers,
@@ -875,25 +874,22 @@ MORE = {  # of flags that are not one word with a default
 # fmt: on
 
 
-def to_codes(text: str, names: Names, flag: str, labels: Names) -> list[tuple[str, str]]:
+def to_codes(flag: str, text: str | None, names: Names, labels: Names) -> Iterator[tuple[str, str]]:
     """(code, value) of each part of a list like "cat0=3, eyes close=1", value "" where none is.
 
     A name stands for the code that alone has it. Raises UserError for what is no code.
     """
-    often = Counter(map(str.lower, names.values()))
-    known = {name.lower(): code for code, name in names.items() if often[name.lower()] == 1}
-    known |= {code: code for code in labels}
-    words = "|".join(map(re.escape, sorted(known, key=len, reverse=True)))  # they may have commas
-    name = rf"(?<![^,])\s*({words})\s*(?![^,=])"
-    text = re.sub(name, lambda found: known.get(found[1], ""), text.lower())
-    parts = []
-    for part in map(str.strip, text.split(",")):
+    text, lower = text or "", [name.lower() for name in names.values()]
+    pairs = sorted(zip(lower, names, strict=True), key=lambda pair: -len(pair[0]))
+    for name, code in pairs:  # long ones first: they may have commas and shorter ones in them
+        if lower.count(name) == 1 and name not in labels:
+            text = re.sub(rf"(?i)(?<![^,])\s*{re.escape(name)}\s*(?![^,=])", code, text)
+    for part in filter(None, map(str.strip, text.split(","))):
         code, _, value = part.partition("=")
         if code not in labels or (flag == "--codes" and code != part):
             has = ", ".join(labels.values()) or "none"
             raise UserError(f"{flag}: {part!a}: this checkpoint has {has}")
-        parts.append((code, value))
-    return parts
+        yield code, value
 
 
 def read_names(model: Model, given: str | None) -> Names:
@@ -903,8 +899,8 @@ def read_names(model: Model, given: str | None) -> Names:
         if given or path.exists():
             names = {**names, **json.loads(path.read_text(encoding="utf-8-sig"))}
         for code, name in names.items():
-            is_code, fits = re.fullmatch("(cat|cont)[0-9]+", code), 0 < len(name) <= 40
-            if not (is_code and fits and name.isprintable()):
+            fits = 0 < len(name) <= 40 and name.isprintable()
+            if not (fits and re.fullmatch("(cat|cont)[0-9]+", code)):
                 raise ValueError(f"not {code!a}: {name!a}")
     except infogan.BROKEN as error:
         must = 'must be a table like {"cont3": "tilt"}, each name in one line of up to 40 letters'
@@ -912,7 +908,7 @@ def read_names(model: Model, given: str | None) -> Names:
     return {code: name for code, name in names.items() if code in model.spec.names}
 
 
-def read_set(parts: list[tuple[str, str]], spec: CodeSpec) -> Held:
+def read_set(parts: Iterable[tuple[str, str]], spec: CodeSpec) -> Held:
     """The codes of --set with their values. Raises UserError for one that does not fit."""
     held = {}
     for code, value in parts:
@@ -921,8 +917,7 @@ def read_set(parts: list[tuple[str, str]], spec: CodeSpec) -> Held:
         if code.startswith("cat"):
             fits, must = v in range(spec.cat_dim), f"a whole number from 0 to {spec.cat_dim - 1}"
         elif abs(v) > 3:
-            why = "training has seen -1 to 1 only, pictures may fall apart"
-            print(f"--set {code}={value}: {why}")
+            print(f"--set {code}={value}: training has seen -1 to 1 only, pictures may fall apart")
         if code in held or not fits:
             raise UserError(f"--set {code}={value}: {code} must be given once, as {must}")
         held[code] = v
@@ -942,11 +937,10 @@ def read_seeds(text: str, flag: str = "--seeds") -> list[int]:
 def read_start(text: str, spec: CodeSpec) -> tuple[list[str], Codes]:
     """The files and codes of a codes.csv by --read, or of some of its rows: "codes.csv:0,2-4"."""
     path, some = re.fullmatch(r"(.+?)(?::([\d,\s-]+))?", text, re.S).groups()
-    names = [*spec.names, *(f"z{i}" for i in range(spec.z_dim))]
     try:
         with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
             head, *rows = csv.reader(file)
-        if head != ["file", *names]:
+        if head != ["file", *code_columns(spec)]:
             raise ValueError("it has other columns")
         rows = [rows[i] for i in read_seeds(some, "--start")] if some else rows
         values = torch.tensor([[*map(float, row[1:])] for row in rows])
@@ -965,19 +959,19 @@ def choose_faces(spec: CodeSpec, args: Namespace) -> tuple[list[int], list[str],
 
     Raises UserError for too few or too many.
     """
-    if args.start:
-        what, (labels, codes) = "rows", read_start(args.start, spec)
-        seeds = [*range(len(labels))]
-    else:
-        counts = {"--samples": args.samples, "--read": N_READ, "--explorer": N_TRIED}
-        count = counts.get(args.mode, args.rows)
-        numbers = read_seeds(args.seeds) if args.seeds else range(args.seed, args.seed + count)
-        what, seeds, codes = "seeds", [*numbers], None
-        labels = [f"seed {seed}" for seed in seeds]
-    bounds = {"--walk": (2, 100), "--samples": (1, MOST_SAMPLES)}
-    least, most = bounds.get(args.mode, (1, 100))
+    count, least, most = {  # of seeds, where none are given
+        "--samples": (args.samples, 1, MOST_SAMPLES),
+        "--read": (N_READ, 1, 100),
+        "--explorer": (N_TRIED, 1, 100),
+        "--walk": (args.rows, 2, 100),
+    }.get(args.mode, (args.rows, 1, 100))
+    labels, codes = read_start(args.start, spec) if args.start else ([], None)
+    first = 0 if codes else args.seed
+    seeds = [*range(first, first + (len(labels) or count))]
+    seeds = read_seeds(args.seeds) if args.seeds else seeds
     if not least <= len(seeds) <= most:
-        raise UserError(f"{args.mode}: needs {least} to {most:,} {what}, not {len(seeds):,}")
+        raise UserError(f"{args.mode}: needs {least} to {most:,} faces, not {len(seeds):,}")
+    labels = labels or [f"seed {seed}" for seed in seeds]
     return seeds, labels, hold(spec, codes or sample_seeds(spec, seeds, {}), args.set)
 
 
@@ -986,11 +980,14 @@ def unusual(args: Namespace, usual_range: list[float]) -> str:
 
     So that no call writes over the sheets of another that shows something else.
     """
-    low_high = [] if [*args.range] == usual_range else args.range
-    texts = {"seed": f"{args.seed or ''}", "seeds": args.seeds_given or ""}
-    texts["start"] = ",".join(Path(face).stem for face in args.faces) if args.start else ""
-    texts["set"] = ",".join(f"{code}={v:g}" for code, v in args.set.items())
-    texts["range"] = "-".join(f"{v:g}" for v in low_high)
+    (low, high), stems = args.range, [Path(face).stem for face in args.faces]
+    texts = {
+        "seed": args.seed,
+        "seeds": args.seeds_given,
+        "start": args.start and ",".join(stems),
+        "set": ",".join(f"{code}={v:g}" for code, v in args.set.items()),
+        "range": [low, high] != usual_range and f"{low:g}-{high:g}",
+    }
     text = "".join(f"-{flag}-{text}" for flag, text in texts.items() if text)
     safe = re.sub(r"[^\w.,=+-]", "", text)
     if args.start or len(safe) > 60:  # other pictures may have the same names
@@ -1028,13 +1025,11 @@ def show(args: Namespace) -> int:
     model = load_model(args.ckpt, infogan.pick_device(args.device))
     spec, path = model.spec, model.path
     args.names = read_names(model, args.names)
-    args.labels = {code: code for code in spec.names}  # of sheets
-    args.labels |= {code: f"{code} ({name})" for code, name in args.names.items()}
-    codes, held = (
-        to_codes(given, args.names, flag, args.labels) if given else []
-        for flag, given in (("--codes", args.codes), ("--set", args.set))
-    )
-    args.codes, args.set = [code for code, _ in codes] or spec.names, read_set(held, spec)
+    said = {code: f"{code} ({name})" for code, name in args.names.items()}
+    args.labels = {code: said.get(code, code) for code in spec.names}  # of sheets
+    codes = to_codes("--codes", args.codes, args.names, args.labels)
+    args.codes = [code for code, _ in codes] or spec.names
+    args.set = read_set(to_codes("--set", args.set, args.names, args.labels), spec)
     args.chosen, args.seeds_given = bool(args.seeds or args.start), args.seeds
     args.seeds, args.faces, args.base = choose_faces(spec, args)
     reach = 3.0 if spec.n_cont > 5 else 1.5
