@@ -13,14 +13,17 @@ from __future__ import annotations
 
 import base64
 import csv
+import hashlib
 import io
 import json
 import math
 import os
 import re
+import shutil
+import sys
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import cache, partial
 from itertools import chain
@@ -37,13 +40,14 @@ import infogan
 from infogan import Codes, CodeSpec, Generator, UserError, load_pictures, save_picture, to_image
 
 Held, Names = dict[str, float], dict[str, str]  # of codes: the values of --set; what people say
-N_MEASURED, N_MOVED = 400, 100  # samples behind a table's figures; behind its tints, heat maps
+N_MEASURED, N_MOVED = 400, 100  # samples behind a table's figures; behind its tints
 MOST_SHOWN = 100  # categories on a sheet
+MEASURING_SEED = 0  # whatever --seed is: a table belongs to a checkpoint
 AT_ONCE, N_READ = 32, 4  # pictures in each pass of a network; poses of each one of --read
 FIT_ROUNDS, FIT_STEPS, FIT_RATE = 3, 100, 0.1  # of find_codes: more steps change nothing
 N_FOLLOWED = 4  # categories of one code that find_codes follows to the end
 N_REAL, MOST_SAMPLES = 1000, 10**6  # pictures that --versus compares, that --samples writes
-N_TRIED, N_FACES, N_NEAR = 64, 10, 5  # seeds for the page: tried, shown; see typical()
+N_TRIED, N_FACES, N_NEAR = 64, 10, 5  # seeds for the page: tried, shown (and characters); typical()
 PAGE = Path(__file__).parent / "data/explorer.html"
 FONTS = ["DejaVuSans", "NotoSansCJK-Regular", "DroidSansFallbackFull", "arial", "msyh", "malgun"]
 to_floats = partial(infogan.make_batch, flip=False, rng=None, device=torch.device("cpu"))
@@ -82,41 +86,47 @@ def draw(model: Model, joined: Tensor) -> Tensor:
     return torch.cat(parts)[: len(joined)]
 
 
-def replace(codes: Codes, name: str, other: Codes) -> Codes:
-    """codes with one code ("cat0") or group ("z", "cat", "cont") taken from other."""
-    kind, number = re.fullmatch(r"(\D+)(\d*)", name).groups()
-    part = kind if kind == "z" else f"c_{kind}"
-    columns = [int(number)] if number else slice(None)
-    changed = getattr(codes, part).clone()
-    changed[:, columns] = getattr(other, part)[:, columns]
-    return codes._replace(**{part: changed})
+def pick(codes: Codes, which: Tensor | slice | list[int]) -> Codes:
+    """Some of the draws, in this order."""
+    return Codes(*(c[which] for c in codes))
 
 
-def traverse(codes: Codes, name: str, values: Sequence[float]) -> Codes:
-    """Each of n codes len(values) times, one code or group set to every value in turn."""
-    rows = Codes(*(c.repeat_interleave(len(values), 0) for c in codes))
-    every = torch.tensor(values).repeat(len(codes.z))[:, None]
-    return replace(rows, name, Codes(*(every.to(c).expand_as(c) for c in rows)))
+def gather(parts: Iterable[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """Codes, or Q's answers, one after the other as one, on the CPU."""
+    first, *more = parts
+    return first._make(torch.cat(column).cpu() for column in zip(first, *more, strict=True))
 
 
 def hold(spec: CodeSpec, codes: Codes, held: Held) -> Codes:
     """codes with the values of --set."""
     for name, value in held.items():
-        codes = traverse(codes, name, [value])
+        codes = spec.traverse(codes, name, [value])
     return codes
 
 
 def sample_seeds(spec: CodeSpec, seeds: Iterable[int], held: Held) -> Codes:
     """One draw for each seed, which depends on nothing else, with the values of --set."""
-    each = [spec.sample(1, torch.Generator().manual_seed(seed)) for seed in seeds]
-    return hold(spec, Codes(*map(torch.cat, zip(*each, strict=True))), held)
+    each = (spec.sample(1, torch.Generator().manual_seed(seed)) for seed in seeds)
+    return hold(spec, gather(each), held)
 
 
-def traversal(model: Model, base: Codes, code: str, values: Sequence, held: Held) -> Tensor:
-    """Pictures (n, len(values), …) along a code, or along all categoricals that are not held."""
-    moved = traverse(base, code, values)
-    moved = hold(model.spec, moved, held if code == "cat" else {})
+def traversal(model: Model, base: Codes, code: str, values: Sequence) -> Tensor:
+    """Pictures (n, len(values), channels, size, size) of n faces along a code."""
+    moved = model.spec.traverse(base, code, values)
     return draw(model, model.spec.join(moved)).unflatten(0, (-1, len(values)))
+
+
+def characters(model: Model, base: Codes, held: Held) -> Tensor:
+    """Pictures (n, up to 10, …) of n faces: with all categorical codes as seeds 0 to 9 have them.
+
+    Of a single categorical code its categories.
+    """
+    spec = model.spec
+    if spec.n_cat == 1:
+        return traversal(model, base, "cat0", range(spec.cat_dim)[:N_FACES])
+    rows = pick(base, torch.arange(len(base.z)).repeat_interleave(N_FACES))
+    settings = sample_seeds(spec, range(N_FACES), held).c_cat.repeat(len(base.z), 1)
+    return draw(model, spec.join(rows._replace(c_cat=settings))).unflatten(0, (-1, N_FACES))
 
 
 def quick(device: torch.device) -> torch.autocast:
@@ -142,6 +152,12 @@ def claim(folder: Path, file: str = "") -> Path:
     return path
 
 
+def short_hash(tensors: Iterable[Tensor]) -> str:
+    """The same only for the same numbers."""
+    raw = (t.cpu().numpy().tobytes() for t in tensors)
+    return hashlib.sha256(b"".join(raw)).hexdigest()[:12]
+
+
 def save_table(path: Path, lines: Iterable[Iterable[object]]) -> None:
     """A CSV, complete or not at all, with numbers to four decimals."""
     writer = csv.writer(text := io.StringIO(), lineterminator="\n")
@@ -151,18 +167,24 @@ def save_table(path: Path, lines: Iterable[Iterable[object]]) -> None:
         file.write(text.getvalue().encode(errors="surrogateescape"))
 
 
+def code_columns(spec: CodeSpec) -> list[str]:
+    """Of codes.csv."""
+    return [*spec.names, *(f"z{i}" for i in range(spec.z_dim))]
+
+
 def save_codes(path: Path, spec: CodeSpec, first: dict[str, list], values: Tensor) -> None:
     """codes.csv: columns of their own, then values (n, codes), or (n, codes + z_dim)."""
-    names = [*spec.names, *(f"z{i}" for i in range(spec.z_dim))][: values.shape[1]]
-    lines = zip(*first.values(), values.tolist(), strict=True)
-    save_table(path, [[*first, *names], *([*line[:-1], *line[-1]] for line in lines)])
+    names = code_columns(spec)[: values.shape[1]]
+    lines = zip(*first.values(), *values.T.tolist(), strict=True)
+    save_table(path, [[*first, *names], *lines])
 
 
 def print_table(lines: list[list[str]]) -> None:
-    """Columns: the first to the left, the others to the right."""
+    """Columns, all but the first and the last to the right; cut at the end of a terminal's line."""
     left, *right = (max(map(len, column)) for column in zip(*lines, strict=True))
-    for name, *cells in lines:
-        print(f"{name:{left}}", *map(str.rjust, cells, right), sep="  ")
+    room = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    for name, *cells, last in lines:
+        print("  ".join([f"{name:{left}}", *map(str.rjust, cells, right), last])[:room])
 
 
 # figures ------------------------------------------------------------------------------------------
@@ -177,7 +199,6 @@ class Row(NamedTuple):
     effect: float  # share of the pixels' variance that goes when this alone is frozen
     edges: float  # the same for edges, where tints and soft light do not count
     tint: float | None = None  # of a code: see tint()
-    heat: Tensor | None = None  # of a code: see heat_map()
 
 
 def edge_map(x: Tensor) -> Tensor:
@@ -199,7 +220,7 @@ def low_high(spec: CodeSpec, codes: Codes, name: str, rng: torch.Generator) -> t
     step = torch.randint(1, spec.cat_dim, codes.c_cat.shape, generator=rng)
     low = codes._replace(c_cont=torch.full_like(codes.c_cont, -0.8))
     high = Codes(codes.z, (codes.c_cat + step) % spec.cat_dim, -low.c_cont)
-    return replace(codes, name, low), replace(codes, name, high)
+    return spec.replace(codes, name, low), spec.replace(codes, name, high)
 
 
 def tint(x: Tensor, y: Tensor) -> float:
@@ -214,25 +235,19 @@ def tint(x: Tensor, y: Tensor) -> float:
     return (1 - left.square().sum() / change).item()
 
 
-def heat_map(x: Tensor, y: Tensor) -> Tensor:
-    """Where x becomes y: the mean face, red where the mean |x - y| is large, (3, size, size)."""
-    heat, face = (x - y).abs().mean((0, 1)), x.mean((0, 1)) / 2
-    much = (heat / heat.max().clamp(min=1e-8)).square()  # squared: small changes are everywhere
-    red = torch.tensor([1.0, -0.4, -0.8])[:, None, None]
-    return face + much * (red - face)
-
-
 def ask_Q(model: Model, parts: Iterable[Tensor]) -> infogan.QOutput:
     """Q(c|x) of pictures in [-1, 1] that come in parts, on the CPU."""
-    read = [model.D(part.to(model.device))[1] for part in parts]
-    return infogan.QOutput(*(torch.cat(column).cpu() for column in zip(*read, strict=True)))
+    return gather(model.D(part.to(model.device))[1] for part in parts)
 
 
-def measure(model: Model, seed: int) -> list[Row]:
-    """Rows for z and each kind of code together, then for every code, strongest effect first."""
-    spec, rng, rows = model.spec, torch.Generator().manual_seed(seed), []
+def measure(model: Model) -> list[Row]:
+    """Rows for z and each kind of code together, then for every code, strongest effect first.
+
+    Of the same samples each time, and to four decimals: a table depends on the checkpoint alone.
+    """
+    spec, rng, rows = model.spec, torch.Generator().manual_seed(MEASURING_SEED), []
     codes, other = spec.sample(N_MEASURED, rng), spec.sample(N_MEASURED, rng)
-    few = Codes(*(c[:N_MOVED] for c in codes))
+    few = pick(codes, slice(N_MOVED))
 
     def pictures(codes: Codes) -> Tensor:
         with quick(model.device):
@@ -241,25 +256,47 @@ def measure(model: Model, seed: int) -> list[Row]:
     x = pictures(codes)
     x_edges, q = edge_map(x), ask_Q(model, x.split(AT_ONCE))
     L_I = infogan.mutual_information(spec, q, codes).tolist()
-    of_code = dict(zip(spec.names, zip(L_I, spec.ceilings, strict=True), strict=True))
     for name in tqdm(["z", *spec.kinds, *spec.names], "measuring", leave=False, disable=None):
-        y = pictures(replace(codes, name, other))
-        nats = of_code.get(name, (None, None))
-        rows.append(Row(name, *nats, effect(x, y), effect(x_edges, edge_map(y))))
-        if name in of_code:
-            ends = [*map(pictures, low_high(spec, few, name, rng))]
-            rows[-1] = rows[-1]._replace(tint=tint(*ends), heat=heat_map(*ends))
-    return sorted(rows, key=lambda row: -row.effect if row.code in of_code else -math.inf)
+        y = pictures(spec.replace(codes, name, other))
+        values = [None, None, effect(x, y), effect(x_edges, edge_map(y))]
+        if name in spec.names:
+            k = spec.names.index(name)
+            moved = tint(*map(pictures, low_high(spec, few, name, rng)))
+            values = [L_I[k], spec.ceilings[k], *values[2:], moved]
+        rows.append(Row(name, *(v if v is None else round(v, 4) for v in values)))
+    return sorted(rows, key=lambda row: -row.effect if row.code in spec.names else -math.inf)
 
 
-def print_rows(rows: list[Row], names: Names) -> list[list[str]]:
-    """Prints the rows with the codes' names; returns the lines, cell by cell."""
-    table = [[*Row._fields[:-1], "name"]]
+def figures(model: Model, path: Path, names: Names) -> list[Row]:
+    """Prints the table and returns its rows: those of the file at path, if it is of this model.
+
+    Else they are measured, and written there if the folder is ours.
+    """
+    weights = [w for net in (model.G, model.D) for w in net.state_dict().values()]
+    how = f"{N_MEASURED} samples of seed {MEASURING_SEED}"
+    measured = f"step {model.ckpt['step']}, weights {short_hash(weights)}, {how}"
+    codes = model.spec.names
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            found = [
+                line[: len(Row._fields)] for line in csv.reader(file) if line[-1:] == [measured]
+            ]
+        rows = [Row(code, *(float(v) if v else None for v in values)) for code, *values in found]
+        whole = {part: part in codes for part in ["z", *model.spec.kinds, *codes]}
+        if {row.code: None not in row for row in rows} != whole:
+            raise ValueError("rows or figures are missing")
+        source = f"figures from {path}\n"
+    except Exception:  # of any kind: it is measured anew
+        rows, source = measure(model), ""
+    table = [[*Row._fields, "name", "measured"]]
     for row in rows:
-        figures = ("" if v is None else f"{v:.4f}" for v in row[1:-1])
-        table.append([row.code, *figures, names.get(row.code, "")])
-    print_table(table)
-    return table
+        cells = ("" if v is None else f"{v:.4f}" for v in row[1:])
+        table.append([row.code, *cells, names.get(row.code, ""), measured])
+    print_table([line[:-1] for line in table])
+    print(source, end="")
+    if (path.parent / infogan.MARK).exists():
+        save_table(path, table)
+    return rows
 
 
 # pictures of codes --------------------------------------------------------------------------------
@@ -278,19 +315,18 @@ def font_for(text: str, size: int) -> ImageFont.FreeTypeFont:
 
 
 def sheet(
-    title: str, rows: Iterable[tuple[str, Tensor]], above: Sequence[str | float], zoom: int
+    title: str, labels: Sequence[str], rows: Sequence[Tensor], above: Sequence, zoom: int
 ) -> Image.Image:
     """Rows of up to len(above) pictures, with labels at their left and above the columns.
 
     Floats above are a continuous code's values: below those of training, -1 to 1, is a bar.
     """
-    labels, rows = zip(*rows, strict=True)
     size = rows[0].shape[3] * max(1, 64 // rows[0].shape[3]) * zoom  # labels need 64 pixels
     step, edge, top = size + 2 * zoom, 12 * zoom, 54 * zoom
-    font_of, title_font = partial(font_for, size=12 * zoom), font_for(title, 15 * zoom)
-    lines = [line for label in labels for line in label.splitlines()]
-    widths = [font_of(line).getlength(line) + 8 * zoom for line in lines]
-    margin = edge + int(max(widths, default=0))
+    text, title_font = "\n".join(labels), font_for(title, 15 * zoom)
+    font = font_for(text, 12 * zoom)
+    widest = max(map(font.getlength, text.split("\n")))
+    margin = edge + (int(widest) + 8 * zoom if widest else 0)
     width = max(margin + len(above) * step, edge + int(title_font.getlength(title))) + edge
     page = Image.new("RGB", (width, top + len(rows) * step + edge), "white")
     pen = ImageDraw.Draw(page)
@@ -301,9 +337,9 @@ def sheet(
             text = f"{value:+.2f}"
             if abs(value) <= 1:
                 pen.rectangle((left, top - 4 * zoom, left + step, top - 3 * zoom), "#2f62c9")
-        pen.text((left + size // 2, top - 6 * zoom), text, "#333333", font_of(text), anchor="ms")
+        pen.text((left + size // 2, top - 6 * zoom), text, "#333333", font, anchor="ms")
     for i, (label, row) in enumerate(zip(labels, rows, strict=True)):
-        at, font = (edge, top + i * step + size // 2), font_of(label)
+        at = edge, top + i * step + size // 2
         pen.text(at, label, "#333333", font, anchor="lm", spacing=3 * zoom)
         for j, picture in enumerate(row):
             tile = to_image(picture).resize((size, size), Image.Resampling.NEAREST)
@@ -311,45 +347,71 @@ def sheet(
     return page
 
 
+def below_each_other(pages: list[Image.Image]) -> Image.Image:
+    """One page of several, each at the left."""
+    size = max(page.width for page in pages), sum(page.height for page in pages)
+    whole, top = Image.new("RGB", size, "white"), 0
+    for page in pages:
+        whole.paste(page, (0, top))
+        top += page.height
+    return whole
+
+
 def sheets(model: Model, args: Namespace) -> str:
-    """The table, a sheet per code, sheets of several codes; nothing selected: the seed's first."""
-    spec, out, zoom, held = model.spec, claim(args.out), args.zoom, args.set
-    rows, base = measure(model, args.seed), args.base
-    save_table(out / "table.csv", print_rows(rows, args.names))
+    """The table and a sheet per code; without --codes, sheets of several codes too.
+
+    Nothing is selected. What is unusual about a sheet is in its name, see unusual().
+    """
+    spec, out, zoom = model.spec, claim(args.out), args.zoom
+    rows = figures(model, out / "table.csv", args.names)
     values = [round(v, 6) + 0.0 for v in torch.linspace(*args.range, args.steps).tolist()]
     axes = {"cat": [*range(spec.cat_dim)][:MOST_SHOWN], "cont": values}
-    seeds, strips = args.faces, []
-    for row in (row for row in rows if row.code in args.codes):
+    best = {kind: [] for kind in axes}
+    for row in [row for row in rows if row.code in args.codes]:
         kind = row.code.rstrip("0123456789")
-        name, axis, heat = args.labels[row.code], axes[kind], row.heat[None]
-        faces = traversal(model, base, row.code, axis, held).expand(-1, -1, 3, -1, -1)
-        shown = [torch.cat([faces[0], heat]), *faces[1:]]
-        title = f"{name}: L_I {row.L_I:.2f} of {row.ceiling:.2f} nats, effect {row.effect:.3f}, "
-        title += f"tint {row.tint:.2f}"
-        page = sheet(title, zip(seeds, shown, strict=True), [*axis, "where"], zoom)
-        save_picture(out / f"{row.code}.png", page)
+        name, axis, path = args.labels[row.code], axes[kind], out / f"{row.code}{args.unusual}.png"
+        faces = traversal(model, args.base, row.code, axis)
+        told = f"L_I {row.L_I:.2f} of {row.ceiling:.2f} nats, effect {row.effect:.3f}"
+        title = f"{name}: {told}, tint {row.tint:.2f}"
+        save_picture(path, sheet(title, args.faces, faces, axis, zoom))
         if args.gif:
             columns = zip(axis, faces.unbind(1), strict=True)
-            frames = [sheet(name, [("", x)], [f"{v:g}"] * len(x), zoom) for v, x in columns]
+            frames = [sheet(name, [""], [x], [f"{v:g}"] * len(x), zoom) for v, x in columns]
             frames += frames[-2:0:-1]  # and back
-            save_loop(out / f"{row.code}.gif", frames, {"cat": 500, "cont": 100}[kind])
-        best = faces.var(1).sum((1, 2, 3)).argmax()  # the face that this code changes most
-        label = f"{name}\nL_I {row.L_I:.2f}\neffect {row.effect:.3f}\n{seeds[best]}"
-        strips.append((label, torch.cat([heat, faces[best, : args.steps]])))
-    if strips:
-        title = "strongest code first, categories from 0; the seed that it changes most"
-        above = ["where", *axes["cont" if spec.n_cont else "cat"][: args.steps]]
-        save_picture(out / "overview.png", sheet(title, strips, above, zoom))
-    if spec.n_cat:
-        title = "all categoricals together (columns); z and continuous codes (rows)"
-        faces = zip(seeds, traversal(model, base, "cat", axes["cat"], held), strict=True)
-        save_picture(out / "all-categoricals.png", sheet(title, faces, axes["cat"], zoom))
-    first = sample_seeds(spec, range(args.seed, args.seed + 100), held)
-    title = f"100 samples, seeds {args.seed} to {args.seed + 99}, nothing selected"
-    lines = draw(model, spec.join(first)).split(10)
-    page = sheet(title, [("", line) for line in lines], [""] * 10, zoom)
-    save_picture(out / "samples.png", page)
+            save_loop(path.with_suffix(".gif"), frames, {"cat": 500, "cont": 100}[kind])
+        most = faces.var(1).sum((1, 2, 3)).argmax()  # the face that this code changes most
+        label = f"{name}\nL_I {row.L_I:.2f}\neffect {row.effect:.3f}\n{args.faces[most]}"
+        best[kind].append((label, faces[most]))
+    if args.codes == spec.names:
+        for name, page in several(model, args, best, axes).items():
+            save_picture(out / f"{name}{args.unusual}.png", page)
     return f"{out} has sheets and table.csv; bars: -1 to 1, as in training"
+
+
+def several(
+    model: Model, args: Namespace, best: dict[str, list[tuple[str, Tensor]]], axes: dict[str, list]
+) -> dict[str, Image.Image]:
+    """Sheets of all codes, by name. best: the labels and rows of overview, for each kind."""
+    spec, zoom, pages = model.spec, args.zoom, {}
+    words = {"cat": "categorical codes (columns: categories)", "cont": "continuous codes (values)"}
+    parts = []
+    for kind, rows in best.items():
+        if rows:
+            title = f"{words[kind]}, strongest first, each on the face that it changes most"
+            parts.append(sheet(title, *zip(*rows, strict=True), axes[kind], zoom))
+    if parts:
+        pages["overview"] = below_each_other(parts)
+    if spec.n_cat > 1:
+        columns = "a column is one setting of all categorical codes (those of seeds 0 to 9)"
+        title = f"ten characters: {columns}; z and continuous codes of the rows"
+        faces = characters(model, args.base, args.set)
+        pages["characters"] = sheet(title, args.faces, faces, range(N_FACES), zoom)
+    if not args.chosen:
+        first = sample_seeds(spec, range(args.seed, args.seed + 100), args.set)
+        title = f"100 samples, seeds {args.seed} to {args.seed + 99}, nothing selected"
+        lines = draw(model, spec.join(first)).split(10)
+        pages["samples"] = sheet(title, [""] * 10, lines, [""] * 10, zoom)
+    return pages
 
 
 def save_loop(path: Path, frames: Iterable[Image.Image], milliseconds: int) -> None:
@@ -372,71 +434,89 @@ def walk(model: Model, args: Namespace) -> str:
     return f"{path} has {len(x)} frames"
 
 
-def save_pngs(folder: Path, parts: Iterable[Tensor], names: list[str]) -> None:
-    """Parts of pictures (n, channels, size, size) as PNGs; those of an earlier call go, and codes.
+def save_pngs(folder: Path, parts: Iterable[Tensor], names: list[str]) -> Iterator[str]:
+    """Parts of pictures (n, channels, size, size) as PNGs, told one by one when they are there.
 
-    Raises UserError, with nothing changed, where there are others.
+    Pictures and codes of an earlier call go first. Raises UserError, with nothing changed, where
+    there are others.
     """
-    mine = {*names}
-    others = [path for path in claim(folder).glob("*.png") if path.name not in mine]
-    ours = (folder / infogan.MARK).exists()
-    if foreign := [path for path in others if not (ours and re.fullmatch("[0-9]{6,}", path.stem))]:
+    old, ours = [*claim(folder).glob("*.png")], (folder / infogan.MARK).exists()
+    if foreign := [path for path in old if not (ours and re.fullmatch("[0-9]{6,}", path.stem))]:
         raise UserError(f"--out {folder}: holds {len(foreign):,} other pictures; give an empty one")
-    for path in [*others, folder / "codes.csv"]:
+    for path in [*old, folder / "codes.csv"]:
         path.unlink(missing_ok=True)
-    for name, picture in zip(names, chain.from_iterable(parts), strict=True):
-        # lossless at any level; more would take four times as long for files as large
-        to_image(picture).save(folder / name, compress_level=1)
+    pictures = chain.from_iterable(parts)
+    for name in tqdm(names, "pictures", leave=False, disable=None):
+        image = to_image(next(pictures))
+        try:
+            # lossless at any level; more would take four times as long for files as large
+            image.save(folder / name, compress_level=1)
+        except BaseException:  # Ctrl-C, too
+            (folder / name).unlink(missing_ok=True)
+            raise
+        yield name
 
 
 def samples(model: Model, args: Namespace) -> str:
-    """A PNG for each seed and codes.csv, its codes; of --data, what a run sees, into OUT-real."""
-    spec, out, names = model.spec, args.out, [f"{seed:06d}.png" for seed in args.seeds]
-    codes, first = args.base, {"file": names}
-    first |= {} if args.start else {"seed": args.seeds}
-    save_pngs(out, (draw(model, part) for part in spec.join(codes).split(AT_ONCE)), names)
-    # a seed tells z by itself
-    values = [codes.c_cat, codes.c_cont, *([codes.z] if args.start else [])]
-    save_codes(out / "codes.csv", spec, first, torch.cat(values, 1))
-    written = f"{out} has {len(names):,} pictures and codes.csv"
+    """A PNG for each seed and codes.csv, its codes; of --data, what a run sees, into OUT-real.
+
+    Where it is stopped, codes.csv has the pictures that are there.
+    """
+    out, codes, names, written = args.out, args.base, [f"{seed:06d}.png" for seed in args.seeds], []
+    parts = map(partial(draw, model), model.spec.join(codes).split(AT_ONCE))
+    try:
+        for name in save_pngs(out, parts, names):
+            written.append(name)
+    finally:
+        if n := len(written):
+            first = {"file": written} | ({} if args.start else {"seed": args.seeds[:n]})
+            # a seed tells z by itself
+            values = torch.cat([*codes[1:], *([codes.z] if args.start else [])], 1)
+            save_codes(out / "codes.csv", model.spec, first, values[:n])
+    told = f"{out} has {n:,} pictures and codes.csv"
     if args.data:
         real, x = out.with_name(f"{out.name}-real"), load_pictures(args.data, *model.shape).x
         print(f"writing the {len(x):,} pictures of {args.data} into {real}", flush=True)
-        save_pngs(real, map(to_floats, x.split(AT_ONCE)), [f"{i:06d}.png" for i in range(len(x))])
-        written += f", {real} the {len(x):,} of {args.data}"
-    return written
+        names = [f"{i:06d}.png" for i in range(len(x))]
+        n = len([*save_pngs(real, map(to_floats, x.split(AT_ONCE)), names)])
+        told += f", {real} the {n:,} of {args.data}"
+    return told
 
 
 def versus(model: Model, args: Namespace) -> str:
     """The tables of two runs, how far from --data they are, and both in comparison.png."""
-    spec, other, shown = model.spec, load_model(args.versus, model.device), []
+    spec, other, labels, shown = model.spec, load_model(args.versus, model.device), [], []
     flags, same = Namespace(**model.ckpt["args"]), [*vars(spec), "image_size", "channels"]
-    if changes := infogan.differences(flags, other.ckpt["args"], same):
-        changes = ", ".join(changes)
+    if changes := ", ".join(infogan.differences(flags, other.ckpt["args"], same)):
         raise UserError(f"--versus {other.path}: has other codes or pictures: {changes}")
-    out, columns = claim(args.out), min(spec.cat_dim, MOST_SHOWN)
+    out = claim(args.out)
     rng = torch.Generator().manual_seed(args.seed)
     if args.data:
         real = load_pictures(args.data, *model.shape).x
         real = to_floats(real[torch.randperm(len(real), generator=rng)[:N_REAL]])
-    first = sample_seeds(spec, range(args.seed, args.seed + columns), args.set)
-    for run in (model, other):
+    first = sample_seeds(spec, range(args.seed, args.seed + N_FACES), args.set)
+    of_other = f"{other.path.parent.name}-{other.path.stem}"
+    for run, table in ((model, "table.csv"), (other, f"table-{of_other}.csv")):
         print(run.path)
-        rows = measure(run, args.seed)
-        print_rows(rows, {})
+        rows = figures(run, out / table, read_names(run, None))
         if args.data:
             drawn = draw(run, spec.join(spec.sample(len(real), rng.manual_seed(args.seed))))
-            share = infogan.tell_apart(real, drawn)
-            print(f"real or not, by the nearest neighbour: {share:.1%} right, 50% is best")
-        shown.append(("samples", draw(run, spec.join(first))))
-        axes = {"cat": range(columns)} if spec.n_cat else {}
-        for code in [row.code for row in rows if row.code in spec.names[spec.n_cat :]][:1]:
-            axes[code] = torch.linspace(*args.range, columns).tolist()
-        for code, axis in axes.items():
-            shown += [(code, faces) for faces in traversal(run, args.base, code, axis, args.set)]
+            right = f"{infogan.tell_apart(real, drawn):.1%} right, 50% is best"
+            print(f"real or not, by the nearest neighbour: {right}")
+        each = {"samples": draw(run, spec.join(first))[None]}
+        if spec.n_cat:
+            each["categorical codes"] = characters(run, args.base, args.set)
+        if spec.n_cont:
+            strongest = next(row.code for row in rows if row.code in spec.names[spec.n_cat :])
+            values = torch.linspace(*args.range, N_FACES)
+            each[f"{strongest}, strongest"] = traversal(run, args.base, strongest, values.tolist())
+        for label, faces in each.items():
+            labels += [label] * len(faces)
+            shown += faces
     title = f"above: {model.path}, below: {other.path}"
-    save_picture(out / "comparison.png", sheet(title, shown, range(columns), args.zoom))
-    return f"{out} has comparison.png"
+    path = out / f"comparison-{of_other}{args.unusual}.png"
+    save_picture(path, sheet(title, labels, shown, range(N_FACES), args.zoom))
+    return f"{path} has both"
 
 
 # real pictures by code ----------------------------------------------------------------------------
@@ -491,9 +571,8 @@ def sort(model: Model, args: Namespace) -> str:
     out = claim(args.out)
     values, doubts = read_codes(model, x)
     doubted = [f"{code}_{'p' if code.startswith('cat') else 'sigma'}" for code in spec.names]
-    lines = zip(files, torch.cat([values, doubts], 1).tolist(), strict=True)
-    table = [["file", *spec.names, *doubted], *([file, *row] for file, row in lines)]
-    save_table(out / "codes.csv", table)
+    lines = zip(files, *values.T.tolist(), *doubts.T.tolist(), strict=True)
+    save_table(out / "codes.csv", [["file", *spec.names, *doubted], *lines])
     known = [i for i, label in enumerate(labels) if label]
     n_labels = len({labels[i] for i in known})
     if spec.n_cat and known:
@@ -518,8 +597,7 @@ def sort(model: Model, args: Namespace) -> str:
             above, left = [f"{v:+.2f}" for v in value[chosen].mean(0)], [""] * n
             title = f"{name}: lowest to highest, as Q reads it"
         rows = [to_floats(x[some[:steps]]) for some in chosen]
-        page = sheet(title, zip(left, rows, strict=True), above, args.zoom)
-        save_picture(out / f"{code}.png", page)
+        save_picture(out / f"{code}.png", sheet(title, left, rows, above, args.zoom))
     return f"{out} has sheets and codes.csv"
 
 
@@ -553,7 +631,7 @@ def find_codes(model: Model, x: Tensor, guess: Codes) -> Codes:
     codes = Codes(*(c.to(device, copy=True) for c in guess))
     codes = codes._replace(z=torch.zeros_like(codes.z), c_cont=codes.c_cont.clamp(-1, 1))
     for k in tqdm([*range(spec.n_cat)] * FIT_ROUNDS, "categories", leave=False, disable=None):
-        tried = spec.join(traverse(codes, f"cat{k}", range(spec.cat_dim)))
+        tried = spec.join(spec.traverse(codes, f"cat{k}", range(spec.cat_dim)))
         whose = owner.repeat_interleave(spec.cat_dim)
         parts = zip(tried.split(AT_ONCE), whose.split(AT_ONCE), strict=True)
         far = torch.cat([misfit(model, part, wanted[i]) for part, i in parts]).view(n, -1)
@@ -561,11 +639,11 @@ def find_codes(model: Model, x: Tensor, guess: Codes) -> Codes:
     if spec.n_cat:  # z can turn the order of the last code's best ones: with it each is tried
         nearest = far.topk(min(N_FOLLOWED, spec.cat_dim), largest=False).indices
         owner = owner.repeat_interleave(nearest.shape[1])
-        codes, wanted = Codes(*(c[owner] for c in codes)), wanted[owner]
+        codes, wanted = pick(codes, owner), wanted[owner]
         codes.c_cat[:, -1] = nearest.flatten()
-    moved = [c.requires_grad_() for c in (codes.z, codes.c_cont) if c.numel()]
-    adam = torch.optim.Adam(moved, FIT_RATE) if moved else None
-    for step in tqdm(range(FIT_STEPS if moved else 0), "z, cont", leave=False, disable=None):
+    moved = codes.z.requires_grad_(), codes.c_cont.requires_grad_()
+    adam = torch.optim.Adam(moved, FIT_RATE)
+    for step in tqdm(range(FIT_STEPS), "z, cont", leave=False, disable=None):
         adam.param_groups[0]["lr"] = FIT_RATE * min(1, 2 - 2 * step / FIT_STEPS)  # to rest
         adam.zero_grad()
         misfit(model, spec.join(codes), wanted).sum().backward()
@@ -576,7 +654,7 @@ def find_codes(model: Model, x: Tensor, guess: Codes) -> Codes:
     with torch.no_grad():
         far = misfit(model, spec.join(codes), wanted).view(n, -1)
     best = torch.arange(n, device=device) * far.shape[1] + far.argmin(1)
-    codes = Codes(*(c.detach()[best].cpu() for c in codes))
+    codes = (c.detach().cpu() for c in pick(codes, best))
     return Codes(*(c.double().round(decimals=4).to(c.dtype) for c in codes))
 
 
@@ -604,23 +682,19 @@ def read(model: Model, args: Namespace) -> str:
     z = args.base.z[:1].expand(len(x), -1)
     by_Q = hold(spec, Codes(z, c_cat.long(), c_cont), args.set)
     # find_codes follows N_FOLLOWED drawings of each picture: AT_ONCE together
-    columns = (column.split(AT_ONCE // N_FOLLOWED) for column in (x, *by_Q))
-    each = [
-        find_codes(model, to_floats(part), Codes(*guess))
-        for part, *guess in zip(*columns, strict=True)
-    ]
-    found = hold(spec, Codes(*map(torch.cat, zip(*each, strict=True))), args.set)
+    parts = torch.arange(len(x)).split(AT_ONCE // N_FOLLOWED)
+    each = [find_codes(model, to_floats(x[part]), pick(by_Q, part)) for part in parts]
+    found = hold(spec, gather(each), args.set)
     save_codes(out / "codes.csv", spec, {"file": names}, torch.cat([*found[1:], found.z], 1))
     n = len(args.seeds)
     face, pose = torch.arange(len(x)).repeat_interleave(n), torch.arange(n).repeat(len(x))
-    each_face, each_pose = Codes(*(c[face] for c in found)), Codes(*(c[pose] for c in args.base))
-    posed = replace(each_face, "cont" if spec.n_cont else "z", each_pose)
+    moved = "cont" if spec.n_cont else "z"
+    posed = spec.replace(pick(found, face), moved, pick(args.base, pose))
     drawn = [draw(model, spec.join(codes)) for codes in (by_Q, found, posed)]
     shown = [to_floats(x)[:, None], *(part.unflatten(0, (len(x), -1)) for part in drawn)]
     title = "each picture; what Q alone makes of it; what is found; that face posed as seeds"
     above = ["picture", "Q alone", "found", *(f"as {seed}" for seed in args.faces)]
-    page = sheet(title, zip(names, torch.cat(shown, 1), strict=True), above, args.zoom)
-    save_picture(out / "read.png", page)
+    save_picture(out / "read.png", sheet(title, names, torch.cat(shown, 1), above, args.zoom))
     return f"{out} has read.png, and codes.csv for --start"
 
 
@@ -663,40 +737,34 @@ def typical(model: Model, codes: Codes) -> list[int]:
 
 def explorer(model: Model, args: Namespace) -> str:
     """One HTML file that draws by itself; opens on a typical face, or on --seeds or --start."""
-    spec, path = model.spec, claim(args.out, "explorer.html")
-    rows, codes, layers, weights, scales = measure(model, args.seed), [], [], [], []
-    print_rows(rows, args.names)
-    faces, seeds = args.base, [] if args.start else args.seeds
-    if not args.chosen:
-        best = typical(model, faces)
-        faces, seeds = Codes(*(c[best] for c in faces)), [args.seeds[k] for k in best]
-    values = torch.cat(faces[1:], 1).tolist()
+    spec, path = model.spec, claim(args.out, f"explorer{args.unusual}.html")
+    rows = figures(model, path.with_name("table.csv"), args.names)
+    layers, weights, scales = [], [], []
+    shown = [*range(len(args.seeds))] if args.chosen else typical(model, args.base)
+    faces = pick(args.base, shown)
+    values = torch.cat(faces[1:], 1).double().round(decimals=4).tolist()
     for weight, bias in folded(model.G.cpu()):  # 8 bits a weight, with a scale for each channel
         scale = weight.abs().amax((0, 2, 3)).clamp(min=1e-12) / 127
         weights.append((weight / scale[:, None, None]).round().to(torch.int8).flatten())
         scales += [scale, bias]
         layers.append(weight.shape[:3])
-
-    def encode(raw: bytes) -> str:
-        return base64.b64encode(raw).decode()
-
-    for row in (row for row in rows if row.code in spec.names):
-        to_image(row.heat).save(file := io.BytesIO(), "JPEG", quality=85)
-        heat = f"data:image/jpeg;base64,{encode(file.getvalue())}"
-        codes.append(row._asdict() | {"name": args.names.get(row.code), "heat": heat})
     data = {
         "title": f"{model.path.parent.name}/{model.path.name}, step {model.ckpt['step']:,}",
         "spec": vars(spec),
         "range": args.range,
         "set": args.set,
-        "seeds": seeds,
+        "seeds": [] if args.start else [args.seeds[k] for k in shown],
         "tried": 0 if args.chosen else len(args.seeds),
-        "faces": [dict(zip(spec.names, (round(v, 4) for v in row), strict=True)) for row in values],
+        "faces": [dict(zip(spec.names, row, strict=True)) for row in values],
         "layers": layers,
-        "codes": codes,
-        "z": [[round(v, 5) for v in z] for z in faces.z.tolist()],
-        "weights": encode(torch.cat(weights).numpy().tobytes()),
-        "scales": encode(torch.cat(scales).numpy().tobytes()),
+        "codes": [
+            row._asdict() | {"name": args.names.get(row.code)}
+            for row in rows
+            if row.code in spec.names
+        ],
+        "z": faces.z.double().round(decimals=5).tolist(),
+        "weights": base64.b64encode(torch.cat(weights).numpy()).decode(),
+        "scales": base64.b64encode(torch.cat(scales).numpy()).decode(),
     }
     filled = json.dumps(data).replace("<", "\\u003c")  # a name must not end the script
     page = PAGE.read_text(encoding="utf-8").replace("data = null;", f"data = {filled};")
@@ -751,7 +819,7 @@ def shrink(model: Model, args: Namespace) -> str:
 MODES = {  # by whom; what it writes, beside the checkpoint; the flags that it takes
 "sheets": (sheets, "traversals", "out codes rows seed seeds start set range steps zoom gif names"),
 "--explorer": (explorer, "traversals", "out seed seeds start set range names"),
-"--walk": (walk, "traversals/walk.gif", "out rows seed seeds start set steps zoom"),
+"--walk": (walk, "traversals/walk{}.gif", "out rows seed seeds start set steps zoom"),
 "--samples": (samples, "generated", "out seed seeds start set data"),
 "--read": (read, "traversals", "out seed seeds set codes names zoom"),
 "--sort": (sort, "sorted", "out codes rows steps zoom names"),
@@ -794,12 +862,22 @@ MORE = {  # of flags that are not one word with a default
 # fmt: on
 
 
-def check_codes(spec: CodeSpec, flag: str, codes: Iterable[str]) -> None:
-    """Raises UserError for a code that spec does not have."""
-    for code in codes:
-        if code not in spec.names:
-            has = ", ".join(spec.names) or "none"
-            raise UserError(f"{flag}: {code!a}: this checkpoint has {has}")
+def to_codes(flag: str, text: str | None, names: Names, labels: Names) -> Iterator[tuple[str, str]]:
+    """(code, value) of each part of a list like "cat0=3, eyes close=1", value "" where none is.
+
+    A name stands for the code that alone has it. Raises UserError for what is no code.
+    """
+    text, lower = text or "", [name.lower() for name in names.values()]
+    pairs = sorted(zip(lower, names, strict=True), key=lambda pair: -len(pair[0]))
+    for name, code in pairs:  # long ones first: they may have commas and shorter ones in them
+        if lower.count(name) == 1 and name not in labels:
+            text = re.sub(rf"(?i)(?<![^,])\s*{re.escape(name)}\s*(?![^,=])", code, text)
+    for part in filter(None, map(str.strip, text.split(","))):
+        code, _, value = part.partition("=")
+        if code not in labels or (flag == "--codes" and code != part):
+            has = ", ".join(labels.values()) or "none"
+            raise UserError(f"{flag}: {part!a}: this checkpoint has {has}")
+        yield code, value
 
 
 def read_names(model: Model, given: str | None) -> Names:
@@ -809,8 +887,8 @@ def read_names(model: Model, given: str | None) -> Names:
         if given or path.exists():
             names = {**names, **json.loads(path.read_text(encoding="utf-8-sig"))}
         for code, name in names.items():
-            is_code, fits = re.fullmatch("(cat|cont)[0-9]+", code), 0 < len(name) <= 40
-            if not (is_code and fits and name.isprintable()):
+            fits = 0 < len(name) <= 40 and name.isprintable()
+            if not (fits and re.fullmatch("(cat|cont)[0-9]+", code)):
                 raise ValueError(f"not {code!a}: {name!a}")
     except Exception as error:  # of any kind: the file is at fault
         must = 'must be a table like {"cont3": "tilt"}, each name in one line of up to 40 letters'
@@ -818,18 +896,18 @@ def read_names(model: Model, given: str | None) -> Names:
     return {code: name for code, name in names.items() if code in model.spec.names}
 
 
-def read_set(text: str, spec: CodeSpec) -> Held:
-    """The codes of "cat0=3,cont5=-0.8", with their values. Raises UserError."""
+def read_set(parts: Iterable[tuple[str, str]], spec: CodeSpec) -> Held:
+    """The codes of --set with their values. Raises UserError for one that does not fit."""
     held = {}
-    for part in map(str.strip, text.split(",")):
-        code, _, value = part.partition("=")
-        check_codes(spec, "--set", [code])
+    for code, value in parts:
         v = float(value) if re.fullmatch(r"[-+]?[0-9]*\.?[0-9]+", value) else math.nan
         fits, must = abs(v) <= 1000, "a number from -1000 to 1000"
         if code.startswith("cat"):
             fits, must = v in range(spec.cat_dim), f"a whole number from 0 to {spec.cat_dim - 1}"
+        elif abs(v) > 3:
+            print(f"--set {code}={value}: training has seen -1 to 1 only, pictures may fall apart")
         if code in held or not fits:
-            raise UserError(f"--set {part}: {code} must be given once, as {must}")
+            raise UserError(f"--set {code}={value}: {code} must be given once, as {must}")
         held[code] = v
     return held
 
@@ -847,11 +925,10 @@ def read_seeds(text: str, flag: str = "--seeds") -> list[int]:
 def read_start(text: str, spec: CodeSpec) -> tuple[list[str], Codes]:
     """The files and codes of a codes.csv by --read, or of some of its rows: "codes.csv:0,2-4"."""
     path, some = re.fullmatch(r"(.+?)(?::([\d,\s-]+))?", text, re.S).groups()
-    names = [*spec.names, *(f"z{i}" for i in range(spec.z_dim))]
     try:
         with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
             head, *rows = csv.reader(file)
-        if head != ["file", *names]:
+        if head != ["file", *code_columns(spec)]:
             raise ValueError("it has other columns")
         rows = [rows[i] for i in read_seeds(some, "--start")] if some else rows
         values = torch.tensor([[*map(float, row[1:])] for row in rows])
@@ -865,13 +942,45 @@ def read_start(text: str, spec: CodeSpec) -> tuple[list[str], Codes]:
     return [row[0] for row in rows], Codes(z, c_cat.long(), c_cont)
 
 
-def check_count(args: Namespace) -> None:
-    """Raises UserError for too few or too many faces."""
-    bounds = {"--walk": (2, 100), "--samples": (1, MOST_SAMPLES)}
-    least, most = bounds.get(args.mode, (1, 100))
-    if not least <= len(args.seeds) <= most:
-        what = "rows" if args.start else "seeds"
-        raise UserError(f"{args.mode}: needs {least} to {most:,} {what}, not {len(args.seeds):,}")
+def choose_faces(spec: CodeSpec, args: Namespace) -> tuple[list[int], list[str], Codes]:
+    """The seeds (or places from 0), the labels and the codes of the faces to begin with.
+
+    Raises UserError for too few or too many.
+    """
+    count, least, most = {  # of seeds, where none are given
+        "--samples": (args.samples, 1, MOST_SAMPLES),
+        "--read": (N_READ, 1, 100),
+        "--explorer": (N_TRIED, 1, 100),
+        "--walk": (args.rows, 2, 100),
+    }.get(args.mode, (args.rows, 1, 100))
+    labels, codes = read_start(args.start, spec) if args.start else ([], None)
+    first = 0 if codes else args.seed
+    seeds = [*range(first, first + (len(labels) or count))]
+    seeds = read_seeds(args.seeds) if args.seeds else seeds
+    if not least <= len(seeds) <= most:
+        raise UserError(f"{args.mode}: needs {least} to {most:,} faces, not {len(seeds):,}")
+    labels = labels or [f"seed {seed}" for seed in seeds]
+    return seeds, labels, hold(spec, codes or sample_seeds(spec, seeds, {}), args.set)
+
+
+def unusual(args: Namespace, usual_range: list[float]) -> str:
+    """What sheets of other faces or values than usual have in their names: "-seeds-3,17".
+
+    So that no call writes over the sheets of another that shows something else.
+    """
+    (low, high), stems = args.range, [Path(face).stem for face in args.faces]
+    texts = {
+        "seed": args.seed,
+        "seeds": args.seeds_given,
+        "start": args.start and ",".join(stems),
+        "set": ",".join(f"{code}={v:g}" for code, v in args.set.items()),
+        "range": [low, high] != usual_range and f"{low:g}-{high:g}",
+    }
+    text = "".join(f"-{flag}-{text}" for flag, text in texts.items() if text)
+    safe = re.sub(r"[^\w.,=+-]", "", text)
+    if args.start or len(safe) > 60:  # other pictures may have the same names
+        safe = f"{safe[:50]}-{short_hash([*args.base, torch.tensor(args.range)])}"
+    return safe
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
@@ -891,15 +1000,10 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
         raise UserError("--range: must be two different numbers from -1000 to 1000")
     if args.mode == "--walk" and args.out and not args.out.lower().endswith((".gif", ".webp")):
         raise UserError(f"--out {args.out}: must end with .gif or .webp")
-    if args.seeds and (given & {"--seed", "--rows"} or args.samples):
-        raise UserError("--seeds: leave out --seed, --rows and N of --samples")
-    counts = {"--samples": args.samples, "--read": N_READ, "--explorer": N_TRIED}
-    count, args.chosen = counts.get(args.mode, args.rows), bool(args.seeds or args.start)
-    if args.start and (given & {"--seed", "--seeds", "--rows"} or args.samples):
-        raise UserError("--start: leave out --seed, --seeds, --rows and N of --samples")
-    args.seeds = read_seeds(args.seeds) if args.seeds else [*range(args.seed, args.seed + count)]
-    if not args.start:
-        check_count(args)
+    for flag in sorted(given & {"--seeds", "--start"}):
+        if (given - {flag}) & {"--seed", "--seeds", "--start", "--rows"} or args.samples:
+            others = "--seed, --rows, N of --samples, and the other of --seeds and --start"
+            raise UserError(f"{flag}: chooses the faces, so leave out {others}")
     return args
 
 
@@ -908,22 +1012,18 @@ def show(args: Namespace) -> int:
     write, place, _ = MODES[args.mode]
     model = load_model(args.ckpt, infogan.pick_device(args.device))
     spec, path = model.spec, model.path
-    args.codes = [c.strip() for c in args.codes.split(",")] if args.codes else spec.names
-    check_codes(spec, "--codes", args.codes)
     args.names = read_names(model, args.names)
-    args.labels = {code: code for code in spec.names}  # of sheets
-    args.labels |= {code: f"{code} ({name})" for code, name in args.names.items()}
-    args.set = read_set(args.set, spec) if args.set else {}
-    args.faces = [f"seed {seed}" for seed in args.seeds]
-    if args.start:
-        args.faces, base = read_start(args.start, spec)
-        args.seeds = [*range(len(args.faces))]
-        check_count(args)
-    else:
-        base = sample_seeds(spec, args.seeds, {})
-    args.base = hold(spec, base, args.set)
+    said = {code: f"{code} ({name})" for code, name in args.names.items()}
+    args.labels = {code: said.get(code, code) for code in spec.names}  # of sheets
+    codes = to_codes("--codes", args.codes, args.names, args.labels)
+    args.codes = [code for code, _ in codes] or spec.names
+    args.set = read_set(to_codes("--set", args.set, args.names, args.labels), spec)
+    args.chosen, args.seeds_given = bool(args.seeds or args.start), args.seeds
+    args.seeds, args.faces, args.base = choose_faces(spec, args)
     reach = 3.0 if spec.n_cont > 5 else 1.5
-    args.range = args.range or (-reach, reach)
+    args.range = args.range or [-reach, reach]
+    args.unusual = unusual(args, [-reach, reach])
+    place = place.format(args.unusual)
     place = place if path.name == "last.pt" else f"{path.stem}-{place}"
     args.out = Path(args.out or path.parent / place)
     # a GPU draws in full precision and always with the same kernels: on one device a seed is

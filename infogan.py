@@ -185,6 +185,21 @@ class CodeSpec:
         variance = SIGMA_MIN**2 + (1 - SIGMA_MIN**2) * raw.sigmoid()
         return QOutput(logits.unflatten(1, (self.n_cat, self.cat_dim)), mu, variance.log())
 
+    def replace(self, codes: Codes, name: str, other: Codes) -> Codes:
+        """codes with one code ("cat0") or group ("z", "cat", "cont") taken from other."""
+        kind, number = re.fullmatch(r"(\D+)(\d*)", name).groups()
+        part = kind if kind == "z" else f"c_{kind}"
+        columns = [int(number)] if number else slice(None)
+        changed = getattr(codes, part).clone()
+        changed[:, columns] = getattr(other, part)[:, columns]
+        return codes._replace(**{part: changed})
+
+    def traverse(self, codes: Codes, name: str, values: Sequence[float]) -> Codes:
+        """Each of n codes len(values) times, one code or group set to every value in turn."""
+        rows = Codes(*(c.repeat_interleave(len(values), 0) for c in codes))
+        every = torch.tensor(values).repeat(len(codes.z))[:, None]
+        return self.replace(rows, name, Codes(*(every.to(c).expand_as(c) for c in rows)))
+
 
 # networks -----------------------------------------------------------------------------------------
 
@@ -1192,6 +1207,12 @@ def load_generator(path: str | Path | dict, device: str = "cpu") -> tuple[Genera
     """(G, spec) of a file or of load_checkpoint's dict: `x = G(spec.join(spec.sample(n, rng)))`."""
     G = load_net(path, "G_ema", device)
     return G, G.spec
+
+
+def load_encoder(path: str | Path | dict, device: str = "cpu") -> tuple[Callable, CodeSpec]:
+    """(Q, spec): Q reads codes from pictures in [-1, 1], see Discriminator.read."""
+    D = load_net(path, "D", device)
+    return D.read, D.spec
 
 
 def check_finite(step: int, metrics: dict[str, float]) -> None:

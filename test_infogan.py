@@ -871,8 +871,9 @@ def test_16_bits_of_a_small_range_are_seen(tmp_path, capsys, low, high, told):
 
 
 @mark.parametrize("levels, size, words", [
-    (range(14), 16, "14 levels of brightness from 0 to 13"), ([254], 16, "a standard deviation of 0."),
-    ([0, 255], 16, "2 levels"), (range(256), 32, "at most 16"), (range(256), 16, ""),
+    (range(14), 16, "14 levels of brightness from 0 to 13"), (range(256), 16, ""),
+    ([254], 16, "a standard deviation of 0."), ([0, 255], 16, "2 levels"),
+    (range(256), 32, "at most 16"),
 ])  # fmt: skip
 def test_a_set_that_looks_empty_is_told(tmp_path, capsys, levels, size, words):
     for i in range(4):

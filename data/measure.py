@@ -44,7 +44,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from generate import edge_map, effect, low_high, replace, tint
+from generate import edge_map, effect, low_high, tint
 from infogan import (
     Codes,
     CodeSpec,
@@ -52,8 +52,8 @@ from infogan import (
     QOutput,
     UserError,
     as_program,
+    load_encoder,
     load_generator,
-    load_net,
     mutual_information,
     pick_device,
     replacing,
@@ -80,7 +80,7 @@ def measure_effects(draw: Draw, spec: CodeSpec, n: int, rng: torch.Generator) ->
     x, rows = draw(codes), {}
     seen = {name: view(x) for name, view in VIEWS.items()}
     for part in [*(["z"] if spec.z_dim else []), *spec.kinds, *spec.names]:
-        y = draw(replace(codes, part, other))
+        y = draw(spec.replace(codes, part, other))
         name = f"all {part}" if part in spec.kinds else part
         rows[name] = {name: effect(seen[name], view(y)) for name, view in VIEWS.items()}
     return rows
@@ -298,7 +298,7 @@ def measure(args: argparse.Namespace) -> int:
     figures = {"flags": vars(args), "codes": rows, "mean MI": means}
     if files:
         channels, size = draw(spec.sample(1, chance())).shape[1:3]
-        read = read_codes(load_net(args.ckpt, "D", device).read, files, channels, size, device)
+        read = read_codes(load_encoder(args.ckpt, device)[0], files, channels, size, device)
         figures["faces"] = compare_factors(*read, factors, spec.names, chance())
         print_factors(figures["faces"])
     if path:
