@@ -101,7 +101,8 @@ def check_limits(values: dict, limits: dict) -> None:
         value, listed = values.get(name), isinstance(allowed, list)
         fits = type(value) is type(low) and (value in allowed if listed else low <= value <= high)
         if not fits:
-            must = f"one of {allowed}" if listed else f"{type(low).__name__}, {low} to {high}"
+            kind = "a whole number" if type(low) is int else "a number"
+            must = f"one of {allowed}" if listed else f"{kind} from {low} to {high}"
             raise UserError(f"--{name.replace('_', '-')} {value}: must be {must}")
 
 
@@ -1071,6 +1072,9 @@ def load_pictures(
     named = data in NAMED_SETS
     root = DATA / NAMED_SETS[data][1] if named else Path(data)
     root, form = root.resolve(), (size, channels or 3, crop)  # one set, however its path is written
+    if not named and not root.is_dir():
+        why = "is not a folder" if root.exists() else "no such folder"
+        raise UserError(f"{flag} {data}: {why}; {hint(root)}")
     files = [root] if named else find_pictures(root, exclude)
     stamp = sha256()  # changes with every name, size and time
     for file in files:

@@ -758,7 +758,7 @@ CLEAR = (0, 0, 0, 0)
     (Image.new("I;16", (16, 16), 128 * 257), "#808080"), (Image.new("L", (16, 16), 77), "#4d4d4d"),
 ])  # fmt: skip
 def test_every_mode_has_its_colours_on_white_and_cropped_at_the_centre(image, colour):
-    seen = infogan.to_square(image, 16, 3)
+    seen = infogan.to_square(image, 16, 3, "centre", infogan.DEEP)
     assert seen.size == (16, 16) and seen.getcolors() == [(256, ImageColor.getrgb(colour))]
 
 
@@ -781,7 +781,9 @@ def test_crop_top_keeps_the_upper_part_of_tall_pictures(tmp_path, out):
     assert top.x[-1].equal(centre.x[-1])
     turned = Image.open(folder / "0.png").rotate(180)
     turned.getexif()[0x0112] = 3  # upside down
-    assert infogan.to_square(turned, 16, 3, "top").tobytes() == top.x[0].numpy().tobytes()
+    assert infogan.to_square(turned, 16, 3, "top", infogan.DEEP).tobytes() == bytes(
+        top.x[0].flatten()
+    )
     train(folder, out, "--max-steps", 1, "--crop", "top")
     held = load_checkpoint(out)
     assert held["fingerprint"] == top.fingerprint != centre.fingerprint
