@@ -407,6 +407,19 @@ def identity_loss(x: Tensor) -> Tensor:
     return torch.stack(losses).mean()
 
 
+def kept_categories(logits: Tensor, logits_augmented: Tensor) -> Tensor:
+    """I(k; k') of the categories that Q reads from pictures and from augmented copies of them.
+
+    Of logits (n, n_cat, cat_dim), in nats, the sum over the codes (IIC, 1807.06653, Eq. 3): at most
+    n_cat log(cat_dim), where no category is lost by the augmentation and all come equally often.
+    """
+    p, q = logits.softmax(2), logits_augmented.softmax(2)
+    joint = (p[:, :, :, None] * q[:, :, None]).mean(0)  # (n_cat, cat_dim, cat_dim)
+    joint = ((joint + joint.mT) / 2).clamp(min=1e-6)
+    apart = joint.sum(1, keepdim=True) * joint.sum(2, keepdim=True)
+    return (joint * (joint / apart).log()).sum()
+
+
 def pair(codes: Codes) -> Codes:
     """The same codes, but each two neighbours share their categories."""
     return codes._replace(c_cat=codes.c_cat[::2].repeat_interleave(2, 0)[: len(codes.z)])
@@ -464,6 +477,18 @@ def averages_stay(D: Discriminator) -> Iterator[None]:
     finally:
         for norm in norms:
             norm.momentum = 0.1  # torch's default
+
+
+def judge_real(
+    D: Discriminator, x: Tensor, u: Tensor, args: Namespace
+) -> tuple[Tensor, Tensor | float]:
+    """D's logits of real pictures, and their kept_categories where --lam-real asks for them."""
+    with averages_stay(D):
+        h, kept = D.trunk(x), 0.0
+        if args.lam_real:  # what a category means must hold for real pictures too
+            augmented = D.trunk(augment(x.detach(), u, args.q_augment))
+            kept = kept_categories(D.q_output(h).q_logits, D.q_output(augmented).q_logits)
+        return D.d_logits(h), kept
 
 
 def d_and_q(
@@ -579,11 +604,11 @@ def train_step(state: State, args: Namespace, batch: Batch, kind: Variant | None
     with mixed:
         x_fake = G(spec.join(codes))  # drawn once, for both steps
         x = shift(x, shift_real, max_shift).detach().requires_grad_(with_r1)
-        with averages_stay(D):
-            d_real = D.d_logits(D.trunk(x))
+        d_real, kept = judge_real(D, x, augment_G, args)
         x_D = x_fake.detach()
         d_fake, q = d_and_q(D, shift(x_D, shift_D, max_shift), x_D, augment_D, args.q_augment)
     loss_D = loss = d_loss(d_real, d_fake)
+    loss = loss - args.lam_real * kept
     if to_trunk:  # -V - lambda L_I, which trains Q and the trunk
         loss = loss - lambda_L_I(spec, mutual_information(spec, q, codes), args)
     R1 = identity = torch.zeros((), device=x.device)
@@ -1821,7 +1846,7 @@ RECIPES = {  # what differs from the defaults in FLAGS
     r1=0.0, lam_identity=0.0, cap_cont=3.0),
 # the paper's lr_g; a z too small to choose the digit in place of c; a digit is its stroke
 "mnist": dict(upsample="transposed", cont_at=4, width=32, batch_size=64, lr_g=1e-3, z_dim=16,
-    r1=0.1, lam_identity=0.0, q_augment=1.0, shift=0.0),
+    r1=0.1, lam_identity=0.0, q_augment=1.0, lam_real=1.0, shift=0.0),
 }
 FLAGS = {  # by group: flag, default, limits or choices or kind, meaning
 "pictures": [
@@ -1856,6 +1881,8 @@ FLAGS = {  # by group: flag, default, limits or choices or kind, meaning
     ("--info-to", "trunk", ["trunk", "head"], "L_I trains Q with D's trunk, or its head alone"),
     ("--q-augment", 0.0, (0.0, 3.0), "how strongly pictures are moved, turned, blurred and relit"
      " before Q reads categorical codes; mnist 1"),
+    ("--lam-real", 0.0, (0.0, 1000.0), "how much a real picture must keep its category when it is"
+     " augmented, as strongly as --q-augment says; mnist 1"),
     ("--shift", AUTO, (0.0, 0.5), "D sees pictures shifted by up to this share of their width,"
      f" growing over {SHIFT_EPOCHS} epochs (default 0.125; below 64 pixels 0.0625)"),
     ("--r1", AUTO, (0.0, 1e3), "D's gradient penalty (default 0.3; below 64 pixels 0.01)"),

@@ -643,6 +643,26 @@ def test_every_codes_L_I_reaches_G_but_where_the_notebook_forgot_it(recipe, n_co
     assert reached == [True] * 2 + [not forgotten] * n_cont
 
 
+def test_real_pictures_keep_their_categories():
+    """All is kept where Q is sure of each picture and its copy, nothing where it knows nothing."""
+    sure = 100.0 * F.one_hot(torch.arange(20).view(10, 2) % 4, 4)
+    for logits, kept in ((sure, 2 * math.log(2)), (0 * sure, 0.0)):
+        assert infogan.kept_categories(logits, logits).item() == approx(kept, abs=1e-3)
+    forgotten = sure[torch.tensor([0, 1, 1, 0, 0, 1, 1, 0, 0, 1])]  # of half of the pictures
+    assert infogan.kept_categories(sure, forgotten).item() < 0.1
+
+
+def test_keeping_real_categories_trains_Q_on_real_pictures_alone():
+    """L_I left out, Q learns nothing but this: its head moves, and only with the weight."""
+    moved = []
+    for weight in ("0", "1"):
+        state, args = tiny_state("--lam-cat", "0", "--lam-cont", "0", "--lam-real", weight)
+        before = state.D.q_head[0].weight.detach().clone()
+        step_on(state, args)
+        moved.append(not state.D.q_head[0].weight.equal(before))
+    assert moved == [False, True]
+
+
 @mark.parametrize("known", [False, True])
 def test_the_identity_loss_moves_G_once_Q_reads_categories(known):
     """The less Q reads, the less it counts: before that G has nothing to tell identities by."""
@@ -1829,8 +1849,8 @@ DEFAULTS = [  # flags, and what args then are
              "width": 64, "lam_cat": 1.0, "lam_cont": 0.15, "cap_cont": 1.4, "lam_identity": 2.0,
              "q_augment": 0.0, "r1": 0.3, "r1_from": 0, "info_to": "trunk", "ema": 0.03,
              "flip": True}),
-    ("--data mnist", {"lr_g": 1e-3, "lr_d": 2e-4, "q_augment": 1.0, "width": 32, "z_dim": 16,
-                      "image_size": 32, "flip": False, "lam_identity": 0.0, "r1": 0.1,
+    ("--data mnist", {"lr_g": 1e-3, "lr_d": 2e-4, "q_augment": 1.0, "lam_real": 1.0, "width": 32,
+                      "z_dim": 16, "image_size": 32, "flip": False, "lam_identity": 0.0, "r1": 0.1,
                       "r1_from": 0, "upsample": "transposed", "shift": 0.0}),
     ("--data svhn", {"flip": False, "image_size": 32, "width": 64, "r1": 0.01, "r1_from": 75}),
     ("--data svhn --r1 0.1", {"r1": 0.1, "r1_from": 0}),
