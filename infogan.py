@@ -1330,12 +1330,11 @@ def locked(out: Path) -> Iterator[None]:
 
 
 def differences(args: Namespace, before: dict, names: Collection[str]) -> list[str]:
-    """ "--r1 0.3, not --r1 1.0" for each flag that is not as before."""
-    pairs = [(name, before.get(name), value) for name, value in vars(args).items() if name in names]
+    """ "--r1 0.3, not --r1 1.0" for each flag that is not as before, when it was there already."""
     return [
-        f"{as_typed(name, old)}, not {as_typed(name, new)}"
-        for name, old, new in pairs
-        if new not in (None, AUTO, old)
+        f"{as_typed(name, before[name])}, not {as_typed(name, new)}"
+        for name, new in vars(args).items()
+        if name in names and name in before and new not in (None, AUTO, before[name])
     ]
 
 
