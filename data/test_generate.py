@@ -707,7 +707,8 @@ def test_typical_pictures_are_near_to_others(monkeypatch):
 
 @pytest.mark.parametrize("name", ["animefaces-v1.pt", "animefaces-v3.pt"])
 def test_the_page_opens_on_the_most_typical_of_64_seeds_or_those_given(name, tmp_path, monkeypatch):
-    monkeypatch.setattr(generate, "N_MEASURED", 8)
+    for count in ("N_MEASURED", "N_MOVED", "AT_ONCE"):
+        monkeypatch.setattr(generate, count, 8)
     ckpt = HERE / "checkpoint" / name
     model, command = generate.load_model(str(ckpt), CPU), ["--ckpt", ckpt, "--explorer"]
     first = page_of([*command, "--device", "cpu"], tmp_path / "a")
