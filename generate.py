@@ -46,7 +46,7 @@ MEASURING_SEED = 0  # whatever --seed is: a table belongs to a checkpoint
 AT_ONCE, N_READ = 32, 4  # pictures in each pass of a network; poses of each one of --read
 FIT_ROUNDS, FIT_STEPS, FIT_RATE = 3, 100, 0.1  # of find_codes: more steps change nothing
 N_FOLLOWED = 4  # categories of one code that find_codes follows to the end
-N_REAL, MOST_SAMPLES = 1000, 10**6  # pictures that --versus compares, that --samples writes
+MOST_SAMPLES = 10**6  # that --samples writes
 N_TRIED, N_FACES, N_NEAR = 64, 10, 5  # seeds for the page: tried, shown (and characters); typical()
 PAGE = Path(__file__).parent / "data/explorer.html"
 FONTS = ["DejaVuSans", "NotoSansCJK-Regular", "DroidSansFallbackFull", "arial", "msyh", "malgun"]
@@ -493,7 +493,7 @@ def versus(model: Model, args: Namespace) -> str:
     rng = torch.Generator().manual_seed(args.seed)
     if args.data:
         real = load_pictures(args.data, *model.shape).x
-        real = to_floats(real[torch.randperm(len(real), generator=rng)[:N_REAL]])
+        real = to_floats(real[torch.randperm(len(real), generator=rng)[: infogan.N_COMPARED]])
     first = sample_seeds(spec, range(args.seed, args.seed + N_FACES), args.set)
     of_other = f"{other.path.parent.name}-{other.path.stem}"
     for run, table in ((model, "table.csv"), (other, f"table-{of_other}.csv")):

@@ -1356,7 +1356,8 @@ def refuse(args: Namespace, changes: list[str]) -> None:
 def find_checkpoint(args: Namespace) -> dict | None:
     """last.pt of the run in args.out, else its newest that can be read; None in a new folder."""
     out = Path(args.out)
-    paths = [*out.glob("last.pt"), *sorted(out.glob("epoch_*.pt"), reverse=True)]
+    kept = sorted(out.glob("epoch_*.pt"), key=lambda path: (len(path.name), path.name))
+    paths = [*out.glob("last.pt"), *reversed(kept)]
     for path in paths:
         try:
             ckpt = load_checkpoint(path)

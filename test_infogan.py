@@ -1378,6 +1378,15 @@ def test_a_folder_with_logs_or_a_lone_checkpoint_becomes_a_run(faces, trained, t
         assert f"{name}, step 18" in capsys.readouterr().out and step_of(lone) == 19
 
 
+def test_a_run_without_last_pt_goes_on_from_its_newest_epoch(faces, trained, out, capsys):
+    """By its number: 10000 comes after 9999."""
+    out.mkdir()
+    for epoch, name in ((2, "epoch_10000.pt"), (1, "epoch_9999.pt")):
+        shutil.copy(trained / f"epoch_000{epoch}.pt", out / name)
+    train(faces, out, "--max-steps", 37)
+    assert "epoch_10000.pt, step 36" in capsys.readouterr().out
+
+
 @mark.parametrize("name, words", [
     ("a.png", "a.png"), ("samples/real.png", "samples"), ("log.csv", "log.csv"),
     ("best.pt", "best.pt"), ("last.pt", "none of its checkpoints"),
