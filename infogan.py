@@ -56,7 +56,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
-from difflib import get_close_matches
 from fnmatch import fnmatch
 from functools import lru_cache, partial
 from hashlib import sha256
@@ -64,9 +63,6 @@ from importlib import import_module
 from itertools import chain, cycle, pairwise, product, zip_longest
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
-
-if __name__ == "__main__":  # Ctrl-C while torch is loading: no traceback
-    sys.excepthook = lambda kind, *e: kind is KeyboardInterrupt or sys.__excepthook__(kind, *e)
 
 import torch
 import torch.nn.functional as F
@@ -831,7 +827,7 @@ FORMATS = ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "JPEG2000", "PPM", "ICO"
 FORMATS += ["QOI", "TGA", "AVIF"]  # not all that Pillow knows: for EPS it starts a program
 MAX_PIXELS = 2**30 // 12  # of one file, Pillow's own limit: decoding takes up to 16 bytes for each
 DECODE_THREADS = 8  # what is larger than their share of MAX_PIXELS is decoded alone
-DECODER_VERSION = 6  # counts up whenever decode changes its result
+DECODER_VERSION = 7  # counts up whenever decode changes its result
 CROPS = {"centre": 0.5, "top": 0.0}  # how much of what a tall picture loses lies above the square
 HIDDEN = r"(?is)\..*|@eadir|[@#$]recycle(\.bin)?|recycler|#snapshot|__macosx|lost\+found|lost\.dir"
 HIDDEN += r"|found\.000|system volume information|desktop\.ini|thumbs(\.db)?"  # of systems too
@@ -914,18 +910,13 @@ def open_named_set(name: str, flag: str) -> Collection[tuple]:
         raise UserError(f"{flag} {name}: {why}") from error
 
 
-DEEP = 0, 65535  # black and white of 16-bit pictures
-
-
-def to_square(image: Image.Image, size: int, channels: int, crop: str, deep: tuple) -> Image.Image:
+def to_square(image: Image.Image, size: int, channels: int, crop: str) -> Image.Image:
     """Any picture as (size, size) in 1 or 3 channels: upright, on white, cropped, scaled."""
     ImageOps.exif_transpose(image, in_place=True)
     if image.mode == "F":
         raise NotImplementedError("floats have no known white")
     if image.mode.startswith("I"):  # 16 bit, which convert() would clip instead of scale
-        scale = 255 / (deep[1] - deep[0])
-        offset = 1e-6 - deep[0] * scale  # convert() rounds down
-        image = image.convert("I").point(lambda v: v * scale + offset).convert("L")
+        image = image.convert("I").point(lambda v: v / 257 + 1e-6).convert("L")  # it rounds down
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -939,17 +930,11 @@ class Decoded(NamedTuple):
     hash: str = ""  # of the file's bytes
     pixels: bytes = b""  # (size, size, channels)
     whole: tuple = ()  # the size of the file's picture
-    deep: tuple = ()  # its least and its greatest value, where it has 16 bits
     error: Exception | None = None
 
 
 def read_picture(
-    item: Path | Image.Image,
-    size: int,
-    channels: int,
-    crop: str = "centre",
-    deep: tuple = DEEP,
-    most: int = MAX_PIXELS,
+    item: Path | Image.Image, size: int, channels: int, crop: str = "centre", most: int = MAX_PIXELS
 ) -> Decoded:
     """Decodes a file of up to `most` pixels, or a picture."""
     try:
@@ -966,65 +951,55 @@ def read_picture(
         image.draft(None, (2 * size, 2 * size))  # a JPEG is decoded at 1/2, 1/4 or 1/8
         if math.prod(whole if "progressive" in image.info else image.size) > most:
             raise Image.DecompressionBombError
-        found = image.getextrema() if image.mode.startswith("I") else ()
-        pixels = to_square(image, size, channels, crop, deep).tobytes()
-        return Decoded(sha256(raw).hexdigest(), pixels, whole, found)
+        pixels = to_square(image, size, channels, crop).tobytes()
+        return Decoded(sha256(raw).hexdigest(), pixels, whole)
     except Exception as error:  # decoders raise anything
         return Decoded(error=error)
 
 
-def remarks(x: Tensor, sizes: list[tuple], crop: str, deep: tuple) -> str:
+def remarks(x: Tensor, sizes: list[tuple], crop: str) -> str:
     """Lines on bytes x (n, size, size, channels) that a user should see before a long training.
 
-    sizes: of their files' pictures; deep: black and white of 16-bit pictures.
+    sizes: of their files' pictures.
     """
     n, size, text = *x.shape[:2], ""
-    cut = [sides for sides in sizes if 3 * min(sides) <= 2 * max(sides)]
-    if crop == "centre" and len(cut) > n / 10:
-        text += f"\n{len(cut):,} of them lose a third of their area or more: their middle is taken;"
+    cut = sum(3 * min(sides) <= 2 * max(sides) for sides in sizes)
+    if crop == "centre" and cut > n / 10:
+        text += f"\n{cut:,} of them lose a third of their area or more: their middle is taken;"
         text += " infogan.py --crop top takes the upper part of tall ones"
-    if deep != DEEP:
-        text += f"\n16 bits: {deep[0]} is black and {deep[1]} is white, the range that they have"
     if (side := max(map(min, sizes))) < size:
         text += f"\nall are smaller than {size}x{size}, at most {side}: they are enlarged,"
         text += " which takes time and shows no more; give a smaller --image-size"
-    apart = size // 32 or 1  # a part of the pixels shows it
-    some = x[:: n // 200 + 1, ::apart, ::apart].flatten(1)
-    levels, spread = some.unique(), some.float().std(1).median()
-    if len(levels) <= 8 or levels[-1] - levels[0] < 32 or spread < 2:
-        text += f"\nthey look empty: {len(levels)} levels of brightness from {levels[0]} to "
-        text += f"{levels[-1]} (of 255), a standard deviation of {spread:.1f} in half of them; "
-        text += "are they masks, or white drawings on nothing? --exclude leaves files out"
+    some = x[:: n // 200 + 1].flatten(1)
+    levels, spread = len(some.unique()), some.float().std(1).median()
+    if levels < 16 or spread < 2:
+        text += f"\nthey look empty: {levels} levels of brightness, a standard deviation of "
+        text += f"{spread:.1f} (of 255); are they masks, white on nothing, or 12 bits kept in 16?"
     return text
 
 
-def decode(flag: str, root: Path, items: dict, form: tuple, deep: tuple = DEEP) -> dict:
+def decode(flag: str, root: Path, items: dict, form: tuple) -> dict:
     """Decodes paths or pictures, by their names: the values of Pictures.
 
-    flag, with its value, names the set, which is in root. form: size, channels, crop. deep: the
-    black and the white of 16-bit pictures; those of a small range are decoded again.
+    flag, with its value, names the set, which is in root. form: size, channels, crop.
     """
     kept, names, unreadable, raw = {}, [], [], bytearray()  # kept: by hash, without their pixels
     Image.init()  # loads Pillow's formats, which threads must not do at the same time
     with warnings.catch_warnings(), ThreadPoolExecutor(DECODE_THREADS) as pool:
         warnings.simplefilter("ignore")  # Pillow's, about files that it can read all the same
         most = MAX_PIXELS // DECODE_THREADS
-        read = pool.map(lambda item: read_picture(item, *form, deep, most), items.values())
+        read = pool.map(lambda item: read_picture(item, *form, most), items.values())
         hidden = None if sys.stderr else True  # None: where it is no terminal
         read = tqdm(read, "pictures", len(items), leave=False, disable=hidden)
         for (name, item), picture in zip(items.items(), read, strict=True):
             if isinstance(picture.error, Image.DecompressionBombError):  # too large for eight
-                picture = read_picture(item, *form, deep)
+                picture = read_picture(item, *form)
             if picture.error:
                 unreadable.append(f"{name} ({type(picture.error).__name__})")
             elif picture.hash not in kept:
                 kept[picture.hash] = picture._replace(pixels=b"")
                 names.append(str(name))
                 raw += picture.pixels
-    found = {value for picture in kept.values() for value in picture.deep}
-    low, high = min(found, default=0), max(found, default=0)
-    if deep == DEEP and 0 < high - low < DEEP[1] / 2:
-        return decode(flag, root, items, form, (low, high))
     n, hashes, summary = len(kept), [*kept], ""
     if copies := len(items) - len(unreadable) - n:
         summary += f", exact copies dropped: {copies:,}"
@@ -1039,7 +1014,7 @@ def decode(flag: str, root: Path, items: dict, form: tuple, deep: tuple = DEEP) 
         "fingerprint": sha256("".join([crop, *sorted(hashes)]).encode()).hexdigest()[:16],
         "names": names,
         "order": torch.tensor(sorted(range(n), key=hashes.__getitem__)),
-        "summary": summary + remarks(x, [p.whole for p in kept.values()], crop, deep),
+        "summary": summary + remarks(x, [p.whole for p in kept.values()], crop),
     }
 
 
@@ -1501,6 +1476,7 @@ class Log:
     def draw(self) -> None:
         """curves.png: losses, D's mean probabilities, and each code's L_I below its ceiling."""
         rows = [row for row in self.rows if all(map(math.isfinite, row))]
+        rows = rows[:: 1 + len(rows) // 1000]  # the page has no pixels for more
         if len(rows) < 2:
             return
         panels = [("losses of D (blue) and G (red)", ["loss_D", "loss_G"], 0.0)]
@@ -1510,13 +1486,10 @@ class Log:
             top = self.spec.ceilings[place][0]
             panels.append((f"L_I of {kind}, nats, at most {top:.2f}", self.spec.names[place], top))
         page = Image.new("RGB", (640, 200 * len(panels)), "white")
-        shown = rows[:: -(-len(rows) // 1000)]  # more than the page has pixels for
-        values = dict(zip(self.columns, zip(*shown, strict=True), strict=True))
+        values = dict(zip(self.columns, zip(*rows, strict=True), strict=True))
         for i, (title, names, top) in enumerate(panels):
             lines = [values[name] for name in names]
-            legend = names if i > 2 and len(names) <= 6 else []  # the other titles say it
-            panel = draw_panel(title, values["epoch"], lines, top, legend)
-            page.paste(panel, (0, 200 * i))
+            page.paste(draw_panel(title, values["epoch"], lines, top), (0, 200 * i))
         save_picture(self.out / "curves.png", page)
 
     def close(self) -> None:
@@ -1527,34 +1500,29 @@ class Log:
 
 
 def draw_panel(
-    title: str,
-    x: Sequence[float],
-    lines: list[Sequence[float]],
-    top: float,
-    legend: Sequence[str] = (),
+    title: str, epochs: Sequence[float], lines: list[Sequence[float]], top: float
 ) -> Image.Image:
     """A chart of 640x200 that shows zero, `top` and all but the most extreme 2% of the values."""
-    colours = ("#1f77b4", "#d62728", "#2ca02c", "#ff7f0e", "#9467bd", "#8c564b", "#e377c2")
+    colours = cycle(("#1f77b4", "#d62728", "#2ca02c", "#ff7f0e", "#9467bd", "#8c564b", "#e377c2"))
     values, panel = sorted(chain(*lines)), Image.new("RGB", (640, 200), "white")
-    extreme, width = len(values) // 50, (x[-1] - x[0]) or 1
-    low, high = min(0.0, values[extreme]), max(top, values[-1 - extreme])
-    pen, font, height = ImageDraw.Draw(panel), ImageFont.load_default(13), (high - low) or 1
+    low, high = (values[i] for i in (len(values) // 50, -1 - len(values) // 50))
+    low, high, first = min(0.0, low), max(top, high), epochs[0]
+    pen, font = ImageDraw.Draw(panel), ImageFont.load_default(13)
 
-    def at(u: float, v: float) -> tuple[float, float]:
-        return 50 + 570 * (u - x[0]) / width, 175 - 145 * (min(max(v, low), high) - low) / height
+    def at(epoch: float, v: float) -> tuple[float, float]:
+        x, y = (epoch - first) / (epochs[-1] - first), (min(max(v, low), high) - low) / (high - low)
+        return 50 + 570 * x, 175 - 145 * y
 
-    for v in {0.0, high, low if low < -0.08 * high else 0.0}:  # labels that do not overlap
-        pen.line([at(x[0], v), at(x[-1], v)], "#dddddd")
-        pen.text((44, at(x[0], v)[1]), f"{v:.2f}", "black", font, anchor="rm")
-    for line, colour in zip(lines, cycle(colours), strict=False):
-        pen.line([*map(at, x, line)], colour, 2)
     pen.text((50, 8), title, "black", font)
-    for i, (name, colour) in enumerate(zip(legend, colours, strict=False)):
-        pen.text((625 - 50 * (len(legend) - i), 8), name, colour, font)
-    for u in (x[0] + width * k / 4 for k in range(5)):
-        pen.line([at(u, low), (at(u, low)[0], 179)], "#999999")
-        text = f"{u:.3g}" if u > x[0] else f"epoch {u:.3g}"
-        pen.text((at(u, low)[0], 180), text, "black", font, anchor="ma")
+    for v in (0.0, high):
+        pen.line([at(first, v), at(epochs[-1], v)], "#dddddd")
+        pen.text((44, at(first, v)[1]), f"{v:.2f}", "black", font, anchor="rm")
+    for line, colour in zip(lines, colours, strict=False):
+        pen.line([*map(at, epochs, line)], colour, 2)
+    for k in range(5):
+        epoch = first + (epochs[-1] - first) * k / 4
+        text = f"{epoch:.3g}" if k else f"epoch {epoch:.3g}"
+        pen.text((at(epoch, low)[0], 180), text, "black", font, anchor="ma")
     return panel
 
 
@@ -1585,7 +1553,6 @@ class Every:
 LOG_EVERY = R1_EVERY  # steps between two rows of log.csv, each with one R1; no wait between them
 SAVE_SECONDS = 60.0  # between two saves of last.pt
 SHOW_SECONDS = 30.0  # between two grids, two kept checkpoints, two lines of progress in a file
-FILM_SECONDS = 240.0  # between two films, which take seconds
 EARLY = (1, 2, 5, 10, 20, 50)  # epochs with a grid, however soon they come
 N_COMPARED = 1000  # real and drawn pictures each that tell_apart gets
 MOST_FAILED_SAVES = 5  # one after the other
@@ -1617,8 +1584,7 @@ class Recorder:
         self.told_apart = log.rows[-1][-1] if log.rows else 1.0
         self.in_terminal = bool(sys.stderr) and sys.stderr.isatty()
         self.shown = Every(0.5 if self.in_terminal else SHOW_SECONDS)
-        self.saved, self.filmed = Every(SAVE_SECONDS), Every(FILM_SECONDS)
-        self.renewed, self.compared = Every(SHOW_SECONDS), Every(SHOW_SECONDS)
+        self.saved, self.compared = Every(SAVE_SECONDS), Every(SHOW_SECONDS)
         self.drawn, self.kept = (
             Every(SHOW_SECONDS, epochs) if given is AUTO else Every(0, given)
             for given, epochs in ((args.sample_every, 5), (args.save_every, 25))
@@ -1648,10 +1614,6 @@ class Recorder:
         if self.drawn.is_due(state) or is_early:
             self.save_grid(f"epoch_{epoch:04d}")
             self.log.attempt("curves.png", self.log.draw)
-            if self.filmed.is_due(state):
-                self.log.attempt("training.gif", save_animation, self.log.out)
-        if self.renewed.is_due(state):
-            self.save_grid("last")
         if finished:  # before last.pt: a start that finds the run finished draws nothing
             self.finish()
         keeps = self.kept.is_due(state)
@@ -1696,10 +1658,6 @@ class Recorder:
         grid = to_image(make_grid(self.draw(self.latents) if x is None else x))
         path = self.log.out / f"samples/{name}.png"
         grid = ImageOps.scale(grid, max(1, -(-512 // grid.width)), Image.Resampling.NEAREST)
-        if name == "last":
-            grid = ImageOps.expand(grid.convert("RGB"), (0, 28, 0, 0), "white")
-            text = f"epoch {self.state.epochs:.1f}, {self.state.minutes:.1f} minutes"
-            ImageDraw.Draw(grid).text((6, 4), text, "black", ImageFont.load_default(16))
         self.log.attempt("samples", save_picture, path, grid)
 
     def save(self, keeps: bool, stops: bool) -> None:
@@ -1718,6 +1676,8 @@ class Recorder:
             if stops or self.failed_saves > MOST_FAILED_SAVES:
                 raise
             print(f"{path}: {error.strerror}; training goes on and tries again", file=sys.stderr)
+        if not stops:
+            self.save_grid("last")
 
     def finish(self) -> None:
         """The last grid, training.gif, log.csv and curves.png."""
@@ -1986,13 +1946,6 @@ class Parser(ArgumentParser):
 
     def given(self, argv: list[str] | None) -> dict:
         """Only the flags that argv has, by their names in args. Raises UserError for others."""
-        argv = sys.argv[1:] if argv is None else argv
-        known = [f"--{name.replace('_', '-')}" for name in [*self.defaults, "help"]]
-        for word in argv:
-            flag = word.partition("=")[0].replace("--no-", "--")
-            if flag.startswith("--") and flag not in known:
-                for near in get_close_matches(flag, known, 1, 0.8):
-                    raise UserError(f"{flag}: did you mean {near}?")
         return vars(self.parse_args(argv))
 
     def error(self, message: str) -> None:

