@@ -17,6 +17,7 @@ The same command given again resumes the run.
 What the default adds to the paper; `--recipe notebook` leaves it out:
     --shift         D sees shifted pictures, so it does not remember the set (2006.10738)
     --lam-identity  pictures of the same categories have the same colours in the same places
+    --lam-local     one code changes one part of the picture (after 2104.05622)
     --cap-cont      G is not rewarded for codes that Q already reads well
     --r1            a penalty on D's gradient, so it does not win (1801.04406)
     --ema           what is shown and saved is an average of G's weights (2312.02696)
@@ -416,9 +417,39 @@ def kept_categories(logits: Tensor, logits_augmented: Tensor) -> Tensor:
     return (joint * (joint / apart).log()).sum()
 
 
+def local_loss(x: Tensor, y: Tensor) -> Tensor:
+    """How large a part of a picture one code changes, from pictures before and after its change.
+
+    (n, channels, h, w) each, in 16x16 cells. With |d| a cell's change: E[|d|]^2 / E[d^2], the mean
+    over the pictures: 1 where all cells change alike, 1/256 where one does (after the spatial
+    constriction of 2104.05622).
+    """
+    square = F.avg_pool2d(x - y, x.shape[3] // 16).square().sum(1).flatten(1) + 1e-8
+    return (square.sqrt().mean(1).square() / square.mean(1)).mean()
+
+
 def pair(codes: Codes) -> Codes:
     """The same codes, but each two neighbours share their categories."""
     return codes._replace(c_cat=codes.c_cat[::2].repeat_interleave(2, 0)[: len(codes.z)])
+
+
+def vary(codes: Codes, rng: torch.Generator) -> Codes:
+    """The same codes, but the last quarter are those of the first with one code of each changed."""
+    n_cat, rest = codes.c_cat.shape[1], len(codes.z) - len(codes.z) // 4
+    z, c = codes.z.clone(), torch.cat([codes.c_cat, codes.c_cont], 1)
+    z[rest:] = z[: len(z) - rest]
+    changed = torch.randint(max(1, c.shape[1]), (len(c) - rest, 1), generator=rng)
+    changed = changed == torch.arange(c.shape[1])
+    c[rest:] = torch.where(changed, c[rest:], c[: len(c) - rest])
+    return Codes(z, c[:, :n_cat].long(), c[:, n_cat:])
+
+
+def losses_of_codes(spec: CodeSpec, x: Tensor, args: Namespace) -> tuple[Tensor, Tensor]:
+    """identity_loss and local_loss of x, drawn from codes of pair and vary; 0 without weights."""
+    n = len(x) // 4 if args.lam_local and spec.names else 0
+    paired, zero = x[: len(x) - n], torch.zeros((), device=x.device)
+    identity = identity_loss(paired) if args.lam_identity and spec.n_cat else zero
+    return identity, local_loss(x[:n], x[len(x) - n :]) if n else zero
 
 
 R1_EVERY = 16  # steps, with R1 times 16: the same for less time (1912.04958, appendix B)
@@ -580,7 +611,7 @@ class Variant(NamedTuple):
 
 # a new loss: its function under "objective", two lines in train_step (loss; values, in the same
 # place as its name here), and for its weight a row in FLAGS
-METRICS = ("loss_D", "loss_G", "D_real", "D_fake", "R1", "identity")  # and each code's L_I
+METRICS = ("loss_D", "loss_G", "D_real", "D_fake", "R1", "identity", "local")  # and each code's L_I
 
 
 def train_step(state: State, args: Namespace, batch: Batch, kind: Variant | None = None) -> Metrics:
@@ -607,7 +638,7 @@ def train_step(state: State, args: Namespace, batch: Batch, kind: Variant | None
     loss = loss - args.lam_real * kept
     if to_trunk:  # -V - lambda L_I, which trains Q and the trunk
         loss = loss - lambda_L_I(spec, mutual_information(spec, q, codes), args)
-    R1 = identity = torch.zeros((), device=x.device)
+    R1 = torch.zeros((), device=x.device)
     if with_r1:
         R1 = r1_penalty(d_real, x)
         loss = loss + R1_EVERY * args.r1 * R1
@@ -622,15 +653,16 @@ def train_step(state: State, args: Namespace, batch: Batch, kind: Variant | None
     L_I = mutual_information(spec, q, codes)
     # here L_I reaches G (Eq. 6); a continuous code that Q reads well need not grow further
     loss = loss_G - lambda_L_I(spec, L_I, args, args.cap_cont)
-    if args.lam_identity and spec.n_cat:  # once Q reads c: at first G has only z to vary x with
-        q_knows = L_I[: spec.n_cat].detach().mean() / math.log(spec.cat_dim)
-        identity = identity_loss(x_fake)
-        loss = loss + args.lam_identity * q_knows.clamp(0, 1) ** 4 * identity
+    identity, local = losses_of_codes(spec, x_fake, args)
+    if spec.names:  # once Q reads c: at first G has only z to vary x with
+        q_knows = L_I[: spec.n_cat or None].detach().mean() / spec.ceilings[0]
+        change = args.lam_identity * identity + args.lam_local * local
+        loss = loss + q_knows.clamp(0, 1) ** 4 * change
     descend(state.opt_G, loss)
     update_ema(state.G_ema, G, beta)
 
     values = [loss_D, loss_G, d_real.sigmoid().mean(), d_fake.sigmoid().mean()]
-    values += [R1_EVERY * R1, identity, *L_I]  # R1 comes once in R1_EVERY steps
+    values += [R1_EVERY * R1, identity, local, *L_I]  # R1 comes once in R1_EVERY steps
     return {k: v.detach() for k, v in zip([*METRICS, *spec.names], values, strict=True)}
 
 
@@ -1125,6 +1157,7 @@ def next_batch(state: State, args: Namespace, pictures: Pictures) -> Batch:
     real = make_batch(x.index_select(0, rows), args.flip, state.rng, device)
     codes = state.spec.sample(n, state.rng)
     codes = pair(codes) if args.lam_identity else codes
+    codes = vary(codes, state.rng) if args.lam_local else codes
     codes = Codes(*(to_device(c, device) for c in codes))
     u = to_device(torch.rand(n, N_U, generator=state.rng), device)
     numbers = float(max_shift_at(state, args)), beta_at(state, args)
@@ -1803,10 +1836,10 @@ AUTO = "auto"  # a default that follows from other flags, the pictures or the de
 RECIPES = {  # what differs from the defaults in FLAGS
 "default": {},
 "notebook": dict(upsample="transposed", cont_at=4, info_to="head", flip=False, shift=0.0, ema=0.0,
-    r1=0.0, lam_identity=0.0, cap_cont=3.0),
+    r1=0.0, lam_identity=0.0, lam_local=0.0, cap_cont=3.0),
 # the paper's lr_g; a z too small to choose the digit in place of c; a digit is its stroke
 "mnist": dict(upsample="transposed", cont_at=4, width=32, batch_size=64, lr_g=1e-3, z_dim=16,
-    r1=0.1, lam_identity=0.0, q_augment=1.0, lam_real=1.0, shift=0.0),
+    r1=0.1, lam_identity=0.0, lam_local=0.0, q_augment=1.0, lam_real=1.0, shift=0.0),
 }
 FLAGS = {  # by group: flag, default, limits or choices or kind, meaning
 "pictures": [
@@ -1838,6 +1871,8 @@ FLAGS = {  # by group: flag, default, limits or choices or kind, meaning
      " (default 1.4; with up to 5 codes 3, more than a code can reach)"),
     ("--lam-identity", 2.0, (0.0, 1000.0), "of the identity loss: pictures of the same categories"
      " must have the same colours in the same places"),
+    ("--lam-local", 1.0, (0.0, 1000.0), "of the local loss: one code changes one part of the"
+     " picture"),
     ("--info-to", "trunk", ["trunk", "head"], "L_I trains Q with D's trunk, or its head alone"),
     ("--q-augment", 0.0, (0.0, 3.0), "how strongly pictures are moved, turned, blurred and relit"
      " before Q reads categorical codes; mnist 1"),

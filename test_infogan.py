@@ -531,6 +531,26 @@ def test_pairs_share_their_categories_and_nothing_else():
         assert c_cat.equal(codes.c_cat[[i - i % 2 for i in range(n)]])
 
 
+def test_local_loss_is_the_share_of_the_picture_that_changes():
+    x = torch.zeros(3, 3, 32, 32)
+    for share, place in ((1, (0, 0)), (1 / 4, (16, 16)), (1 / 256, (30, 30))):
+        y = x.clone()
+        y[:, :, place[0] :, place[1] :] = torch.tensor([0.5, 1.0, 2.0]).view(3, 1, 1, 1)
+        assert infogan.local_loss(x, y).item() == approx(share, rel=0.1), "however strong"
+
+
+def test_the_last_quarter_has_one_code_changed():
+    for n in (3, 400):
+        codes = CodeSpec(2, 50, 3, 4).sample(n, seeded())
+        varied = infogan.vary(codes, seeded(1))
+        old, new = (torch.cat([c.c_cat, c.c_cont], 1) for c in (codes, varied))
+        first, last = slice(n // 4), slice(n - n // 4, None)
+        assert varied.z[last].equal(codes.z[first]) and new[: n - n // 4].equal(old[: n - n // 4])
+        changed = new[last] != old[first]
+        assert (changed.sum(1) <= 1).all() and new[last][changed].equal(old[last][changed])
+        assert changed.sum(0).div(n).allclose(torch.tensor(0.05), atol=0.02) or n == 3
+
+
 def test_augmentation_moves_and_relights_each_picture_in_its_own_way():
     x = torch.full((64, 1, 32, 32), -1.0)
     x[:, :, 12:20, 12:20] = 0.5
@@ -663,12 +683,13 @@ def test_keeping_real_categories_trains_Q_on_real_pictures_alone():
     assert moved == [False, True]
 
 
+@mark.parametrize("flag", ["--lam-identity", "--lam-local"])
 @mark.parametrize("known", [False, True])
-def test_the_identity_loss_moves_G_once_Q_reads_categories(known):
-    """The less Q reads, the less it counts: before that G has nothing to tell identities by."""
+def test_losses_of_what_changes_move_G_once_Q_reads_categories(known, flag):
+    """The less Q reads, the less they count: before that G has nothing to tell identities by."""
     ends = []
     for lam in "05":
-        state, args = tiny_state("--lam-identity", lam)
+        state, args = tiny_state(flag, lam)
         if known:  # Q that is sure of what G was told
             c_cat, real = tiny_batch(state, args).codes.c_cat, state.D.q_output
             sure = F.one_hot(c_cat, 3).float() * 50
