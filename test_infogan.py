@@ -89,6 +89,12 @@ def train(faces: Path, out: Path, *more: object, code: int = 0) -> None:
     assert ended == code
 
 
+@fixture
+def run_to(faces, out):
+    """Trains up to this step in the test's folder, where a later call goes on."""
+    return lambda step, *more, **how: train(faces, out, "--max-steps", step, *more, **how)
+
+
 def before_steps(do, patch=setattr) -> None:
     """do(how many steps were taken) comes before each."""
     real_step = infogan.train_step
@@ -214,6 +220,11 @@ def unchanged(whole: Path, other: Path) -> None:
 
 def step_of(out: Path) -> int:
     return load_checkpoint(out)["step"]
+
+
+def table(text: str) -> list[list[str]]:
+    """Its rows, a line each, with | between the columns."""
+    return [line.strip().split(" | ") for line in text.strip().splitlines()]
 
 
 def files_in(folder: Path) -> dict[Path, bytes]:
@@ -424,8 +435,7 @@ def test_G_and_D_fit_pictures_of_every_size_and_any_codes(size, sizes, channels)
     d, q = D(x)
     assert d.shape == (2,) and q.q_logits.shape == (2, *sizes[:2]) and q.q_mu.shape == (2, sizes[2])
     convs = [m for m in G.modules() if isinstance(m, torch.nn.Conv2d)]
-    n_doubled = sum(isinstance(m, infogan.UpsampleConv2d) for m in convs)
-    assert 4 * 2**n_doubled == size and len(convs) - n_doubled == (size >= 64)
+    assert len(convs) == math.log2(size) - 2 + (size >= 64)
     assert [m for m in convs if m.bias is not None] == convs[-1:]
     assert (G.maps is not None) == (sizes == (2, 5, 3)), "else the first layer takes all codes"
 
@@ -451,15 +461,6 @@ def test_continuous_codes_enter_at_the_8x8_layer_and_move_no_channels_mean(size)
     assert ((h - without).flatten(1).std(1) > 0.01).all(), "each code changes the layer"
     assert (h - without).mean((2, 3)).abs().max() < 1e-6
     assert (turned - without).allclose(-2 * (h - without), atol=1e-5)
-
-
-def test_a_checkpoint_from_before_the_choice_has_its_codes_at_the_first_layer(tmp_path):
-    state, args = tiny_state("--cont-at", "4")
-    torch.save(infogan.gather_checkpoint(state, args, ""), tmp_path / "new.pt")
-    old = rewritten(tmp_path / "new.pt", tmp_path / "old.pt", lambda c: c["args"].pop("cont_at"))
-    G, spec = infogan.load_generator(old)
-    joined = spec.join(spec.sample(8, seeded()))
-    assert G.maps is None and G(joined).equal(state.G_ema(joined))
 
 
 def test_upsampling_is_nearest_neighbours_and_a_convolution():
@@ -567,18 +568,16 @@ def test_D_judges_shifted_pictures_and_Q_reads_categoricals_from_augmented_ones(
     """Whoever reads codes later reads pictures as they are: batch norm's averages are of these."""
     u_shift, u = torch.rand(8, 10, generator=seeded(3)).split([2, 8], 1)
     readings = []
-    for strength, reach in ((0, None), (0, 0.0), (0, 3.0), (1, None), (1, 3.0)):
+    for strength, reach in ((0, 0.0), (0, 3.0), (1, 3.0)):
         state, args = tiny_state()
         x = tiny_batch(state, args).x
-        shifted = x if reach is None else infogan.shift(x, u_shift, torch.tensor(reach))
+        shifted = infogan.shift(x, u_shift, torch.tensor(reach))
         d, (logits, *cont) = infogan.d_and_q(state.D, shifted, x, u, strength)
         averages = flat(b for name, b in state.D.named_buffers() if "running" in name)
         readings.append((d, logits, flat(cont), averages))
-    first_alike = [
-        [next(i for i, other in enumerate(column) if t.equal(other)) for t in column]
-        for column in zip(*readings, strict=True)
-    ]
-    assert first_alike == [[0, 0, 2, 0, 2], [0, 0, 0, 3, 3], [0] * 5, [0] * 5]
+    plain, shifted, both = readings
+    assert [*map(torch.equal, plain, shifted)] == [False, True, True, True]
+    assert [*map(torch.equal, shifted, both)] == [True, False, True, True]
 
 
 def test_shifts_grow_with_the_epochs_and_can_be_turned_off():
@@ -845,10 +844,12 @@ def test_rubbish_among_pictures_is_told_and_the_rest_trains(tmp_path, out, capsy
     assert "bomb.png (DecompressionBombError)" in told and "broken.png (FileNotFoundError)" in told
 
 
-@mark.parametrize("data, words", [
-    ("none", "no such folder"), ("one", "0 pictures"), ("mnist", "torchvision cannot get it"),
-    ("fashion-mnist", "torchvision cannot get it"), ("svhn", "torchvision cannot get it"),
-])  # fmt: skip
+@mark.parametrize("data, words", table("""
+    none | no such folder
+    one | 0 pictures
+    mnist | torchvision cannot get it
+    fashion-mnist | torchvision cannot get it
+    svhn | torchvision cannot get it"""))  # fmt: skip
 def test_what_is_wrong_with_pictures_names_the_flag_that_asked_for_them(
     tmp_path, monkeypatch, data, words
 ):
@@ -986,24 +987,20 @@ def test_photos_are_decoded_small_and_look_the_same(tmp_path):
 
 
 def test_memory_of_decoding_is_bounded(tmp_path, monkeypatch):
+    """By the number of threads; what is too large for eight at once is decoded alone."""
     for i in range(40):
         Image.new("L", (99, 99), i).save(tmp_path / f"{i}.png")
-    Image.new("L", (4000, 3000)).save(tmp_path / "photo.png")  # too large for eight at once
-    at_work, counts, alone, real = set(), [], [], infogan.to_square
+    Image.new("L", (4000, 3000)).save(tmp_path / "photo.png")
+    threads, real = {99: set(), 4000: set()}, infogan.to_square
 
     def slow(image: Image.Image, *how: object) -> Image.Image:
-        me = threading.current_thread()
-        at_work.add(me)
-        counts.append(len(at_work))
-        time.sleep(0.01)
-        if image.width == 4000:
-            alone.append(me is threading.main_thread())
-        at_work.discard(me)
+        threads[image.width].add(threading.current_thread())
+        time.sleep(0.01)  # so that one thread does not do it all
         return real(image, *how)
 
     monkeypatch.setattr(infogan, "to_square", slow)
-    assert len(load(tmp_path).x) == 41 and alone == [True]
-    assert 2 < max(counts) <= infogan.DECODE_THREADS + 1
+    assert len(load(tmp_path).x) == 41 and threads[4000] == {threading.main_thread()}
+    assert 2 < len(threads[99]) <= infogan.DECODE_THREADS
 
 
 def test_a_batch_is_from_minus_one_to_one_and_flip_mirrors_half_of_it():
@@ -1150,7 +1147,7 @@ def test_two_starts_at_once_share_a_cache(tmp_path):
 # checkpoint ---------------------------------------------------------------------------------------
 
 
-def test_a_full_disk_is_one_line_and_costs_nothing(faces, trained, out, monkeypatch, capsys):
+def test_a_full_disk_is_one_line_and_costs_nothing(run_to, trained, out, monkeypatch, capsys):
     last, real = copied(trained, out, 1) / "last.pt", os.fsync
     good = last.read_bytes()
 
@@ -1160,14 +1157,13 @@ def test_a_full_disk_is_one_line_and_costs_nothing(faces, trained, out, monkeypa
         real(number)
 
     monkeypatch.setattr(os, "fsync", fsync)
-    train(faces, out, "--max-steps", 20, code=2)
+    run_to(20, code=2)
     assert f"{last}: No space left; fix this" in told_at_the_end(capsys)
     assert last.read_bytes() == good and not list(out.rglob(".*"))
 
 
-@mark.parametrize("steps", [10**6, 2])
-def test_a_save_that_fails_for_too_long_ends_the_run(faces, out, monkeypatch, capsys, steps):
-    """In the middle of it at the sixth failure, or at its end at once; what was saved stays."""
+def test_a_save_that_fails_for_too_long_ends_the_run(run_to, out, monkeypatch, capsys):
+    """In the middle of it, at the sixth failure; what was saved stays."""
     tried, real = [], infogan.write_file
 
     def write_file(path, raw):
@@ -1179,13 +1175,13 @@ def test_a_save_that_fails_for_too_long_ends_the_run(faces, out, monkeypatch, ca
 
     monkeypatch.setattr(infogan, "write_file", write_file)
     monkeypatch.setattr(infogan, "SAVE_SECONDS", 0.0)  # after each step
-    train(faces, out, "--max-steps", steps, code=2)
+    run_to(10**6, code=2)
     assert f"{out / 'last.pt'}: I/O error; fix this" in told_at_the_end(capsys)
-    assert len(tried) == min(steps, 7) and step_of(out) == 1
+    assert len(tried) == 7 and step_of(out) == 1
 
 
 def test_a_folder_that_is_away_for_a_while_misses_nothing(
-    faces, tmp_path, out, monkeypatch, capsys
+    run_to, tmp_path, out, monkeypatch, capsys
 ):
     """Renamed in a step before a save of log.csv and last.pt, and back three steps later."""
     away = tmp_path / "away"
@@ -1193,7 +1189,7 @@ def test_a_folder_that_is_away_for_a_while_misses_nothing(
     before_steps(lambda step: moves.get(step, int)(), monkeypatch.setattr)
     monkeypatch.setattr(infogan, "SAVE_SECONDS", 0.0)  # after each step
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # its thread would complain
-    train(faces, out, "--max-steps", 20, "--sample-every", 1)
+    run_to(20, "--sample-every", 1)
     said = capsys.readouterr().err
     assert said.count("last.pt: No such file or directory; training goes on and tries again") == 3
     assert said.count(f"{out / 'log.csv'}: No such file or directory; training goes on") == 1
@@ -1201,7 +1197,7 @@ def test_a_folder_that_is_away_for_a_while_misses_nothing(
     assert not list(out.rglob(".*")) and not away.exists()
 
 
-def test_a_run_that_fails_in_its_first_minute_leaves_its_log(faces, out, monkeypatch, capsys):
+def test_a_run_that_fails_in_its_first_minute_leaves_its_log(run_to, out, monkeypatch, capsys):
     """Nothing is saved by then; log.csv and curves.png show how it came to that.
 
     In a terminal the error has a line of its own.
@@ -1211,7 +1207,7 @@ def test_a_run_that_fails_in_its_first_minute_leaves_its_log(faces, out, monkeyp
     monkeypatch.setattr(infogan, "d_loss", lost)
     monkeypatch.setattr(infogan, "LOG_EVERY", 4)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    train(faces, out, "--max-steps", 100, code=1)
+    run_to(100, code=1)
     assert told_at_the_end(capsys).startswith("infogan.py: step 12: loss_D is nan")
     *_, last = rows = logged(out)
     assert [row["step"] for row in rows] == ["4", "8", "12"] and last["loss_D"] == "nan"
@@ -1222,10 +1218,9 @@ def test_a_run_that_fails_in_its_first_minute_leaves_its_log(faces, out, monkeyp
 def test_the_same_command_gives_the_same_bits_and_another_seed_others(faces, tmp_path):
     """On two threads, too."""
     torch.set_num_threads(2)
-    runs = [tmp_path / name for name in "abc"]
-    for run, seed in zip(runs, (0, 0, 1), strict=True):
-        train(faces, run, "--max-steps", 1, "--seed", seed)
-    assert same(*runs[:2]) and not same(*runs[1:])
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        train(faces, tmp_path / name, "--max-steps", 1, "--seed", seed)
+    assert same(tmp_path / "a", tmp_path / "b") and not same(tmp_path / "a", tmp_path / "c")
 
 
 @mark.parametrize("where, step, seen, good", [
@@ -1256,8 +1251,8 @@ def test_nan_stops_the_run_and_never_reaches_a_checkpoint(
     assert same(out, trained / f"epoch_000{good}.pt")
 
 
-def test_a_finished_run_that_is_far_off_says_so(faces, out, capsys):
-    train(faces, out, "--lr-g", 1, "--lr-d", 1, "--max-steps", 32, "--no-amp", code=1)
+def test_a_finished_run_that_is_far_off_says_so(run_to, out, capsys):
+    run_to(32, "--lr-g", 1, "--lr-d", 1, "--no-amp", code=1)
     line = told_at_the_end(capsys)
     assert re.search(r"32 steps, .*, but (loss_[DG]|cat\d|cont\d) is -?\d+: it has learned", line)
     assert "--lr-g" in line and step_of(out) == 32
@@ -1305,10 +1300,10 @@ def test_hostile_checkpoints_are_one_line_and_run_nothing(
 # run folder ---------------------------------------------------------------------------------------
 
 
-def test_a_resumed_run_equals_an_undisturbed_one_bit_for_bit(faces, trained, out):
+def test_a_resumed_run_equals_an_undisturbed_one_bit_for_bit(run_to, trained, out):
     """54 steps at once are 7 + 14 + 33, over the ends of epochs; log.csv and grids too."""
     for steps in (7, 21, 54):
-        train(faces, out, *EACH, "--max-steps", steps)
+        run_to(steps, *EACH)
     unchanged(trained, out)
 
 
@@ -1331,28 +1326,30 @@ def test_a_finished_run_is_left_as_it_is(faces, trained, capsys):
     assert "is finished" in capsys.readouterr().out and files_in(trained) == before
 
 
-def test_a_folder_with_logs_or_a_lone_checkpoint_becomes_a_run(faces, trained, out, capsys):
+def test_a_folder_with_logs_or_a_lone_checkpoint_becomes_a_run(run_to, trained, out, capsys):
     (out / "lost+found").mkdir(parents=True)
     for name in ("log.txt", "slurm-1.out", "job.e17", "desktop.ini", "Thumbs.db", ".DS_Store"):
         (out / name).touch()
     shutil.copy(trained / "epoch_0001.pt", out / "last.pt")
-    train(faces, out, "--max-steps", 19)
+    run_to(19)
     assert "last.pt, step 18" in capsys.readouterr().out and step_of(out) == 19
 
 
-def test_a_run_without_last_pt_goes_on_from_its_newest_epoch(faces, trained, out, capsys):
+def test_a_run_without_last_pt_goes_on_from_its_newest_epoch(run_to, trained, out, capsys):
     """By its number: 10000 comes after 9999."""
     out.mkdir()
     for epoch, name in ((2, "epoch_10000.pt"), (1, "epoch_9999.pt")):
         shutil.copy(trained / f"epoch_000{epoch}.pt", out / name)
-    train(faces, out, "--max-steps", 37)
+    run_to(37)
     assert "epoch_10000.pt, step 36" in capsys.readouterr().out
 
 
-@mark.parametrize("name, words", [
-    ("a.png", "a.png"), ("samples/real.png", "samples"), ("log.csv", "log.csv"),
-    ("best.pt", "best.pt"), ("last.pt", "none of its checkpoints"),
-])  # fmt: skip
+@mark.parametrize("name, words", table("""
+    a.png | a.png
+    samples/real.png | samples
+    log.csv | log.csv
+    best.pt | best.pt
+    last.pt | none of its checkpoints"""))  # fmt: skip
 def test_a_folder_with_anything_else_is_refused(faces, out, capsys, name, words):
     mine = out / name
     mine.parent.mkdir(parents=True)
@@ -1362,18 +1359,18 @@ def test_a_folder_with_anything_else_is_refused(faces, out, capsys, name, words)
     assert files_in(out) == {mine: b"precious"}
 
 
-@mark.parametrize("flags, words", [
-    ("--n-cont 3", "--n-cont 2, not --n-cont 3"),
-    ("--width 8", "--width 4, not --width 8"),
-    ("--width 8 --allow-changes", "--width 4, not --width 8"),  # for good
-    ("--info-to head", "--info-to trunk, not --info-to head"),
-    ("--batch-size 16", "--batch-size 32, not --batch-size 16"),
-    ("--data few --batch-size 16", "--batch-size"),  # flags before pictures are decoded
-    ("--data few", "other pictures"),
-])  # fmt: skip
+@mark.parametrize("flags, words", table("""
+    --n-cont 3 | --n-cont 2, not --n-cont 3
+    --width 8 | --width 4, not --width 8
+    --width 8 --allow-changes | --width 4, not --width 8
+    --info-to head | --info-to trunk, not --info-to head
+    --batch-size 16 | --batch-size 32, not --batch-size 16
+    --data few --batch-size 16 | --batch-size
+    --data few | other pictures"""))  # fmt: skip
 def test_going_on_with_another_run_is_refused(
     faces, trained, tmp_path, capsys, monkeypatch, decoded, flags, words
 ):
+    """Because of its flags before any picture is decoded."""
     monkeypatch.chdir(tmp_path)
     few_pictures(tmp_path / "few")
     before = files_in(trained)
@@ -1399,19 +1396,19 @@ def test_changes_that_are_allowed_go_on_and_what_was_passed_counts(trained, tmp_
     assert load_checkpoint(last)["changed"] == (25, 2)
 
 
-def test_other_flags_may_change_and_are_told_as_one_types_them(faces, trained, out, capsys):
+def test_other_flags_may_change_and_are_told_as_one_types_them(run_to, trained, out, capsys):
     """Not those that there were not yet when the run began."""
     last = copied(trained, out, 1) / "last.pt"
     rewritten(last, last, lambda c: c["args"].pop("lam_real"))
-    flags = ("--no-flip", "--r1", 1, "--lam-cat", 2, "--max-steps")
-    train(faces, out, *flags, 20)
+    flags = "--no-flip", "--r1", 1, "--lam-cat", 2
+    run_to(20, *flags)
     said = capsys.readouterr().out.splitlines()
     then = "--flip, not --no-flip, --lam-cat 1.0, not --lam-cat 2.0, --r1 0.01, not --r1 1.0"
     assert f"until now it had {then}, --r1-from 75, not --r1-from 0" in said
     args = load_checkpoint(out)["args"]
     assert (args["r1"], args["lam_cat"]) == (1.0, 2.0)
-    for steps in (20, 21):  # finished; and on
-        train(faces, out, *flags, steps)
+    for step in (20, 21):  # finished; and on
+        run_to(step, *flags)
         assert "until now" not in capsys.readouterr().out
 
 
@@ -1498,12 +1495,12 @@ def test_a_read_only_folder_is_one_line_and_costs_nothing(faces, trained, tmp_pa
 
 
 @unix
-def test_one_run_at_a_time_in_a_folder(faces, trained, out, capsys):
+def test_one_run_at_a_time_in_a_folder(run_to, trained, out, capsys):
     copied(trained, out)
     with infogan.locked(out):
-        train(faces, out, "--epochs", 4, code=2)
+        run_to(55, code=2)
         said_one_line(capsys, f"--out {out}: another process is training there")
-    train(faces, out, "--max-steps", 55)
+    run_to(55)
     assert not list(out.glob(".*"))
 
 
@@ -1537,22 +1534,22 @@ def test_a_signal_ends_the_step_saves_and_leaves(faces, out, capsys, monkeypatch
 
 
 @unix
-def test_what_nohup_ignores_is_ignored(faces, out, monkeypatch):
+def test_what_nohup_ignores_is_ignored(run_to, monkeypatch):
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signals_in_a_step(signal.SIGHUP, 1, monkeypatch.setattr)
-    train(faces, out, "--max-steps", 8)
+    run_to(8)
     assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
 
 
-def test_a_thread_of_another_program_trains_and_leaves_signals_and_streams_alone(faces, out):
+def test_a_thread_of_another_program_trains_and_leaves_signals_and_streams_alone(run_to):
     def theirs() -> list:
         return [sys.stdout, sys.stderr, *map(signal.getsignal, infogan.SIGNALS)]
 
     before = theirs()
     with ThreadPoolExecutor(1) as pool:
-        pool.submit(train, faces, out, "--max-steps", 2).result()
+        pool.submit(run_to, 2).result()
     assert theirs() == before
-    train(faces, out, "--max-steps", 3)
+    run_to(3)
     assert theirs() == before
 
 
@@ -1612,7 +1609,7 @@ def test_a_run_leaves_checkpoints_grids_a_log_and_its_flags(trained):
     assert {"loss_D", "D_fake", "cat1", "cont1"} <= rows[0].keys()
 
 
-def test_training_goes_on_without_what_it_can_do_without(faces, out, monkeypatch, capsys):
+def test_training_goes_on_without_what_it_can_do_without(run_to, out, monkeypatch, capsys):
     """Each is told once.
 
     log.csv and the first kept checkpoint, held by a program for a while; pictures; TensorBoard.
@@ -1630,7 +1627,7 @@ def test_training_goes_on_without_what_it_can_do_without(faces, out, monkeypatch
     monkeypatch.setattr(infogan, "SAVE_SECONDS", 0.0)  # after each step
     monkeypatch.setattr(os, "replace", replace)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    train(faces, out, "--max-steps", 48, *EACH)
+    run_to(48, *EACH)
     said = [line for line in capsys.readouterr().err.splitlines() if "training goes on" in line]
     names = "log.csv: ", "epoch_0001.pt: ", "curves.png: ", "samples/real.png: "
     for words in ("TensorBoard: ", *(f"{out / name}" for name in names)):
@@ -1698,11 +1695,10 @@ def test_few_grey_pictures_and_no_codes_train_and_draw(tmp_path, capsys):
     assert generate.main(["--ckpt", str(out)]) == 0
 
 
-def test_codes_are_learned(faces, out):
+def test_codes_are_learned(run_to, out):
     """On drawn faces Q reads new codes from new pictures, and nothing once they are shuffled."""
-    flags = ["--n-cat", 1, "--cat-dim", 4, "--n-cont", 1, "--width", 8, "--ema", 0.1]
-    flags += ["--lr-g", 0.001, "--lr-d", 0.001, "--lam-cat", 1, "--lam-cont", 0.5]
-    train(faces, out, "--max-steps", 150, *flags, "--q-augment", 0.5)
+    flags = "--n-cat 1 --cat-dim 4 --n-cont 1 --width 8 --ema 0.1 --lr-g 0.001 --lr-d 0.001"
+    run_to(150, *f"{flags} --lam-cat 1 --lam-cont 0.5 --q-augment 0.5".split())
     G, spec = infogan.load_generator(out)
     codes = spec.sample(1000, seeded(1))
     with torch.no_grad():
@@ -1738,12 +1734,12 @@ class Clock:
 
 
 @mark.parametrize("columns", [None, 60, 200])
-def test_progress_in_a_file_is_a_line_each_half_minute(faces, out, monkeypatch, capsys, columns):
+def test_progress_in_a_file_is_a_line_each_half_minute(run_to, monkeypatch, capsys, columns):
     """In a terminal it is one line, as wide as that, written over. The first comes at once."""
     Clock(monkeypatch)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: bool(columns), raising=False)
     monkeypatch.setenv("COLUMNS", str(columns))
-    train(faces, out, "--max-steps", 20)
+    run_to(20)
     said = capsys.readouterr().err
     epochs = re.findall(r"epoch ([\d.]+)/1.1 ", said)
     steps = range(1, 21) if columns else [1, 5, 10, 15, 20]  # 30 seconds or more later
@@ -1754,7 +1750,7 @@ def test_progress_in_a_file_is_a_line_each_half_minute(faces, out, monkeypatch, 
     assert "eta 0:00:00" in said or columns == 60
 
 
-def test_a_run_logs_how_well_its_pictures_are_told_from_real_ones(faces, out, monkeypatch):
+def test_a_run_logs_how_well_its_pictures_are_told_from_real_ones(run_to, out, monkeypatch):
     """After 30 seconds or more, on the average of G; a row has the newest figure, at first 1."""
     seen = []
 
@@ -1766,7 +1762,7 @@ def test_a_run_logs_how_well_its_pictures_are_told_from_real_ones(faces, out, mo
     monkeypatch.setattr(infogan, "LOG_EVERY", 4)
     Clock(monkeypatch)
     for steps in (12, 16):
-        train(faces, out, "--max-steps", steps)
+        run_to(steps)
     with open(out / "log.csv", newline="") as file:
         told = [float(row["told_apart"]) for row in csv.DictReader(file)]
     assert told == [1.0, 0.625, 0.5, 0.5]
@@ -1857,19 +1853,18 @@ def test_defaults_follow_the_recipe_and_the_set_and_a_flag_wins(monkeypatch, fla
     assert {*values.split()} <= {f"{name}={value}" for name, value in args.items()}
 
 
-@mark.parametrize("flags, words", [
-    ("--image-size 48", "--image-size 48: must be one of 64"),
-    ("--n-cat 0 --n-cont 0 --z-dim 0", "--z-dim"),
-    ("--bogus", "--bogus --help"),
-    ("--epoch 3", "unrecognized arguments: --epoch 3; see --help"),
-    ("--batchsize=3", "unrecognized arguments: --batchsize=3; see --help"),
-    ("--data=", "--data empty"),
-    ("--data nowhere", "nowhere make demo"),
-    ("--data .", "at least 2"),
-    ("--device tpu", "--device tpu: not available"),
-    ("--device cpu --cuda-graph", "--cuda-graph: needs CUDA"),
-    ("--upsample bilinear", "--upsample nearest transposed"),
-])  # fmt: skip
+@mark.parametrize("flags, words", table("""
+    --image-size 48 | --image-size 48: must be one of 64
+    --n-cat 0 --n-cont 0 --z-dim 0 | --z-dim
+    --bogus | --bogus --help
+    --epoch 3 | unrecognized arguments: --epoch 3; see --help
+    --batchsize=3 | unrecognized arguments: --batchsize=3; see --help
+    --data= | --data empty
+    --data nowhere | nowhere make demo
+    --data . | at least 2
+    --device tpu | --device tpu: not available
+    --device cpu --cuda-graph | --cuda-graph: needs CUDA
+    --upsample bilinear | --upsample nearest transposed"""))  # fmt: skip
 def test_bad_flags_get_one_line(tmp_path, monkeypatch, capsys, flags, words):
     monkeypatch.chdir(tmp_path)
     assert infogan.main(flags.split()) == 2
@@ -1905,24 +1900,25 @@ BAD_CODES = "cat0=3 cat0=-1 cat0=1.5 cat0 cont0=x cont0=nan cont0=1001 cat9=0 z=
 
 
 @mark.parametrize("flags, words", [
-    ("--codes cat7", "cat7 cat0, cat1, cont0"),
-    ("--cpkt last.pt", "unrecognized arguments: --cpkt last.pt; see --help"),
-    ("--range nan 1", "--range"),
-    ("--zoom 9", "--zoom 9: from 1 to 8"),
-    ("--explorer --samples 3", "--explorer --samples"),
-    ("--data .", "--data --versus"),
-    ("--samples 3 --gif", "--gif --samples only on sheets"),
-    ("--samples 3 --rows 8", "--rows --samples --walk"),
-    ("--shrink x --codes cat0", "--codes --shrink"),
-    ("--explorer --steps=11", "--steps --explorer"),
-    ("--range 1 1", "--range different"),
-    ("--samples", "--samples not 0"),
-    ("--walk --seeds 3", "--walk not 1"),
-    ("--sort README.md", "--sort --read takes single pictures"),
-    ("--walk --out a.mp4", "--out a.mp4 .gif or .webp"),
-    ("--seeds 1,2 --rows 3", "--seeds --rows"),
-    ("--samples 3 --seeds 1,2", "--seeds --samples"),
-    ("--seeds 1,2 --seed 0", "--seeds --seed,"),
+    *table("""
+        --codes cat7 | cat7 cat0, cat1, cont0
+        --cpkt last.pt | unrecognized arguments: --cpkt last.pt; see --help
+        --range nan 1 | --range
+        --zoom 9 | --zoom 9: from 1 to 8
+        --explorer --samples 3 | --explorer --samples
+        --data . | --data --versus
+        --samples 3 --gif | --gif --samples only on sheets
+        --samples 3 --rows 8 | --rows --samples --walk
+        --shrink x --codes cat0 | --codes --shrink
+        --explorer --steps=11 | --steps --explorer
+        --range 1 1 | --range different
+        --samples | --samples not 0
+        --walk --seeds 3 | --walk not 1
+        --sort README.md | --sort --read takes single pictures
+        --walk --out a.mp4 | --out a.mp4 .gif or .webp
+        --seeds 1,2 --rows 3 | --seeds --rows
+        --samples 3 --seeds 1,2 | --seeds --samples
+        --seeds 1,2 --seed 0 | --seeds --seed,"""),
     *((f"--seeds {bad}", f"--seeds {bad}") for bad in BAD_SEEDS.split()),
     *((f"--set {bad}", f"--set {re.split('[=,]', bad)[0]}") for bad in BAD_CODES.split()),
 ])  # fmt: skip

@@ -112,11 +112,9 @@ class OnDevice(TorchDispatchMode):
         return out
 
 
-@mark.parametrize(
-    "flags", [["--n-cat", "10", "--n-cont", "20"], ["--q-augment", "1"], ["--recipe", "notebook"]]
-)
+@mark.parametrize("flags", ["--n-cat 10 --n-cont 20", "--q-augment 1", "--recipe notebook"])
 def test_the_step_takes_nothing_from_the_cpu(monkeypatch, flags):
-    state, args = tiny_state(*flags, *SHIFTED, device="meta")
+    state, args = tiny_state(*flags.split(), *SHIFTED, device="meta")
     monkeypatch.setattr(torch, "autocast", lambda *a, **k: nullcontext())  # meta has none
     for name in infogan.OPTIMISERS:  # Adam counts its steps on the CPU but with capturable=True
         groups = getattr(state, name).param_groups
@@ -219,19 +217,14 @@ def test_a_failed_capture_leaves_the_stream_that_torch_does_not(monkeypatch):
     "FIND was unable to find an engine to execute",
 ])  # fmt: skip
 def test_all_that_torch_says_of_a_full_gpu_is_one_line_with_advice(capsys, words):
-    def job():
-        raise RuntimeError(f"{words}\nCompile with more")
-
+    job = Mock(side_effect=RuntimeError(f"{words}\nCompile with more"))
     assert infogan.run("x.py", job, "buy a larger one") == 2
     said_one_line(capsys, "x.py: out of memory; buy a larger one")
 
 
 def test_another_error_keeps_its_traceback():
-    def job():
-        raise RuntimeError("else")
-
     with raises(RuntimeError):
-        infogan.run("x.py", job)
+        infogan.run("x.py", Mock(side_effect=RuntimeError("else")))
 
 
 def test_too_little_memory_is_one_line(capsys):
