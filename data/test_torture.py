@@ -51,12 +51,12 @@ def killed_before(name: str, n: int) -> None:
 
 @unix
 def test_kills_leave_no_trace(faces, trained, out, tmp_path):
-    flags, said = tiny(faces, out, *EACH, "--epochs", 3), tmp_path / "said"
+    flags, said = tiny(faces, out, EACH, "--epochs 3"), tmp_path / "said"
     for moment in (("epoch_0001.png", 1), ("last.pt", 1),
                    ("epoch_0002.png", 1), ("epoch_0002.pt", 1), ("last.pt", 2)):  # fmt: skip
         code, text = Run(flags, said, partial(killed_before, *moment)).end()
         assert code == -signal.SIGKILL, text
-    train(faces, out, *EACH, "--epochs", 3)
+    train(faces, out, EACH, "--epochs 3")
     unchanged(trained, out)
 
 
@@ -64,14 +64,14 @@ def test_kills_leave_no_trace(faces, trained, out, tmp_path):
 @torture
 def test_fifty_kills_leave_no_trace(faces, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    flags, rng, kills = (*EACH, "--epochs", 60), random.Random(0), 0
-    train(faces, whole, *flags)
+    flags, rng, kills = f"{EACH} --epochs 60", random.Random(0), 0
+    train(faces, whole, flags)
     for _ in range(50):
-        run = Run(tiny(faces, killed, *flags), tmp_path / "said")
+        run = Run(tiny(faces, killed, flags), tmp_path / "said")
         run.process.join(rng.uniform(0.02, 2.0))
         kills += run.process.is_alive()
         run.kill()
-    train(faces, killed, *flags)
+    train(faces, killed, flags)
     unchanged(whole, killed)
     print(f"{kills} kills survived, bit for bit")
 
