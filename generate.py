@@ -397,11 +397,11 @@ def several(model: Model, args: Namespace, best: list[tuple], axes: dict[str, li
     spec, parts = model.spec, []
     for kind in spec.kinds:
         _, labels, rows = zip(*(row for row in best if row[0] == kind), strict=True)
-        columns = {
+        what = {
             "cat": "categorical codes (columns: categories)",
             "cont": "continuous codes (values)",
         }
-        title = f"{columns[kind]}, strongest first, each on the face that it changes most"
+        title = f"{what[kind]}, strongest first, each on the face that it changes most"
         parts.append(sheet(title, labels, rows, axes[kind], args.zoom))
     if parts:
         save_picture(place(args, "overview"), below_each_other(parts))
@@ -456,8 +456,13 @@ def save_pngs(folder: Path, names: list[str], parts: Iterable[Tensor]) -> None:
     """PNGs of pictures that come in parts (n, channels, size, size), one after the other."""
     pictures = chain.from_iterable(parts)
     for name, x in zip(progress(names, "pictures"), pictures, strict=True):
-        # lossless at any level; more would take four times as long for files as large
-        save_picture(folder / name, to_image(x), compress_level=1)
+        image = to_image(x)
+        try:
+            # lossless at any level; more would take four times as long for files as large
+            image.save(folder / name, compress_level=1)
+        except BaseException:  # Ctrl-C, too
+            (folder / name).unlink(missing_ok=True)
+            raise
 
 
 def samples(model: Model, args: Namespace) -> str:
@@ -614,15 +619,15 @@ def look(model: Model, x: Tensor) -> Tensor:
 
 
 def misfit(model: Model, codes: Codes, wanted: Tensor) -> Tensor:
-    """How far G's drawings of n codes are from wanted (1, features): (n,)."""
+    """How far G's drawings of n m codes are from the n wanted (n, features): (n, m)."""
     with quick(model.device):
         parts = model.spec.join(codes).split(AT_ONCE)
         looks = torch.cat([look(model, model.G(part)) for part in parts])
-    return (looks - wanted).square().sum(1)
+    return (looks.unflatten(0, (len(wanted), -1)) - wanted[:, None]).square().sum(2)
 
 
 def find_codes(model: Model, x: Tensor, guess: Codes) -> Codes:
-    """The codes of one picture x (1, channels, size, size) in [-1, 1], from Q's guess on.
+    """The codes of n pictures x (n, channels, size, size) in [-1, 1], from Q's guess on.
 
     First the categories, one code after the other; then z, from 0 on, and the continuous codes by
     gradient. What training never drew is no face: |z| stays within sqrt(z_dim), its usual length,
@@ -631,12 +636,13 @@ def find_codes(model: Model, x: Tensor, guess: Codes) -> Codes:
     spec, wanted = model.spec, look(model, x.to(model.device))
     z, c_cat, c_cont = (c.to(model.device) for c in guess)
     codes = Codes(torch.zeros_like(z), c_cat.clone(), c_cont.clamp(-1, 1))
+    first = torch.arange(len(x), device=model.device)[:, None]  # of a picture's rows
     for k in progress([*range(spec.n_cat)] * FIT_ROUNDS, "categories"):
         every = spec.traverse(codes, f"cat{k}", range(spec.cat_dim))
-        nearest = misfit(model, every, wanted).argsort()
-        codes.c_cat[:, k] = nearest[0]
+        nearest = misfit(model, every, wanted).argsort(1)
+        codes.c_cat[:, k] = nearest[:, 0]
     if spec.n_cat:  # z can turn the order of the last code's best ones: with it each is tried
-        codes = pick(every, nearest[:N_FOLLOWED])
+        codes = pick(every, (first * spec.cat_dim + nearest[:, :N_FOLLOWED]).flatten())
     moved = codes.z.requires_grad_(), codes.c_cont.requires_grad_()
     adam = torch.optim.Adam(moved, FIT_RATE)
     for step in progress(range(FIT_STEPS), "z, cont"):
@@ -647,24 +653,24 @@ def find_codes(model: Model, x: Tensor, guess: Codes) -> Codes:
         with torch.no_grad():
             codes.c_cont.clamp_(-1, 1)
             codes.z.copy_(codes.z.renorm(2, 0, spec.z_dim**0.5))
-    best = misfit(model, codes, wanted).argmin()
-    codes = (c.detach().cpu() for c in pick(codes, best[None]))
+    far = misfit(model, codes, wanted)
+    best = first * far.shape[1] + far.argmin(1, keepdim=True)
+    codes = (c.detach().cpu() for c in pick(codes, best.flatten()))
     return Codes(*(c.double().round(decimals=4).to(c.dtype) for c in codes))
 
 
 def read(model: Model, args: Namespace) -> str:
     """A table of what Q reads from each picture; codes.csv, what draws it; read.png shows both."""
     spec, pixels, (size, channels, _) = model.spec, bytearray(), model.form
-    paths = [*map(Path, args.read)]
-    for path in paths:
-        picture = infogan.read_picture(path, *model.form)
+    for path in args.read:
+        picture = infogan.read_picture(Path(path), *model.form)
         if picture.error:
             why = f"{path} ({type(picture.error).__name__})"
             raise UserError(f"--read {why}: cannot be read as a picture; --sort takes a folder")
         pixels += picture.pixels
     x = torch.frombuffer(pixels, dtype=torch.uint8).view(-1, size, size, channels)
     (values, doubts), x = read_codes(model, x), to_floats(x)
-    names = [path.name for path in paths]
+    names = [os.path.basename(path) for path in args.read]
     table = [["", *names]]
     for code in args.codes:
         j = spec.names.index(code)
@@ -672,9 +678,11 @@ def read(model: Model, args: Namespace) -> str:
         table.append([model.labels[code], *map(form.format, values[:, j], doubts[:, j])])
     print_table(table)
     out, (c_cat, c_cont) = claim(args.out), values.split([spec.n_cat, spec.n_cont], 1)
-    by_Q = Codes(args.base.z[:1].expand(len(x), -1), c_cat.long(), c_cont)
-    by_Q = hold(spec, by_Q, args.set)
-    each = [find_codes(model, x[[i]], pick(by_Q, [i])) for i in range(len(x))]
+    z = args.base.z[:1].expand(len(x), -1)
+    by_Q = hold(spec, Codes(z, c_cat.long(), c_cont), args.set)
+    # find_codes follows N_FOLLOWED drawings of each picture: AT_ONCE together
+    parts = torch.arange(len(x)).split(AT_ONCE // N_FOLLOWED)
+    each = [find_codes(model, x[part], pick(by_Q, part)) for part in parts]
     found = hold(spec, gather(each), args.set)
     save_codes(out / "codes.csv", names, found, spec)
     drawn = [draw(model, spec.join(codes))[:, None] for codes in (by_Q, found)]
@@ -715,9 +723,8 @@ def typical(model: Model, codes: Codes) -> list[int]:
     would take broken faces: it is highest for what training has seldom shown to D.
     """
     x = draw(model, model.spec.join(codes))
-    parts = [model.D.trunk(part.to(model.device)).cpu() for part in x.split(AT_ONCE)]
-    h = torch.cat(parts).flatten(1)
-    h = h / h.std(0).clamp(min=1e-6)
+    h = torch.cat([model.D.trunk(part.to(model.device)).cpu() for part in x.split(AT_ONCE)])
+    h = h.flatten(1) / h.flatten(1).std(0).clamp(min=1e-6)
     near = torch.cdist(h, h).sort(1).values[:, 1 : N_NEAR + 1].mean(1)
     return near.argsort()[:N_FACES].tolist()
 
@@ -727,7 +734,7 @@ def explorer(model: Model, args: Namespace) -> str:
     spec, rows = model.spec, figures(model, claim(args.out) / "table.csv")
     shown = [*range(len(args.seeds))] if args.chosen else typical(model, args.base)
     faces = pick(args.base, shown)
-    values = torch.cat(faces[1:], 1).double().round(decimals=4).tolist()
+    values = torch.cat(faces[1:], 1).tolist()
     layers, weights, scales = [], [], []
     for weight, bias in folded(model.G.cpu()):  # 8 bits a weight, with a scale for each channel
         scale = weight.abs().amax((0, 2, 3)).clamp(min=1e-12) / 127
@@ -744,7 +751,7 @@ def explorer(model: Model, args: Namespace) -> str:
         "faces": [dict(zip(spec.names, row, strict=True)) for row in values],
         "layers": layers,
         "codes": [row._asdict() | {"name": model.names.get(row.code)} for row in rows],
-        "z": faces.z.double().round(decimals=5).tolist(),
+        "z": faces.z.tolist(),
         "weights": base64.b64encode(torch.cat(weights).numpy()).decode(),
         "scales": base64.b64encode(torch.cat(scales).numpy()).decode(),
     }
@@ -759,11 +766,15 @@ def onnx(model: Model, args: Namespace) -> str:
     """G as ONNX, from "codes" (n, spec.dim) to "x" (n, channels, size, size) in [-1, 1]."""
     spec, G = model.spec, model.G.cpu().to(memory_format=torch.contiguous_format)
     path = claim(args.out) / "generator.onnx"
-    names = {"input_names": ["codes"], "output_names": ["x"]}
-    n = ({0: torch.export.Dim("n")},)
     try:
         program = torch.onnx.export(
-            G, (torch.zeros(2, spec.dim),), **names, dynamic_shapes=n, dynamo=True, verbose=False
+            G,
+            (torch.zeros(2, spec.dim),),
+            input_names=["codes"],
+            output_names=["x"],
+            dynamic_shapes=({0: torch.export.Dim("n")},),
+            dynamo=True,
+            verbose=False,
         )
     except ImportError as error:
         raise UserError("--onnx: needs `pip install onnx onnxscript`") from error
@@ -942,21 +953,21 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     parser = infogan.Parser("generate.py", __doc__, FLAGS, MORE)
     given = parser.given(argv)
     args, given = Namespace(**parser.defaults | given), {f"--{name}" for name in given}
-    args.mode, *others = [mode for mode in MODES if mode in given] or ["sheets"]
-    if others:
-        raise UserError(f"{args.mode} and {others[0]}: give only one of them")
+    args.mode = next((mode for mode in MODES if mode in given), "sheets")
     for flag in sorted(given - {"--ckpt", "--device", args.mode}):
-        users = [mode for mode, (*_, flags) in MODES.items() if flag[2:] in flags.split()]
+        users = [mode for mode, (*_, takes) in MODES.items() if flag[2:] in takes.split()]
+        users = users or ["its own"]
         if args.mode not in users:
             raise UserError(f"{flag} has no effect on {args.mode}, only on {', '.join(users)}")
     if args.range and args.range[0] == args.range[1]:
         raise UserError("--range: must be two different numbers")
     if args.mode == "--walk" and args.out and not args.out.lower().endswith((".gif", ".webp")):
         raise UserError(f"--out {args.out}: must end with .gif or .webp")
-    args.chosen = given & {"--seeds", "--start"}
-    if args.chosen and (args.samples or len(given & {"--seed", "--rows", *args.chosen}) > 1):
+    args.chosen = args.seeds or args.start
+    ways = given & {"--seed", "--rows", "--seeds", "--start"}
+    if args.chosen and (args.samples or len(ways) > 1):
         others = "--seed, --rows, N of --samples, and the other of --seeds and --start"
-        raise UserError(f"{min(args.chosen)}: chooses the faces, so leave out {others}")
+        raise UserError(f"{max(ways)}: chooses the faces, so leave out {others}")
     return args
 
 
@@ -968,9 +979,9 @@ def show(args: Namespace) -> int:
     args.codes = [code for code, _ in to_codes("--codes", args.codes, model)] or spec.names
     args.set = read_set(to_codes("--set", args.set, model), spec)
     numbers, args.faces, args.base = choose_faces(spec, args)
-    reach = 3.0 if spec.n_cont > 5 else 1.5
-    args.range = args.range or [-reach, reach]
-    args.unusual, args.seeds = unusual(args, [-reach, reach]), numbers
+    usual = [-3.0, 3.0] if spec.n_cont > 5 else [-1.5, 1.5]
+    args.range = args.range or usual
+    args.unusual, args.seeds = unusual(args, usual), numbers
     folder = folder.format(args.unusual)
     folder = folder if path.name == "last.pt" else f"{path.stem}-{folder}"
     args.out = Path(args.out or path.parent / folder)
