@@ -351,13 +351,6 @@ def sheet(
     return page
 
 
-def below_each_other(pages: list[Image.Image]) -> Image.Image:
-    """One page of several, each at the left."""
-    width = max(page.width for page in pages)
-    wide = [ImageOps.expand(page, (0, 0, width - page.width, 0), "white") for page in pages]
-    return Image.fromarray(np.vstack(wide))
-
-
 def place(args: Namespace, name: str, suffix: str = ".png") -> Path:
     """Where a file goes that shows faces: its name tells what is unusual about them."""
     return args.out / f"{name}{args.unusual}{suffix}"
@@ -371,9 +364,7 @@ def sheets(model: Model, args: Namespace) -> str:
     rows, best = figures(model, claim(args.out) / "table.csv"), []
     values = [round(v, 6) + 0.0 for v in torch.linspace(*args.range, args.steps).tolist()]
     axes = {"cat": [*range(model.spec.cat_dim)][:MOST_SHOWN], "cont": values}
-    for row in rows:
-        if row.code not in args.codes:
-            continue
+    for row in (row for row in rows if row.code in args.codes):
         kind, name = row.code.rstrip("0123456789"), model.labels[row.code]
         faces, path = traversal(model, args.base, row.code, axes[kind]), place(args, row.code)
         told = f"L_I {row.L_I:.2f} of {row.ceiling:.2f} nats, effect {row.effect:.3f}"
@@ -403,8 +394,10 @@ def several(model: Model, args: Namespace, best: list[tuple], axes: dict[str, li
         }
         title = f"{what[kind]}, strongest first, each on the face that it changes most"
         parts.append(sheet(title, labels, rows, axes[kind], args.zoom))
-    if parts:
-        save_picture(place(args, "overview"), below_each_other(parts))
+    if parts:  # below each other, each at the left
+        width = max(page.width for page in parts)
+        wide = [ImageOps.expand(page, (0, 0, width - page.width, 0), "white") for page in parts]
+        save_picture(place(args, "overview"), Image.fromarray(np.vstack(wide)))
     if spec.n_cat > 1:
         columns = "a column is one setting of all categorical codes (those of seeds 0 to 9)"
         title = f"ten characters: {columns}; z and continuous codes of the rows"
@@ -579,9 +572,9 @@ def sort(model: Model, args: Namespace) -> str:
     doubted = [f"{code}_{'p' if code.startswith('cat') else 'sigma'}" for code in spec.names]
     lines = zip(files, *values.T.tolist(), *doubts.T.tolist(), strict=True)
     save_table(out / "codes.csv", [["file", *spec.names, *doubted], *lines])
-    n_labels, without = len({*labels} - {""}), labels.count("")
+    n_labels = len({*labels} - {""})
     if spec.n_cat and n_labels:
-        print(f"labels: {n_labels}, {without:,} pictures without one left out")
+        print(f"labels: {n_labels}, {labels.count(''):,} pictures without one left out")
     elif spec.n_cat:
         print("no labels: to see how well categories match, make a subfolder for each label")
     for code in args.codes:
@@ -665,8 +658,8 @@ def read(model: Model, args: Namespace) -> str:
     for path in args.read:
         picture = infogan.read_picture(Path(path), *model.form)
         if picture.error:
-            why = f"{path} ({type(picture.error).__name__})"
-            raise UserError(f"--read {why}: cannot be read as a picture; --sort takes a folder")
+            why = f"cannot be read as a picture ({type(picture.error).__name__})"
+            raise UserError(f"--read {path}: {why}; --sort takes a folder")
         pixels += picture.pixels
     x = torch.frombuffer(pixels, dtype=torch.uint8).view(-1, size, size, channels)
     (values, doubts), x = read_codes(model, x), to_floats(x)
@@ -869,12 +862,11 @@ def read_set(parts: Iterable[tuple[str, str]], spec: CodeSpec) -> Held:
     held = {}
     for code, value in parts:
         limits = (0, spec.cat_dim - 1) if code.startswith("cat") else (-1000.0, 1000.0)
-        v = infogan.Parser.value(f"set {code}", limits, value)
-        if code.startswith("cont") and abs(v) > 3:
-            print(f"--set {code}={value}: training has seen -1 to 1 only, pictures may fall apart")
         if code in held:
             raise UserError(f"--set {code}={value}: {code} must be given once")
-        held[code] = v
+        held[code] = infogan.Parser.value(f"set {code}", limits, value)
+        if code.startswith("cont") and abs(held[code]) > 3:
+            print(f"--set {code}={value}: training has seen -1 to 1 only, pictures may fall apart")
     return held
 
 
@@ -956,9 +948,9 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     args.mode = next((mode for mode in MODES if mode in given), "sheets")
     for flag in sorted(given - {"--ckpt", "--device", args.mode}):
         users = [mode for mode, (*_, takes) in MODES.items() if flag[2:] in takes.split()]
-        users = users or ["its own"]
         if args.mode not in users:
-            raise UserError(f"{flag} has no effect on {args.mode}, only on {', '.join(users)}")
+            only = ", ".join(users) or "its own"
+            raise UserError(f"{flag} has no effect on {args.mode}, only on {only}")
     if args.range and args.range[0] == args.range[1]:
         raise UserError("--range: must be two different numbers")
     if args.mode == "--walk" and args.out and not args.out.lower().endswith((".gif", ".webp")):
@@ -982,9 +974,8 @@ def show(args: Namespace) -> int:
     usual = [-3.0, 3.0] if spec.n_cont > 5 else [-1.5, 1.5]
     args.range = args.range or usual
     args.unusual, args.seeds = unusual(args, usual), numbers
-    folder = folder.format(args.unusual)
-    folder = folder if path.name == "last.pt" else f"{path.stem}-{folder}"
-    args.out = Path(args.out or path.parent / folder)
+    of = "" if path.name == "last.pt" else f"{path.stem}-"
+    args.out = Path(args.out or path.parent / f"{of}{folder.format(args.unusual)}")
     # a GPU draws in full precision and always with the same kernels: on one device a seed is
     # always the same file, on others up to rounding
     torch.set_float32_matmul_precision("highest")
