@@ -30,16 +30,18 @@ from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
 import infogan
 from infogan import Codes, CodeSpec, Generator, UserError, load_pictures, save_picture, to_image
 
-Held, Names = dict[str, float], dict[str, str]  # of codes: the values of --set; what people say
+Held = dict[str, float]  # codes with their values, by --set
 N_MEASURED, N_MOVED = 400, 100  # samples behind a table's figures; behind its tints
 MOST_SHOWN = 100  # categories on a sheet
 MEASURING_SEED = 0  # whatever --seed is: a table belongs to a checkpoint
@@ -50,32 +52,40 @@ MOST_SAMPLES = 10**6  # that --samples writes
 N_TRIED, N_FACES, N_NEAR = 64, 10, 5  # seeds for the page: tried, shown (and characters); typical()
 PAGE = Path(__file__).parent / "data/explorer.html"
 FONTS = ["DejaVuSans", "NotoSansCJK-Regular", "DroidSansFallbackFull", "arial", "msyh", "malgun"]
+progress = partial(tqdm, leave=False, disable=None)  # a bar, in a terminal
 to_floats = partial(infogan.make_batch, flip=False, rng=None, device=torch.device("cpu"))
 
 # drawing and saving -------------------------------------------------------------------------------
 
 
-class Model(NamedTuple):
-    """A trained checkpoint: generator, encoder, its codes, and the checkpoint's contents."""
+class Model:
+    """A trained checkpoint (path: its file, or a run's folder): networks, codes, all it holds."""
 
-    path: Path
-    G: Generator
-    D: infogan.Discriminator  # with the head Q
-    spec: CodeSpec
-    ckpt: dict
-    shape: tuple[int, int, str]  # size and channels of its pictures, --crop of those not square
-    device: torch.device
+    def __init__(self, path: str, device: torch.device, names: str | None = None):
+        self.ckpt, self.device = infogan.load_checkpoint(path), device
+        nets = (infogan.load_net(self.ckpt, net, device) for net in ("G_ema", "D"))
+        # G, and D with the head Q
+        self.G, self.D = (net.to(memory_format=torch.channels_last) for net in nets)  # faster
+        self.path, self.spec, args = Path(self.ckpt["path"]), self.G.spec, self.ckpt["args"]
+        # what a picture is to it: size, channels, --crop of those that are not square
+        self.form = args["image_size"], args["channels"], args.get("crop", "centre")
+        self.names, self.labels = self.read_names(names), {}
+        for code in self.spec.names:
+            self.labels[code] = f"{code} ({self.names[code]})" if code in self.names else code
 
-
-def load_model(path: str, device: torch.device) -> Model:
-    """A checkpoint, or the last one of a run's folder."""
-    ckpt = infogan.load_checkpoint(path)
-    (G, spec), D = infogan.load_generator(ckpt, device), infogan.load_net(ckpt, "D", device)
-    for net in (G, D):
-        net.to(memory_format=torch.channels_last)  # faster
-    args = ckpt["args"]
-    shape = args["image_size"], args["channels"], args.get("crop", "centre")
-    return Model(Path(ckpt["path"]), G, D, spec, ckpt, shape, device)
+    def read_names(self, given: str | None) -> dict[str, str]:
+        """What people call codes: by --names, names.json beside the checkpoint, or within it."""
+        names, path = self.ckpt.get("names", {}), Path(given or self.path.with_name("names.json"))
+        try:
+            if given or path.exists():
+                names = {**names, **json.loads(path.read_text(encoding="utf-8-sig"))}
+            for code, name in names.items():
+                if not re.fullmatch("(cat|cont)[0-9]+: .{1,40}", f"{code}: {name}"):
+                    raise ValueError(f"not {code!a}: {name!a}")
+        except Exception as error:  # of any kind: the file is at fault
+            must = 'must be a table like {"cont3": "tilt"}, each name a line of up to 40 letters'
+            raise UserError(f"{path}: {must}: {error}") from error
+        return {code: str(name) for code, name in names.items() if code in self.spec.names}
 
 
 def draw(model: Model, joined: Tensor) -> Tensor:
@@ -93,8 +103,7 @@ def pick(codes: Codes, which: Tensor | slice | list[int]) -> Codes:
 
 def gather(parts: Iterable[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
     """Codes, or Q's answers, one after the other as one, on the CPU."""
-    first, *more = parts
-    return first._make(torch.cat(column).cpu() for column in zip(first, *more, strict=True))
+    return tree_map(lambda *columns: torch.cat(columns).cpu(), *parts)
 
 
 def hold(spec: CodeSpec, codes: Codes, held: Held) -> Codes:
@@ -110,10 +119,17 @@ def sample_seeds(spec: CodeSpec, seeds: Iterable[int], held: Held) -> Codes:
     return hold(spec, gather(each), held)
 
 
+def cross(model: Model, base: Codes, name: str, others: Codes) -> Tensor:
+    """Pictures (n, m, channels, size, size): n faces, each with a code or group of all m others."""
+    spec, shape = model.spec, (len(base.z), len(others.z))
+    i, j = torch.cartesian_prod(*map(torch.arange, shape)).T
+    codes = spec.replace(pick(base, i), name, pick(others, j))
+    return draw(model, spec.join(codes)).unflatten(0, shape)
+
+
 def traversal(model: Model, base: Codes, code: str, values: Sequence) -> Tensor:
     """Pictures (n, len(values), channels, size, size) of n faces along a code."""
-    moved = model.spec.traverse(base, code, values)
-    return draw(model, model.spec.join(moved)).unflatten(0, (-1, len(values)))
+    return cross(model, base, code, model.spec.traverse(pick(base, [0]), code, values))
 
 
 def characters(model: Model, base: Codes, held: Held) -> Tensor:
@@ -124,9 +140,7 @@ def characters(model: Model, base: Codes, held: Held) -> Tensor:
     spec = model.spec
     if spec.n_cat == 1:
         return traversal(model, base, "cat0", range(spec.cat_dim)[:N_FACES])
-    rows = pick(base, torch.arange(len(base.z)).repeat_interleave(N_FACES))
-    settings = sample_seeds(spec, range(N_FACES), held).c_cat.repeat(len(base.z), 1)
-    return draw(model, spec.join(rows._replace(c_cat=settings))).unflatten(0, (-1, N_FACES))
+    return cross(model, base, "cat", sample_seeds(spec, range(N_FACES), held))
 
 
 def quick(device: torch.device) -> torch.autocast:
@@ -135,21 +149,20 @@ def quick(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=fast)
 
 
-def claim(folder: Path, file: str = "") -> Path:
-    """The folder, made if missing, or a file in it, for us to write.
+def claim(folder: Path) -> Path:
+    """The folder, made if it is missing, for what we write alone.
 
-    A folder without files gets a mark: it is ours, so what is in it may be written again, and no
-    run takes its pictures for data. Into other folders goes a single file, if it is new. Raises
-    UserError for what was there before.
+    It gets a mark: no run takes its pictures for data, and what is in it may be written again.
+    Raises UserError for a folder with files of others.
     """
-    path, mark = folder / file, folder / infogan.MARK
     folder.mkdir(parents=True, exist_ok=True)
+    mark = folder / infogan.MARK
     if not any(folder.iterdir()):
         mark.touch()
-    if path.exists() and not mark.exists():
-        why = "is there, but not from this version of generate.py"
-        raise UserError(f"{path}: {why}; move it, or give another --out")
-    return path
+    if not mark.exists():
+        why = "has files that are not from this version of generate.py"
+        raise UserError(f"{folder}: {why}; give --out a folder of its own")
+    return folder
 
 
 def short_hash(tensors: Iterable[Tensor]) -> str:
@@ -163,20 +176,19 @@ def save_table(path: Path, lines: Iterable[Iterable[object]]) -> None:
     writer = csv.writer(text := io.StringIO(), lineterminator="\n")
     for line in lines:
         writer.writerow(f"{round(v, 4):g}" if isinstance(v, float) else v for v in line)
-    with infogan.replacing(path) as file:
-        file.write(text.getvalue().encode(errors="surrogateescape"))
+    infogan.write_file(path, text.getvalue().encode(errors="surrogateescape"))
 
 
 def code_columns(spec: CodeSpec) -> list[str]:
-    """Of codes.csv."""
-    return [*spec.names, *(f"z{i}" for i in range(spec.z_dim))]
+    """Of codes.csv, from which --start draws faces."""
+    return ["file", *spec.names, *(f"z{i}" for i in range(spec.z_dim))]
 
 
-def save_codes(path: Path, spec: CodeSpec, first: dict[str, list], values: Tensor) -> None:
-    """codes.csv: columns of their own, then values (n, codes), or (n, codes + z_dim)."""
-    names = code_columns(spec)[: values.shape[1]]
-    lines = zip(*first.values(), *values.T.tolist(), strict=True)
-    save_table(path, [[*first, *names], *lines])
+def save_codes(path: Path, files: list[str], codes: Codes, spec: CodeSpec) -> None:
+    """codes.csv: what draws each of the files."""
+    values = torch.cat([*codes[1:], codes.z], 1).tolist()
+    lines = ([file, *row] for file, row in zip(files, values, strict=True))
+    save_table(path, [code_columns(spec), *lines])
 
 
 def print_table(lines: list[list[str]]) -> None:
@@ -191,14 +203,14 @@ def print_table(lines: list[list[str]]) -> None:
 
 
 class Row(NamedTuple):
-    """A line of the table: what a code, or a group of codes, does."""
+    """A line of the table: what a code, or a group of codes, does; NaN for what a group lacks."""
 
     code: str
-    L_I: float | None  # nats, by the run's own Q on new samples; None for groups
-    ceiling: float | None
+    L_I: float  # nats, by the run's own Q on new samples
+    ceiling: float
     effect: float  # share of the pixels' variance that goes when this alone is frozen
     edges: float  # the same for edges, where tints and soft light do not count
-    tint: float | None = None  # of a code: see tint()
+    tint: float  # see tint()
 
 
 def edge_map(x: Tensor) -> Tensor:
@@ -253,50 +265,42 @@ def measure(model: Model) -> list[Row]:
         with quick(model.device):
             return draw(model, spec.join(codes))
 
-    x = pictures(codes)
+    x, blank = pictures(codes), [math.nan] * (1 + len(spec.kinds))  # of groups
     x_edges, q = edge_map(x), ask_Q(model, x.split(AT_ONCE))
-    L_I = infogan.mutual_information(spec, q, codes).tolist()
-    for name in tqdm(["z", *spec.kinds, *spec.names], "measuring", leave=False, disable=None):
-        y = pictures(spec.replace(codes, name, other))
-        values = [None, None, effect(x, y), effect(x_edges, edge_map(y))]
+    L_I = blank + infogan.mutual_information(spec, q, codes).tolist()
+    each = zip(["z", *spec.kinds, *spec.names], L_I, blank + spec.ceilings, strict=True)
+    for name, *known in progress([*each], "measuring"):
+        y, moved = pictures(spec.replace(codes, name, other)), math.nan
         if name in spec.names:
-            k = spec.names.index(name)
             moved = tint(*map(pictures, low_high(spec, few, name, rng)))
-            values = [L_I[k], spec.ceilings[k], *values[2:], moved]
-        rows.append(Row(name, *(v if v is None else round(v, 4) for v in values)))
-    return sorted(rows, key=lambda row: -row.effect if row.code in spec.names else -math.inf)
+        values = *known, effect(x, y), effect(x_edges, edge_map(y)), moved
+        rows.append(Row(name, *(round(v, 4) for v in values)))
+    groups = len(blank)
+    return rows[:groups] + sorted(rows[groups:], key=lambda row: -row.effect)
 
 
-def figures(model: Model, path: Path, names: Names) -> list[Row]:
+def figures(model: Model, path: Path) -> list[Row]:
     """Prints the table and returns its rows: those of the file at path, if it is of this model.
 
-    Else they are measured, and written there if the folder is ours.
+    Else they are measured. The file then has the names of today.
     """
-    weights = [w for net in (model.G, model.D) for w in net.state_dict().values()]
-    how = f"{N_MEASURED} samples of seed {MEASURING_SEED}"
-    measured = f"step {model.ckpt['step']}, weights {short_hash(weights)}, {how}"
-    codes = model.spec.names
-    try:
-        with open(path, newline="", encoding="utf-8") as file:
-            found = [
-                line[: len(Row._fields)] for line in csv.reader(file) if line[-1:] == [measured]
-            ]
-        rows = [Row(code, *(float(v) if v else None for v in values)) for code, *values in found]
-        whole = {part: part in codes for part in ["z", *model.spec.kinds, *codes]}
-        if {row.code: None not in row for row in rows} != whole:
-            raise ValueError("rows or figures are missing")
-        source = f"figures from {path}\n"
-    except Exception:  # of any kind: it is measured anew
-        rows, source = measure(model), ""
+    spec, weights = model.spec, [*model.G.state_dict().values(), *model.D.state_dict().values()]
+    measured, rows = f"step {model.ckpt['step']}, weights {short_hash(weights)}", []
+    measured += f", {N_MEASURED} samples of seed {MEASURING_SEED}"
+    with suppress(Exception), open(path, newline="", encoding="utf-8") as file:
+        found = [line for line in csv.reader(file) if line[-1:] == [measured]]
+        rows = [Row(line[0], *(float(v or "nan") for v in line[1:6])) for line in found]
+    if {row.code for row in rows} == {"z", *spec.kinds, *spec.names}:
+        print(f"figures from {path}")
+    else:
+        rows = measure(model)
     table = [[*Row._fields, "name", "measured"]]
-    for row in rows:
-        cells = ("" if v is None else f"{v:.4f}" for v in row[1:])
-        table.append([row.code, *cells, names.get(row.code, ""), measured])
+    for code, *values in rows:
+        cells = ["" if math.isnan(v) else f"{v:.4f}" for v in values]
+        table.append([code, *cells, model.names.get(code, ""), measured])
     print_table([line[:-1] for line in table])
-    print(source, end="")
-    if (path.parent / infogan.MARK).exists():
-        save_table(path, table)
-    return rows
+    save_table(path, table)
+    return rows[1 + len(spec.kinds) :]
 
 
 # pictures of codes --------------------------------------------------------------------------------
@@ -347,71 +351,64 @@ def sheet(
     return page
 
 
-def below_each_other(pages: list[Image.Image]) -> Image.Image:
-    """One page of several, each at the left."""
-    size = max(page.width for page in pages), sum(page.height for page in pages)
-    whole, top = Image.new("RGB", size, "white"), 0
-    for page in pages:
-        whole.paste(page, (0, top))
-        top += page.height
-    return whole
+def place(args: Namespace, name: str, suffix: str = ".png") -> Path:
+    """Where a file goes that shows faces: its name tells what is unusual about them."""
+    return args.out / f"{name}{args.unusual}{suffix}"
 
 
 def sheets(model: Model, args: Namespace) -> str:
     """The table and a sheet per code; without --codes, sheets of several codes too.
 
-    Nothing is selected. What is unusual about a sheet is in its name, see unusual().
+    Nothing is selected.
     """
-    spec, out, zoom = model.spec, claim(args.out), args.zoom
-    rows = figures(model, out / "table.csv", args.names)
+    rows, best = figures(model, claim(args.out) / "table.csv"), []
     values = [round(v, 6) + 0.0 for v in torch.linspace(*args.range, args.steps).tolist()]
-    axes = {"cat": [*range(spec.cat_dim)][:MOST_SHOWN], "cont": values}
-    best = {kind: [] for kind in axes}
-    for row in [row for row in rows if row.code in args.codes]:
-        kind = row.code.rstrip("0123456789")
-        name, axis, path = args.labels[row.code], axes[kind], out / f"{row.code}{args.unusual}.png"
-        faces = traversal(model, args.base, row.code, axis)
+    axes = {"cat": [*range(model.spec.cat_dim)][:MOST_SHOWN], "cont": values}
+    for row in (row for row in rows if row.code in args.codes):
+        kind, name = row.code.rstrip("0123456789"), model.labels[row.code]
+        faces, path = traversal(model, args.base, row.code, axes[kind]), place(args, row.code)
         told = f"L_I {row.L_I:.2f} of {row.ceiling:.2f} nats, effect {row.effect:.3f}"
         title = f"{name}: {told}, tint {row.tint:.2f}"
-        save_picture(path, sheet(title, args.faces, faces, axis, zoom))
+        save_picture(path, sheet(title, args.faces, faces, axes[kind], args.zoom))
         if args.gif:
-            columns = zip(axis, faces.unbind(1), strict=True)
-            frames = [sheet(name, [""], [x], [f"{v:g}"] * len(x), zoom) for v, x in columns]
+            columns = zip(axes[kind], faces.unbind(1), strict=True)
+            frames = [sheet(name, [""], [x], [f"{v:g}"] * len(x), args.zoom) for v, x in columns]
             frames += frames[-2:0:-1]  # and back
             save_loop(path.with_suffix(".gif"), frames, {"cat": 500, "cont": 100}[kind])
         most = faces.var(1).sum((1, 2, 3)).argmax()  # the face that this code changes most
         label = f"{name}\nL_I {row.L_I:.2f}\neffect {row.effect:.3f}\n{args.faces[most]}"
-        best[kind].append((label, faces[most]))
-    if args.codes == spec.names:
-        for name, page in several(model, args, best, axes).items():
-            save_picture(out / f"{name}{args.unusual}.png", page)
-    return f"{out} has sheets and table.csv; bars: -1 to 1, as in training"
+        best.append((kind, label, faces[most]))
+    if args.codes == model.spec.names:
+        several(model, args, best, axes)
+    return f"{args.out} has sheets and table.csv; bars: -1 to 1, as in training"
 
 
-def several(
-    model: Model, args: Namespace, best: dict[str, list[tuple[str, Tensor]]], axes: dict[str, list]
-) -> dict[str, Image.Image]:
-    """Sheets of all codes, by name. best: the labels and rows of overview, for each kind."""
-    spec, zoom, pages = model.spec, args.zoom, {}
-    words = {"cat": "categorical codes (columns: categories)", "cont": "continuous codes (values)"}
-    parts = []
-    for kind, rows in best.items():
-        if rows:
-            title = f"{words[kind]}, strongest first, each on the face that it changes most"
-            parts.append(sheet(title, *zip(*rows, strict=True), axes[kind], zoom))
-    if parts:
-        pages["overview"] = below_each_other(parts)
+def several(model: Model, args: Namespace, best: list[tuple], axes: dict[str, list]) -> None:
+    """Sheets of all codes. best: each row of overview, its kind, label and pictures."""
+    spec, parts = model.spec, []
+    for kind in spec.kinds:
+        _, labels, rows = zip(*(row for row in best if row[0] == kind), strict=True)
+        what = {
+            "cat": "categorical codes (columns: categories)",
+            "cont": "continuous codes (values)",
+        }
+        title = f"{what[kind]}, strongest first, each on the face that it changes most"
+        parts.append(sheet(title, labels, rows, axes[kind], args.zoom))
+    if parts:  # below each other, each at the left
+        width = max(page.width for page in parts)
+        wide = [ImageOps.expand(page, (0, 0, width - page.width, 0), "white") for page in parts]
+        save_picture(place(args, "overview"), Image.fromarray(np.vstack(wide)))
     if spec.n_cat > 1:
         columns = "a column is one setting of all categorical codes (those of seeds 0 to 9)"
         title = f"ten characters: {columns}; z and continuous codes of the rows"
-        faces = characters(model, args.base, args.set)
-        pages["characters"] = sheet(title, args.faces, faces, range(N_FACES), zoom)
+        rows = characters(model, args.base, args.set)
+        page = sheet(title, args.faces, rows, range(N_FACES), args.zoom)
+        save_picture(place(args, "characters"), page)
     if not args.chosen:
         first = sample_seeds(spec, range(args.seed, args.seed + 100), args.set)
         title = f"100 samples, seeds {args.seed} to {args.seed + 99}, nothing selected"
-        lines = draw(model, spec.join(first)).split(10)
-        pages["samples"] = sheet(title, [""] * 10, lines, [""] * 10, zoom)
-    return pages
+        rows = draw(model, spec.join(first)).split(10)
+        save_picture(place(args, "samples"), sheet(title, [""] * 10, rows, [""] * 10, args.zoom))
 
 
 def save_loop(path: Path, frames: Iterable[Image.Image], milliseconds: int) -> None:
@@ -422,39 +419,43 @@ def save_loop(path: Path, frames: Iterable[Image.Image], milliseconds: int) -> N
 
 def walk(model: Model, args: Namespace) -> str:
     """From the face of each seed to the next, and from the last to the first, as GIF or WebP."""
-    spec, size, path = model.spec, model.shape[0], claim(args.out.parent, args.out.name)
+    spec, path = model.spec, claim(args.out.parent) / args.out.name
     a = spec.join(args.base)[:, None]
     t = torch.arange(args.steps)[:, None] / args.steps
     codes = a.lerp(a.roll(-1, 0), t)  # (faces, steps, spec.dim)
     # of variance 1 on the way too, so that faces stay sharp
     codes[..., : spec.z_dim] /= (t**2 + (1 - t) ** 2).sqrt()
-    x, scale = draw(model, codes.flatten(0, 1)), max(1, 128 // size) * args.zoom
+    x = draw(model, codes.flatten(0, 1))
+    scale = max(1, 128 // x.shape[3]) * args.zoom
     frames = (ImageOps.scale(to_image(face), scale, Image.Resampling.BICUBIC) for face in x)
     save_loop(path, frames, 80)
     return f"{path} has {len(x)} frames"
 
 
-def save_pngs(folder: Path, parts: Iterable[Tensor], names: list[str]) -> Iterator[str]:
-    """Parts of pictures (n, channels, size, size) as PNGs, told one by one when they are there.
+def clear(folder: Path) -> Path:
+    """The folder, ours, without the pictures and codes that an earlier call has left there.
 
-    Pictures and codes of an earlier call go first. Raises UserError, with nothing changed, where
-    there are others.
+    Raises UserError, with nothing changed, where there are other pictures.
     """
-    old, ours = [*claim(folder).glob("*.png")], (folder / infogan.MARK).exists()
-    if foreign := [path for path in old if not (ours and re.fullmatch("[0-9]{6,}", path.stem))]:
+    old = [*claim(folder).glob("*.png")]
+    if foreign := [path for path in old if not re.fullmatch("[0-9]{6,}", path.stem)]:
         raise UserError(f"--out {folder}: holds {len(foreign):,} other pictures; give an empty one")
     for path in [*old, folder / "codes.csv"]:
         path.unlink(missing_ok=True)
+    return folder
+
+
+def save_pngs(folder: Path, names: list[str], parts: Iterable[Tensor]) -> None:
+    """PNGs of pictures that come in parts (n, channels, size, size), one after the other."""
     pictures = chain.from_iterable(parts)
-    for name in tqdm(names, "pictures", leave=False, disable=None):
-        image = to_image(next(pictures))
+    for name, x in zip(progress(names, "pictures"), pictures, strict=True):
+        image = to_image(x)
         try:
             # lossless at any level; more would take four times as long for files as large
             image.save(folder / name, compress_level=1)
         except BaseException:  # Ctrl-C, too
             (folder / name).unlink(missing_ok=True)
             raise
-        yield name
 
 
 def samples(model: Model, args: Namespace) -> str:
@@ -462,43 +463,39 @@ def samples(model: Model, args: Namespace) -> str:
 
     Where it is stopped, codes.csv has the pictures that are there.
     """
-    out, codes, names, written = args.out, args.base, [f"{seed:06d}.png" for seed in args.seeds], []
-    parts = map(partial(draw, model), model.spec.join(codes).split(AT_ONCE))
+    real = load_pictures(args.data, *model.form).x if args.data else []
+    out, codes = clear(args.out), args.base
+    names = [f"{seed:06d}.png" for seed in args.seeds]
     try:
-        for name in save_pngs(out, parts, names):
-            written.append(name)
+        save_pngs(out, names, map(partial(draw, model), model.spec.join(codes).split(AT_ONCE)))
     finally:
-        if n := len(written):
-            first = {"file": written} | ({} if args.start else {"seed": args.seeds[:n]})
-            # a seed tells z by itself
-            values = torch.cat([*codes[1:], *([codes.z] if args.start else [])], 1)
-            save_codes(out / "codes.csv", model.spec, first, values[:n])
+        n = len([*out.glob("*.png")])
+        save_codes(out / "codes.csv", names[:n], pick(codes, slice(n)), model.spec)
     told = f"{out} has {n:,} pictures and codes.csv"
     if args.data:
-        real, x = out.with_name(f"{out.name}-real"), load_pictures(args.data, *model.shape).x
-        print(f"writing the {len(x):,} pictures of {args.data} into {real}", flush=True)
-        names = [f"{i:06d}.png" for i in range(len(x))]
-        n = len([*save_pngs(real, map(to_floats, x.split(AT_ONCE)), names)])
-        told += f", {real} the {n:,} of {args.data}"
+        folder = clear(out.with_name(f"{out.name}-real"))
+        print(f"writing the {len(real):,} pictures of {args.data} into {folder}", flush=True)
+        names = [f"{i:06d}.png" for i in range(len(real))]
+        save_pngs(folder, names, map(to_floats, real.split(AT_ONCE)))
+        told += f", {folder} the {len(real):,} of {args.data}"
     return told
 
 
 def versus(model: Model, args: Namespace) -> str:
     """The tables of two runs, how far from --data they are, and both in comparison.png."""
-    spec, other, labels, shown = model.spec, load_model(args.versus, model.device), [], []
+    spec, other, labels, shown = model.spec, Model(args.versus, model.device), [], []
     flags, same = Namespace(**model.ckpt["args"]), [*vars(spec), "image_size", "channels"]
     if changes := ", ".join(infogan.differences(flags, other.ckpt["args"], same)):
         raise UserError(f"--versus {other.path}: has other codes or pictures: {changes}")
-    out = claim(args.out)
     rng = torch.Generator().manual_seed(args.seed)
     if args.data:
-        real = load_pictures(args.data, *model.shape).x
+        real = load_pictures(args.data, *model.form).x
         real = to_floats(real[torch.randperm(len(real), generator=rng)[: infogan.N_COMPARED]])
     first = sample_seeds(spec, range(args.seed, args.seed + N_FACES), args.set)
     of_other = f"{other.path.parent.name}-{other.path.stem}"
     for run, table in ((model, "table.csv"), (other, f"table-{of_other}.csv")):
         print(run.path)
-        rows = figures(run, out / table, read_names(run, None))
+        rows = figures(run, claim(args.out) / table)
         if args.data:
             drawn = draw(run, spec.join(spec.sample(len(real), rng.manual_seed(args.seed))))
             right = f"{infogan.tell_apart(real, drawn):.1%} right, 50% is best"
@@ -507,14 +504,14 @@ def versus(model: Model, args: Namespace) -> str:
         if spec.n_cat:
             each["categorical codes"] = characters(run, args.base, args.set)
         if spec.n_cont:
-            strongest = next(row.code for row in rows if row.code in spec.names[spec.n_cat :])
+            strongest = next(row.code for row in rows if row.code.startswith("cont"))
             values = torch.linspace(*args.range, N_FACES)
             each[f"{strongest}, strongest"] = traversal(run, args.base, strongest, values.tolist())
         for label, faces in each.items():
             labels += [label] * len(faces)
             shown += faces
     title = f"above: {model.path}, below: {other.path}"
-    path = out / f"comparison-{of_other}{args.unusual}.png"
+    path = place(args, f"comparison-{of_other}")
     save_picture(path, sheet(title, labels, shown, range(N_FACES), args.zoom))
     return f"{path} has both"
 
@@ -524,19 +521,22 @@ def versus(model: Model, args: Namespace) -> str:
 
 def entropy(values: Iterable) -> float:
     """H of what is counted here, in nats."""
-    counts = Counter(values)
-    return -sum(n / counts.total() * math.log(n / counts.total()) for n in counts.values())
+    counts = torch.tensor([*Counter(values).values()], dtype=torch.double)
+    return torch.distributions.Categorical(counts).entropy().item()
 
 
-def agreement(categories: Sequence[float], labels: Sequence[str]) -> tuple[float, float]:
-    """The best one-to-one match's error, and I(a; b) / mean(H(a), H(b)): 1 perfect, 0 chance."""
+def agreement(categories: Iterable[float], labels: Iterable[str]) -> tuple[float, float]:
+    """The best one-to-one match's error, and I(a; b) / mean(H(a), H(b)): 1 perfect, 0 chance.
+
+    Of the pictures that have a label.
+    """
     import networkx  # comes with torch
 
-    pairs, graph = [*zip(categories, labels, strict=True)], networkx.Graph()
-    for (category, label), count in Counter(pairs).items():
-        graph.add_edge(category, label, weight=count)
+    pairs = [pair for pair in zip(categories, labels, strict=True) if pair[1]]
+    graph = networkx.Graph()
+    graph.add_weighted_edges_from((*pair, count) for pair, count in Counter(pairs).items())
     matched = sum(graph.edges[pair]["weight"] for pair in networkx.max_weight_matching(graph))
-    both = entropy(categories) + entropy(labels)
+    both = sum(map(entropy, zip(*pairs, strict=True)))
     nmi = 2 * (both - entropy(pairs)) / both if both else 1.0
     return 1 - matched / len(pairs), nmi
 
@@ -548,12 +548,14 @@ def read_codes(model: Model, x: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat([c_cat, q.q_mu], 1), torch.cat([sure, (q.q_logvar / 2).exp()], 1)
 
 
-def labelled(name: str, shape: tuple[int, int, str]) -> tuple[Tensor, list[str], list[str]]:
+def labelled(name: str, form: tuple[int, int, str]) -> tuple[Tensor, list[str], list[str]]:
     """The pictures of --sort as bytes, their files, and their labels: "" for none.
 
     A label is a picture's class in a named set, or the folder that it is in.
     """
-    pictures = load_pictures(name, *shape, flag="--sort")
+    if os.path.isfile(name):
+        raise UserError(f"--sort {name}: must be a folder; --read takes single pictures")
+    pictures = load_pictures(name, *form, flag="--sort")
     x, files = pictures.x, pictures.names
     if name in infogan.NAMED_SETS:
         classes = [str(label) for _, label in infogan.open_named_set(name, "--sort")]
@@ -565,22 +567,18 @@ def labelled(name: str, shape: tuple[int, int, str]) -> tuple[Tensor, list[str],
 def sort(model: Model, args: Namespace) -> str:
     """Sheets of real pictures by the codes that Q reads from them; codes.csv; how they agree."""
     spec, steps = model.spec, args.steps
-    if os.path.isfile(args.sort):
-        raise UserError(f"--sort {args.sort}: must be a folder; --read takes single pictures")
-    x, files, labels = labelled(args.sort, model.shape)
-    out = claim(args.out)
-    values, doubts = read_codes(model, x)
+    x, files, labels = labelled(args.sort, model.form)
+    out, (values, doubts) = claim(args.out), read_codes(model, x)
     doubted = [f"{code}_{'p' if code.startswith('cat') else 'sigma'}" for code in spec.names]
     lines = zip(files, *values.T.tolist(), *doubts.T.tolist(), strict=True)
     save_table(out / "codes.csv", [["file", *spec.names, *doubted], *lines])
-    known = [i for i, label in enumerate(labels) if label]
-    n_labels = len({labels[i] for i in known})
-    if spec.n_cat and known:
-        print(f"labels: {n_labels}, {len(labels) - len(known):,} pictures without one left out")
+    n_labels = len({*labels} - {""})
+    if spec.n_cat and n_labels:
+        print(f"labels: {n_labels}, {labels.count(''):,} pictures without one left out")
     elif spec.n_cat:
         print("no labels: to see how well categories match, make a subfolder for each label")
     for code in args.codes:
-        j, name = spec.names.index(code), args.labels[code]
+        j, name = spec.names.index(code), model.labels[code]
         value = values[:, j]
         if j < spec.n_cat:
             order = doubts[:, j].argsort(descending=True)
@@ -588,7 +586,7 @@ def sort(model: Model, args: Namespace) -> str:
             above, left = [""] * steps, [f"{k}\n{len(mine):,}" for k, mine in enumerate(chosen)]
             title = f"{name}: category, its number of pictures; the most certain first"
             if n_labels > 1:
-                error, nmi = agreement(value[known].tolist(), [labels[i] for i in known])
+                error, nmi = agreement(value.tolist(), labels)
                 print(f"{name}: {error:.1%} error, NMI {nmi:.3f}")
         else:
             n = min(args.rows, len(files))  # neighbours below each other
@@ -613,10 +611,12 @@ def look(model: Model, x: Tensor) -> Tensor:
     return torch.cat(weighted, 1).float()
 
 
-def misfit(model: Model, joined: Tensor, wanted: Tensor) -> Tensor:
-    """How far G's drawings of its inputs (n, spec.dim) are from wanted (n, features): (n,)."""
+def misfit(model: Model, codes: Codes, wanted: Tensor) -> Tensor:
+    """How far G's drawings of n m codes are from the n wanted (n, features): (n, m)."""
     with quick(model.device):
-        return (look(model, model.G(joined)) - wanted).square().sum(1)
+        parts = model.spec.join(codes).split(AT_ONCE)
+        looks = torch.cat([look(model, model.G(part)) for part in parts])
+    return (looks.unflatten(0, (len(wanted), -1)) - wanted[:, None]).square().sum(2)
 
 
 def find_codes(model: Model, x: Tensor, guess: Codes) -> Codes:
@@ -626,75 +626,64 @@ def find_codes(model: Model, x: Tensor, guess: Codes) -> Codes:
     gradient. What training never drew is no face: |z| stays within sqrt(z_dim), its usual length,
     and continuous codes within [-1, 1]. To four decimals, as codes.csv has them.
     """
-    spec, device, n = model.spec, model.device, len(x)
-    wanted, owner = look(model, x.to(device)), torch.arange(n, device=device)
-    codes = Codes(*(c.to(device, copy=True) for c in guess))
-    codes = codes._replace(z=torch.zeros_like(codes.z), c_cont=codes.c_cont.clamp(-1, 1))
-    for k in tqdm([*range(spec.n_cat)] * FIT_ROUNDS, "categories", leave=False, disable=None):
-        tried = spec.join(spec.traverse(codes, f"cat{k}", range(spec.cat_dim)))
-        whose = owner.repeat_interleave(spec.cat_dim)
-        parts = zip(tried.split(AT_ONCE), whose.split(AT_ONCE), strict=True)
-        far = torch.cat([misfit(model, part, wanted[i]) for part, i in parts]).view(n, -1)
-        codes.c_cat[:, k] = far.argmin(1)
+    spec, wanted = model.spec, look(model, x.to(model.device))
+    z, c_cat, c_cont = (c.to(model.device) for c in guess)
+    codes = Codes(torch.zeros_like(z), c_cat.clone(), c_cont.clamp(-1, 1))
+    first = torch.arange(len(x), device=model.device)[:, None]  # of a picture's rows
+    for k in progress([*range(spec.n_cat)] * FIT_ROUNDS, "categories"):
+        every = spec.traverse(codes, f"cat{k}", range(spec.cat_dim))
+        nearest = misfit(model, every, wanted).argsort(1)
+        codes.c_cat[:, k] = nearest[:, 0]
     if spec.n_cat:  # z can turn the order of the last code's best ones: with it each is tried
-        nearest = far.topk(min(N_FOLLOWED, spec.cat_dim), largest=False).indices
-        owner = owner.repeat_interleave(nearest.shape[1])
-        codes, wanted = pick(codes, owner), wanted[owner]
-        codes.c_cat[:, -1] = nearest.flatten()
+        codes = pick(every, (first * spec.cat_dim + nearest[:, :N_FOLLOWED]).flatten())
     moved = codes.z.requires_grad_(), codes.c_cont.requires_grad_()
     adam = torch.optim.Adam(moved, FIT_RATE)
-    for step in tqdm(range(FIT_STEPS), "z, cont", leave=False, disable=None):
+    for step in progress(range(FIT_STEPS), "z, cont"):
         adam.param_groups[0]["lr"] = FIT_RATE * min(1, 2 - 2 * step / FIT_STEPS)  # to rest
         adam.zero_grad()
-        misfit(model, spec.join(codes), wanted).sum().backward()
+        misfit(model, codes, wanted).sum().backward()
         adam.step()
         with torch.no_grad():
             codes.c_cont.clamp_(-1, 1)
             codes.z.copy_(codes.z.renorm(2, 0, spec.z_dim**0.5))
-    with torch.no_grad():
-        far = misfit(model, spec.join(codes), wanted).view(n, -1)
-    best = torch.arange(n, device=device) * far.shape[1] + far.argmin(1)
-    codes = (c.detach().cpu() for c in pick(codes, best))
+    far = misfit(model, codes, wanted)
+    best = first * far.shape[1] + far.argmin(1, keepdim=True)
+    codes = (c.detach().cpu() for c in pick(codes, best.flatten()))
     return Codes(*(c.double().round(decimals=4).to(c.dtype) for c in codes))
 
 
 def read(model: Model, args: Namespace) -> str:
     """A table of what Q reads from each picture; codes.csv, what draws it; read.png shows both."""
-    spec, pixels, (size, channels, _) = model.spec, bytearray(), model.shape
-    paths = [*map(Path, args.read)]
-    for path in paths:
-        picture = infogan.read_picture(path, *model.shape)
+    spec, pixels, (size, channels, _) = model.spec, bytearray(), model.form
+    for path in args.read:
+        picture = infogan.read_picture(Path(path), *model.form)
         if picture.error:
-            why = f"{path} ({type(picture.error).__name__})"
-            raise UserError(f"--read {why}: cannot be read as a picture; --sort takes a folder")
+            why = f"cannot be read as a picture ({type(picture.error).__name__})"
+            raise UserError(f"--read {path}: {why}; --sort takes a folder")
         pixels += picture.pixels
     x = torch.frombuffer(pixels, dtype=torch.uint8).view(-1, size, size, channels)
-    values, doubts = read_codes(model, x)
-    names = [path.name for path in paths]
+    (values, doubts), x = read_codes(model, x), to_floats(x)
+    names = [os.path.basename(path) for path in args.read]
     table = [["", *names]]
     for code in args.codes:
         j = spec.names.index(code)
         form = "{:.0f} ({:.0%})" if j < spec.n_cat else "{:+.2f} ± {:.2f}"
-        table.append([args.labels[code], *map(form.format, values[:, j], doubts[:, j])])
+        table.append([model.labels[code], *map(form.format, values[:, j], doubts[:, j])])
     print_table(table)
-    out = claim(args.out)
-    c_cat, c_cont = values.split([spec.n_cat, spec.n_cont], 1)
+    out, (c_cat, c_cont) = claim(args.out), values.split([spec.n_cat, spec.n_cont], 1)
     z = args.base.z[:1].expand(len(x), -1)
     by_Q = hold(spec, Codes(z, c_cat.long(), c_cont), args.set)
     # find_codes follows N_FOLLOWED drawings of each picture: AT_ONCE together
     parts = torch.arange(len(x)).split(AT_ONCE // N_FOLLOWED)
-    each = [find_codes(model, to_floats(x[part]), pick(by_Q, part)) for part in parts]
+    each = [find_codes(model, x[part], pick(by_Q, part)) for part in parts]
     found = hold(spec, gather(each), args.set)
-    save_codes(out / "codes.csv", spec, {"file": names}, torch.cat([*found[1:], found.z], 1))
-    n = len(args.seeds)
-    face, pose = torch.arange(len(x)).repeat_interleave(n), torch.arange(n).repeat(len(x))
-    moved = "cont" if spec.n_cont else "z"
-    posed = spec.replace(pick(found, face), moved, pick(args.base, pose))
-    drawn = [draw(model, spec.join(codes)) for codes in (by_Q, found, posed)]
-    shown = [to_floats(x)[:, None], *(part.unflatten(0, (len(x), -1)) for part in drawn)]
+    save_codes(out / "codes.csv", names, found, spec)
+    drawn = [draw(model, spec.join(codes))[:, None] for codes in (by_Q, found)]
+    posed = cross(model, found, "cont" if spec.n_cont else "z", args.base)
     title = "each picture; what Q alone makes of it; what is found; that face posed as seeds"
     above = ["picture", "Q alone", "found", *(f"as {seed}" for seed in args.faces)]
-    save_picture(out / "read.png", sheet(title, names, torch.cat(shown, 1), above, args.zoom))
+    shown = torch.cat([x[:, None], *drawn, posed], 1)
+    save_picture(out / "read.png", sheet(title, names, shown, above, args.zoom))
     return f"{out} has read.png, and codes.csv for --start"
 
 
@@ -712,11 +701,9 @@ def folded(G: Generator) -> list[tuple[Tensor, Tensor]]:
             gains.append((m.weight / (m.running_var + m.eps).sqrt())[:, None, None])
             weight, shift = layers[-1][0], m.bias - gains[-1].flatten() * m.running_mean
             layers[-1] = weight * gains[-1], shift
-        elif isinstance(m, infogan.UpsampleConv2d):
-            layers.append((m.folded(), m.bias))
         elif isinstance(m, (nn.Conv2d, nn.ConvTranspose2d)):
-            transposed = isinstance(m, nn.ConvTranspose2d)
-            layers.append((m.weight if transposed else m.weight.transpose(0, 1), m.bias))
+            weight = m.folded() if isinstance(m, infogan.UpsampleConv2d) else m.weight
+            layers.append((weight.transpose(0, 1) if type(m) is nn.Conv2d else weight, m.bias))
     if G.maps:
         layers.append((G.maps.kernel() * gains[1], torch.zeros_like(layers[1][1])))
     return layers
@@ -737,12 +724,11 @@ def typical(model: Model, codes: Codes) -> list[int]:
 
 def explorer(model: Model, args: Namespace) -> str:
     """One HTML file that draws by itself; opens on a typical face, or on --seeds or --start."""
-    spec, path = model.spec, claim(args.out, f"explorer{args.unusual}.html")
-    rows = figures(model, path.with_name("table.csv"), args.names)
-    layers, weights, scales = [], [], []
+    spec, rows = model.spec, figures(model, claim(args.out) / "table.csv")
     shown = [*range(len(args.seeds))] if args.chosen else typical(model, args.base)
     faces = pick(args.base, shown)
-    values = torch.cat(faces[1:], 1).double().round(decimals=4).tolist()
+    values = torch.cat(faces[1:], 1).tolist()
+    layers, weights, scales = [], [], []
     for weight, bias in folded(model.G.cpu()):  # 8 bits a weight, with a scale for each channel
         scale = weight.abs().amax((0, 2, 3)).clamp(min=1e-12) / 127
         weights.append((weight / scale[:, None, None]).round().to(torch.int8).flatten())
@@ -757,34 +743,29 @@ def explorer(model: Model, args: Namespace) -> str:
         "tried": 0 if args.chosen else len(args.seeds),
         "faces": [dict(zip(spec.names, row, strict=True)) for row in values],
         "layers": layers,
-        "codes": [
-            row._asdict() | {"name": args.names.get(row.code)}
-            for row in rows
-            if row.code in spec.names
-        ],
-        "z": faces.z.double().round(decimals=5).tolist(),
+        "codes": [row._asdict() | {"name": model.names.get(row.code)} for row in rows],
+        "z": faces.z.tolist(),
         "weights": base64.b64encode(torch.cat(weights).numpy()).decode(),
         "scales": base64.b64encode(torch.cat(scales).numpy()).decode(),
     }
     filled = json.dumps(data).replace("<", "\\u003c")  # a name must not end the script
     page = PAGE.read_text(encoding="utf-8").replace("data = null;", f"data = {filled};")
-    with infogan.replacing(path) as file:
-        file.write(page.encode())
+    path = place(args, "explorer", ".html")
+    infogan.write_file(path, page.encode())
     return f"{path} has {len(page) / 1e6:.1f} MB"
 
 
 def onnx(model: Model, args: Namespace) -> str:
     """G as ONNX, from "codes" (n, spec.dim) to "x" (n, channels, size, size) in [-1, 1]."""
     spec, G = model.spec, model.G.cpu().to(memory_format=torch.contiguous_format)
-    path, n = claim(args.out, "generator.onnx"), torch.export.Dim("n")
-    codes = torch.zeros(2, spec.dim)
+    path = claim(args.out) / "generator.onnx"
     try:
         program = torch.onnx.export(
             G,
-            (codes,),
+            (torch.zeros(2, spec.dim),),
             input_names=["codes"],
             output_names=["x"],
-            dynamic_shapes=({0: n},),
+            dynamic_shapes=({0: torch.export.Dim("n")},),
             dynamo=True,
             verbose=False,
         )
@@ -795,8 +776,7 @@ def onnx(model: Model, args: Namespace) -> str:
         f"codes: z ({spec.z_dim}), {spec.n_cat} categoricals one-hot ({spec.cat_dim} each), "
         f"{spec.n_cont} continuous. x: from -1 to 1"
     )
-    with infogan.replacing(path) as file:
-        file.write(proto.SerializeToString())
+    infogan.write_file(path, proto.SerializeToString())
     return f"{path} is written"
 
 
@@ -806,7 +786,7 @@ def shrink(model: Model, args: Namespace) -> str:
     if path.exists():
         raise UserError(f"--shrink {path}: exists; give a new name")
     args_kept = ckpt["args"] | {"data": "", "out": "", "init": None}  # nobody else's business
-    small = {"args": args_kept, "step": ckpt["step"], "names": args.names}
+    small = {"args": args_kept, "step": ckpt["step"], "names": model.names}
     for net in ("G_ema", "D"):  # vectors stay: they are small, and variances may be tiny
         small[net] = {k: w.half() if w.dim() > 1 else w for k, w in ckpt[net].items()}
     infogan.write_file(path, infogan.to_bytes(small | {"format": infogan.FORMAT}))
@@ -857,58 +837,36 @@ FLAGS = {  # as in infogan.py
 ]}
 MORE = {  # of flags that are not one word with a default
 "ckpt": {"required": True}, "samples": {"nargs": "?", "const": 0}, "read": {"nargs": "+"},
-"range": {"nargs": 2, "type": float, "metavar": ("LOW", "HIGH")},
+"range": {"nargs": 2, "type": partial(infogan.Parser.value, "range", (-1000.0, 1000.0)),
+    "metavar": ("LOW", "HIGH")},
 }
 # fmt: on
 
 
-def to_codes(flag: str, text: str | None, names: Names, labels: Names) -> Iterator[tuple[str, str]]:
+def to_codes(flag: str, text: str | None, model: Model) -> Iterator[tuple[str, str]]:
     """(code, value) of each part of a list like "cat0=3, eyes close=1", value "" where none is.
 
-    A name stands for the code that alone has it. Raises UserError for what is no code.
+    A name stands for all codes that have it. Raises UserError for what is no code.
     """
-    text, lower = text or "", [name.lower() for name in names.values()]
-    pairs = sorted(zip(lower, names, strict=True), key=lambda pair: -len(pair[0]))
-    for name, code in pairs:  # long ones first: they may have commas and shorter ones in them
-        if lower.count(name) == 1 and name not in labels:
-            text = re.sub(rf"(?i)(?<![^,])\s*{re.escape(name)}\s*(?![^,=])", code, text)
-    for part in filter(None, map(str.strip, text.split(","))):
-        code, _, value = part.partition("=")
-        if code not in labels or (flag == "--codes" and code != part):
-            has = ", ".join(labels.values()) or "none"
+    for part in filter(None, map(str.strip, (text or "").split(","))):
+        called, _, value = map(str.strip, part.lower().partition("="))
+        codes = [c for c in model.labels if called in (c, model.names.get(c, c).lower())]
+        if not codes or (value and flag == "--codes"):
+            has = ", ".join(model.labels.values()) or "none"
             raise UserError(f"{flag}: {part!a}: this checkpoint has {has}")
-        yield code, value
-
-
-def read_names(model: Model, given: str | None) -> Names:
-    """What people call the codes: by --names, names.json beside the checkpoint, or within it."""
-    path, names = Path(given or model.path.with_name("names.json")), model.ckpt.get("names", {})
-    try:
-        if given or path.exists():
-            names = {**names, **json.loads(path.read_text(encoding="utf-8-sig"))}
-        for code, name in names.items():
-            fits = 0 < len(name) <= 40 and name.isprintable()
-            if not (fits and re.fullmatch("(cat|cont)[0-9]+", code)):
-                raise ValueError(f"not {code!a}: {name!a}")
-    except Exception as error:  # of any kind: the file is at fault
-        must = 'must be a table like {"cont3": "tilt"}, each name in one line of up to 40 letters'
-        raise UserError(f"{path}: {must}: {error}") from error
-    return {code: name for code, name in names.items() if code in model.spec.names}
+        yield from ((code, value) for code in codes)
 
 
 def read_set(parts: Iterable[tuple[str, str]], spec: CodeSpec) -> Held:
     """The codes of --set with their values. Raises UserError for one that does not fit."""
     held = {}
     for code, value in parts:
-        v = float(value) if re.fullmatch(r"[-+]?[0-9]*\.?[0-9]+", value) else math.nan
-        fits, must = abs(v) <= 1000, "a number from -1000 to 1000"
-        if code.startswith("cat"):
-            fits, must = v in range(spec.cat_dim), f"a whole number from 0 to {spec.cat_dim - 1}"
-        elif abs(v) > 3:
+        limits = (0, spec.cat_dim - 1) if code.startswith("cat") else (-1000.0, 1000.0)
+        if code in held:
+            raise UserError(f"--set {code}={value}: {code} must be given once")
+        held[code] = infogan.Parser.value(f"set {code}", limits, value)
+        if code.startswith("cont") and abs(held[code]) > 3:
             print(f"--set {code}={value}: training has seen -1 to 1 only, pictures may fall apart")
-        if code in held or not fits:
-            raise UserError(f"--set {code}={value}: {code} must be given once, as {must}")
-        held[code] = v
     return held
 
 
@@ -928,39 +886,39 @@ def read_start(text: str, spec: CodeSpec) -> tuple[list[str], Codes]:
     try:
         with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
             head, *rows = csv.reader(file)
-        if head != ["file", *code_columns(spec)]:
+        if head != code_columns(spec):
             raise ValueError("it has other columns")
         rows = [rows[i] for i in read_seeds(some, "--start")] if some else rows
         values = torch.tensor([[*map(float, row[1:])] for row in rows])
         c_cat, c_cont, z = values.split([spec.n_cat, spec.n_cont, spec.z_dim], 1)
-        is_category = (c_cat == c_cat.floor()) & (c_cat >= 0) & (c_cat < spec.cat_dim)
-        if not is_category.all() or not (values.abs() <= 1000).all():  # NaN too
+        codes = Codes(z, c_cat.long(), c_cont)
+        spec.join(codes)  # fails for what is no category
+        if not (values.abs() <= 1000).all() or not c_cat.equal(codes.c_cat.float()):  # NaN too
             raise ValueError("a value is out of range")
-    except (OSError, RuntimeError, ValueError, IndexError, csv.Error) as error:
+    except Exception as error:  # of any kind: the file is at fault
         must = "must be a codes.csv that --read wrote with this checkpoint, rows from 0"
-        raise UserError(f"--start {text}: {must} ({str(error).splitlines()[0]})") from error
-    return [row[0] for row in rows], Codes(z, c_cat.long(), c_cont)
+        raise UserError(f"--start {text}: {must} ({error!s:.99})") from error
+    return [row[0] for row in rows], codes
 
 
-def choose_faces(spec: CodeSpec, args: Namespace) -> tuple[list[int], list[str], Codes]:
+def choose_faces(spec: CodeSpec, args: Namespace) -> tuple[Sequence[int], list[str], Codes]:
     """The seeds (or places from 0), the labels and the codes of the faces to begin with.
 
     Raises UserError for too few or too many.
     """
-    count, least, most = {  # of seeds, where none are given
-        "--samples": (args.samples, 1, MOST_SAMPLES),
-        "--read": (N_READ, 1, 100),
-        "--explorer": (N_TRIED, 1, 100),
-        "--walk": (args.rows, 2, 100),
-    }.get(args.mode, (args.rows, 1, 100))
-    labels, codes = read_start(args.start, spec) if args.start else ([], None)
-    first = 0 if codes else args.seed
-    seeds = [*range(first, first + (len(labels) or count))]
-    seeds = read_seeds(args.seeds) if args.seeds else seeds
+    usual = {"--samples": args.samples, "--read": N_READ, "--explorer": N_TRIED}
+    seeds = range(args.seed, args.seed + usual.get(args.mode, args.rows))
+    if args.seeds:
+        seeds = read_seeds(args.seeds)
+    if args.start:
+        labels, codes = read_start(args.start, spec)
+        seeds = range(len(labels))
+    least, most = 1 + (args.mode == "--walk"), MOST_SAMPLES if args.mode == "--samples" else 100
     if not least <= len(seeds) <= most:
         raise UserError(f"{args.mode}: needs {least} to {most:,} faces, not {len(seeds):,}")
-    labels = labels or [f"seed {seed}" for seed in seeds]
-    return seeds, labels, hold(spec, codes or sample_seeds(spec, seeds, {}), args.set)
+    if not args.start:
+        labels, codes = [f"seed {seed}" for seed in seeds], sample_seeds(spec, seeds, {})
+    return seeds, labels, hold(spec, codes, args.set)
 
 
 def unusual(args: Namespace, usual_range: list[float]) -> str:
@@ -968,15 +926,14 @@ def unusual(args: Namespace, usual_range: list[float]) -> str:
 
     So that no call writes over the sheets of another that shows something else.
     """
-    (low, high), stems = args.range, [Path(face).stem for face in args.faces]
-    texts = {
+    differs = {
         "seed": args.seed,
-        "seeds": args.seeds_given,
-        "start": args.start and ",".join(stems),
+        "seeds": args.seeds,
+        "start": args.start and ",".join(Path(face).stem for face in args.faces),
         "set": ",".join(f"{code}={v:g}" for code, v in args.set.items()),
-        "range": [low, high] != usual_range and f"{low:g}-{high:g}",
+        "range": args.range != usual_range and "{:g}-{:g}".format(*args.range),
     }
-    text = "".join(f"-{flag}-{text}" for flag, text in texts.items() if text)
+    text = "".join(f"-{flag}-{value}" for flag, value in differs.items() if value)
     safe = re.sub(r"[^\w.,=+-]", "", text)
     if args.start or len(safe) > 60:  # other pictures may have the same names
         safe = f"{safe[:50]}-{short_hash([*args.base, torch.tensor(args.range)])}"
@@ -984,48 +941,41 @@ def unusual(args: Namespace, usual_range: list[float]) -> str:
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
-    """The flags, the mode, its seeds. Raises UserError for what is wrong or has no effect."""
+    """The flags and the mode. Raises UserError for what is wrong or has no effect."""
     parser = infogan.Parser("generate.py", __doc__, FLAGS, MORE)
     given = parser.given(argv)
     args, given = Namespace(**parser.defaults | given), {f"--{name}" for name in given}
-    args.mode, *others = [mode for mode in MODES if mode in given] or ["sheets"]
-    if others:
-        raise UserError(f"{args.mode} and {others[0]}: give only one of them")
+    args.mode = next((mode for mode in MODES if mode in given), "sheets")
     for flag in sorted(given - {"--ckpt", "--device", args.mode}):
-        users = [mode for mode, (*_, flags) in MODES.items() if flag[2:] in flags.split()]
+        users = [mode for mode, (*_, takes) in MODES.items() if flag[2:] in takes.split()]
         if args.mode not in users:
-            raise UserError(f"{flag} has no effect on {args.mode}, only on {', '.join(users)}")
-    low, high = args.range or (-1, 1)
-    if low == high or not all(abs(v) <= 1000 for v in (low, high)):  # true for NaN
-        raise UserError("--range: must be two different numbers from -1000 to 1000")
+            only = ", ".join(users) or "its own"
+            raise UserError(f"{flag} has no effect on {args.mode}, only on {only}")
+    if args.range and args.range[0] == args.range[1]:
+        raise UserError("--range: must be two different numbers")
     if args.mode == "--walk" and args.out and not args.out.lower().endswith((".gif", ".webp")):
         raise UserError(f"--out {args.out}: must end with .gif or .webp")
-    for flag in sorted(given & {"--seeds", "--start"}):
-        if (given - {flag}) & {"--seed", "--seeds", "--start", "--rows"} or args.samples:
-            others = "--seed, --rows, N of --samples, and the other of --seeds and --start"
-            raise UserError(f"{flag}: chooses the faces, so leave out {others}")
+    args.chosen = args.seeds or args.start
+    ways = given & {"--seed", "--rows", "--seeds", "--start"}
+    if args.chosen and (args.samples or len(ways) > 1):
+        others = "--seed, --rows, N of --samples, and the other of --seeds and --start"
+        raise UserError(f"{max(ways)}: chooses the faces, so leave out {others}")
     return args
 
 
 def show(args: Namespace) -> int:
     """Writes what was asked for and says where it is."""
-    write, place, _ = MODES[args.mode]
-    model = load_model(args.ckpt, infogan.pick_device(args.device))
+    write, folder, _ = MODES[args.mode]
+    model = Model(args.ckpt, infogan.pick_device(args.device), args.names)
     spec, path = model.spec, model.path
-    args.names = read_names(model, args.names)
-    said = {code: f"{code} ({name})" for code, name in args.names.items()}
-    args.labels = {code: said.get(code, code) for code in spec.names}  # of sheets
-    codes = to_codes("--codes", args.codes, args.names, args.labels)
-    args.codes = [code for code, _ in codes] or spec.names
-    args.set = read_set(to_codes("--set", args.set, args.names, args.labels), spec)
-    args.chosen, args.seeds_given = bool(args.seeds or args.start), args.seeds
-    args.seeds, args.faces, args.base = choose_faces(spec, args)
-    reach = 3.0 if spec.n_cont > 5 else 1.5
-    args.range = args.range or [-reach, reach]
-    args.unusual = unusual(args, [-reach, reach])
-    place = place.format(args.unusual)
-    place = place if path.name == "last.pt" else f"{path.stem}-{place}"
-    args.out = Path(args.out or path.parent / place)
+    args.codes = [code for code, _ in to_codes("--codes", args.codes, model)] or spec.names
+    args.set = read_set(to_codes("--set", args.set, model), spec)
+    numbers, args.faces, args.base = choose_faces(spec, args)
+    usual = [-3.0, 3.0] if spec.n_cont > 5 else [-1.5, 1.5]
+    args.range = args.range or usual
+    args.unusual, args.seeds = unusual(args, usual), numbers
+    of = "" if path.name == "last.pt" else f"{path.stem}-"
+    args.out = Path(args.out or path.parent / f"{of}{folder.format(args.unusual)}")
     # a GPU draws in full precision and always with the same kernels: on one device a seed is
     # always the same file, on others up to rounding
     torch.set_float32_matmul_precision("highest")
