@@ -690,8 +690,9 @@ def read(model: Model, args: Namespace) -> str:
 # for other programs -------------------------------------------------------------------------------
 
 
-def folded(G: Generator) -> list[tuple[Tensor, Tensor]]:
-    """G's convolutions with batch norm in them: weights (inputs, outputs, k, k) and biases.
+def folded(G: Generator) -> list[tuple[Tensor, Tensor, int]]:
+    """G's convolutions with batch norm in them: weights (inputs, outputs, k, k), biases, and 2
+    where the input is doubled first, else 1.
 
     At the end, where G has them, CodeMaps: what each code adds at 8x8.
     """
@@ -699,13 +700,17 @@ def folded(G: Generator) -> list[tuple[Tensor, Tensor]]:
     for m in G.layers:
         if isinstance(m, nn.BatchNorm2d):
             gains.append((m.weight / (m.running_var + m.eps).sqrt())[:, None, None])
-            weight, shift = layers[-1][0], m.bias - gains[-1].flatten() * m.running_mean
-            layers[-1] = weight * gains[-1], shift
+            weight, _, twice = layers[-1]
+            layers[-1] = weight * gains[-1], m.bias - gains[-1].flatten() * m.running_mean, twice
         elif isinstance(m, (nn.Conv2d, nn.ConvTranspose2d)):
-            weight = m.folded() if isinstance(m, infogan.UpsampleConv2d) else m.weight
-            layers.append((weight.transpose(0, 1) if type(m) is nn.Conv2d else weight, m.bias))
+            weight, twice = m.weight, 1
+            if isinstance(m, nn.Conv2d):
+                weight = weight.transpose(0, 1)
+            if isinstance(m, infogan.UpsampleConv2d):
+                weight, twice = weight.flip(2, 3), 2
+            layers.append((weight, m.bias, twice))
     if G.maps:
-        layers.append((G.maps.kernel() * gains[1], torch.zeros_like(layers[1][1])))
+        layers.append((G.maps.kernel() * gains[1], torch.zeros_like(layers[1][1]), 1))
     return layers
 
 
@@ -729,11 +734,12 @@ def explorer(model: Model, args: Namespace) -> str:
     faces = pick(args.base, shown)
     values = torch.cat(faces[1:], 1).tolist()
     layers, weights, scales = [], [], []
-    for weight, bias in folded(model.G.cpu()):  # 8 bits a weight, with a scale for each channel
+    for weight, bias, twice in folded(model.G.cpu()):
+        # 8 bits a weight, with a scale for each channel
         scale = weight.abs().amax((0, 2, 3)).clamp(min=1e-12) / 127
         weights.append((weight / scale[:, None, None]).round().to(torch.int8).flatten())
         scales += [scale, bias]
-        layers.append(weight.shape[:3])
+        layers.append([*weight.shape[:3], twice])
     data = {
         "title": f"{model.path.parent.name}/{model.path.name}, step {model.ckpt['step']:,}",
         "spec": vars(spec),
