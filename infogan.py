@@ -418,14 +418,20 @@ def kept_categories(logits: Tensor, logits_augmented: Tensor) -> Tensor:
 
 
 def local_loss(x: Tensor, y: Tensor) -> Tensor:
-    """How large a part of a picture one code changes, from pictures before and after its change.
+    """How large a part of pictures x (n, channels, h, w) changes, with one code, to y.
 
-    (n, channels, h, w) each, in 16x16 cells. With |d| a cell's change: E[|d|]^2 / E[d^2], the mean
-    over the pictures: 1 where all cells change alike, 1/256 where one does (after the spatial
-    constriction of 2104.05622).
+    With |d| the change of each of 16x16 cells: E[|d|]^2 / E[|d|^2], 1 where all cells change
+    alike, 1/256 where one does (after the spatial constriction of 2104.05622).
     """
     square = F.avg_pool2d(x - y, x.shape[3] // 16).square().sum(1).flatten(1) + 1e-8
     return (square.sqrt().mean(1).square() / square.mean(1)).mean()
+
+
+def losses_of_change(spec: CodeSpec, x: Tensor, args: Namespace) -> tuple[Tensor, Tensor]:
+    """identity_loss and local_loss of pictures x of pair's and vary's codes; 0 without weight."""
+    n, zero = len(x) // 4 if args.lam_local else 0, torch.zeros((), device=x.device)
+    identity = identity_loss(x[: len(x) - n]) if args.lam_identity and spec.n_cat else zero
+    return identity, local_loss(x[:n], x[len(x) - n :]) if n else zero
 
 
 def pair(codes: Codes) -> Codes:
@@ -434,22 +440,13 @@ def pair(codes: Codes) -> Codes:
 
 
 def vary(codes: Codes, rng: torch.Generator) -> Codes:
-    """The same codes, but the last quarter are those of the first with one code of each changed."""
-    n_cat, rest = codes.c_cat.shape[1], len(codes.z) - len(codes.z) // 4
+    """The same codes, but the last quarter are the first ones with one code of each changed."""
     z, c = codes.z.clone(), torch.cat([codes.c_cat, codes.c_cont], 1)
-    z[rest:] = z[: len(z) - rest]
-    changed = torch.randint(max(1, c.shape[1]), (len(c) - rest, 1), generator=rng)
-    changed = changed == torch.arange(c.shape[1])
-    c[rest:] = torch.where(changed, c[rest:], c[: len(c) - rest])
+    n, n_cat, (_, n_codes) = len(z) // 4, codes.c_cat.shape[1], c.shape
+    rest = len(z) - n
+    changed = torch.randint(n_codes, (n, 1), generator=rng) == torch.arange(n_codes)
+    z[rest:], c[rest:] = z[:n], torch.where(changed, c[rest:], c[:n])
     return Codes(z, c[:, :n_cat].long(), c[:, n_cat:])
-
-
-def losses_of_codes(spec: CodeSpec, x: Tensor, args: Namespace) -> tuple[Tensor, Tensor]:
-    """identity_loss and local_loss of x, drawn from codes of pair and vary; 0 without weights."""
-    n = len(x) // 4 if args.lam_local and spec.names else 0
-    paired, zero = x[: len(x) - n], torch.zeros((), device=x.device)
-    identity = identity_loss(paired) if args.lam_identity and spec.n_cat else zero
-    return identity, local_loss(x[:n], x[len(x) - n :]) if n else zero
 
 
 R1_EVERY = 16  # steps, with R1 times 16: the same for less time (1912.04958, appendix B)
@@ -638,7 +635,7 @@ def train_step(state: State, args: Namespace, batch: Batch, kind: Variant | None
     loss = loss - args.lam_real * kept
     if to_trunk:  # -V - lambda L_I, which trains Q and the trunk
         loss = loss - lambda_L_I(spec, mutual_information(spec, q, codes), args)
-    R1 = torch.zeros((), device=x.device)
+    R1 = identity = local = torch.zeros((), device=x.device)
     if with_r1:
         R1 = r1_penalty(d_real, x)
         loss = loss + R1_EVERY * args.r1 * R1
@@ -653,9 +650,9 @@ def train_step(state: State, args: Namespace, batch: Batch, kind: Variant | None
     L_I = mutual_information(spec, q, codes)
     # here L_I reaches G (Eq. 6); a continuous code that Q reads well need not grow further
     loss = loss_G - lambda_L_I(spec, L_I, args, args.cap_cont)
-    identity, local = losses_of_codes(spec, x_fake, args)
     if spec.names:  # once Q reads c: at first G has only z to vary x with
         q_knows = L_I[: spec.n_cat or None].detach().mean() / spec.ceilings[0]
+        identity, local = losses_of_change(spec, x_fake, args)
         change = args.lam_identity * identity + args.lam_local * local
         loss = loss + q_knows.clamp(0, 1) ** 4 * change
     descend(state.opt_G, loss)
@@ -1157,7 +1154,7 @@ def next_batch(state: State, args: Namespace, pictures: Pictures) -> Batch:
     real = make_batch(x.index_select(0, rows), args.flip, state.rng, device)
     codes = state.spec.sample(n, state.rng)
     codes = pair(codes) if args.lam_identity else codes
-    codes = vary(codes, state.rng) if args.lam_local else codes
+    codes = vary(codes, state.rng) if args.lam_local and state.spec.names else codes
     codes = Codes(*(to_device(c, device) for c in codes))
     u = to_device(torch.rand(n, N_U, generator=state.rng), device)
     numbers = float(max_shift_at(state, args)), beta_at(state, args)
@@ -1216,7 +1213,8 @@ def load_checkpoint(path: str | Path) -> dict:
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
         if ckpt["format"] != FORMAT:
             raise ValueError("another version's")
-        ckpt["args"] = {"cont_at": 4, **ckpt["args"]}  # as in all runs before there was a choice
+        before = {"cont_at": 4, "lam_local": 0.0}  # as in all runs before there was a choice
+        ckpt["args"] = before | ckpt["args"]
         check_limits(ckpt["args"], LIMITS)
     except Exception as error:  # of any kind: the file is at fault
         why = f"broken, or not a checkpoint of this infogan.py ({error!r:.99})"
@@ -1871,7 +1869,7 @@ FLAGS = {  # by group: flag, default, limits or choices or kind, meaning
      " (default 1.4; with up to 5 codes 3, more than a code can reach)"),
     ("--lam-identity", 2.0, (0.0, 1000.0), "of the identity loss: pictures of the same categories"
      " must have the same colours in the same places"),
-    ("--lam-local", 1.0, (0.0, 1000.0), "of the local loss: one code changes one part of the"
+    ("--lam-local", 4.0, (0.0, 1000.0), "of the local loss: one code changes one part of the"
      " picture"),
     ("--info-to", "trunk", ["trunk", "head"], "L_I trains Q with D's trunk, or its head alone"),
     ("--q-augment", 0.0, (0.0, 3.0), "how strongly pictures are moved, turned, blurred and relit"
