@@ -1837,7 +1837,7 @@ RECIPES = {  # what differs from the defaults in FLAGS
     r1=0.0, lam_identity=0.0, lam_local=0.0, cap_cont=3.0),
 # the paper's lr_g; a z too small to choose the digit in place of c; a digit is its stroke
 "mnist": dict(upsample="transposed", cont_at=4, width=32, batch_size=64, lr_g=1e-3, z_dim=16,
-    r1=0.1, lam_identity=0.0, lam_local=0.0, q_augment=1.0, lam_real=1.0, shift=0.0),
+    r1=0.1, lam_identity=0.0, q_augment=1.0, lam_real=1.0, shift=0.0),
 }
 FLAGS = {  # by group: flag, default, limits or choices or kind, meaning
 "pictures": [
@@ -1869,8 +1869,8 @@ FLAGS = {  # by group: flag, default, limits or choices or kind, meaning
      " (default 1.4; with up to 5 codes 3, more than a code can reach)"),
     ("--lam-identity", 2.0, (0.0, 1000.0), "of the identity loss: pictures of the same categories"
      " must have the same colours in the same places"),
-    ("--lam-local", 4.0, (0.0, 1000.0), "of the local loss: one code changes one part of the"
-     " picture"),
+    ("--lam-local", AUTO, (0.0, 1000.0), "of the local loss: one code changes one part of the"
+     " picture (default 4; 0 with up to 5 codes, or with --init)"),
     ("--info-to", "trunk", ["trunk", "head"], "L_I trains Q with D's trunk, or its head alone"),
     ("--q-augment", 0.0, (0.0, 3.0), "how strongly pictures are moved, turned, blurred and relit"
      " before Q reads categorical codes; mnist 1"),
@@ -1930,6 +1930,7 @@ def derived(args: dict) -> dict:
     return {
         "out": f"checkpoint/cat{n_cat}-cont{n_cont}",
         "lam_cont": lam_cont,
+        "lam_local": 0.0 if few or args["init"] else 4.0,  # few have changes of their own
         "cap_cont": 3.0 if few else 1.4,  # else they go on growing, and categoricals fade
         "r1": 0.3 if large else 0.01,  # without it D wins
         "r1_from": 0 if large or args["r1"] is not AUTO else 75,  # small: not before

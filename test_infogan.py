@@ -1851,13 +1851,13 @@ DEFAULTS = [  # flags, and what args then are
         "n_cat=1 cat_dim=10 n_cont=2 z_dim=100 lam_cat=1.0 lam_cont=0.3 q_augment=0.0 seed=0 "
         "lam_identity=2.0 data=data/anime epochs=150 out=checkpoint/cat1-cont2 lr_g=0.0002 "
         "lr_d=0.0002 upsample=nearest shift=0.125 crop=centre cuda_graph=auto cap_cont=3.0 "
-        "cont_at=8",
+        "cont_at=8 lam_local=0.0",
     ),
     (
         THIRD,
         "out=checkpoint/cat10-cont20 epochs=360 batch_size=128 image_size=64 width=64 "
         "lam_cat=1.0 lam_cont=0.15 cap_cont=1.4 lam_identity=2.0 q_augment=0.0 r1=0.3 "
-        "r1_from=0 info_to=trunk ema=0.03 flip=True",
+        "r1_from=0 info_to=trunk ema=0.03 flip=True lam_local=4.0",
     ),
     (
         "--data mnist",
@@ -1872,11 +1872,11 @@ DEFAULTS = [  # flags, and what args then are
         "lam_identity=0.0 info_to=head flip=False upsample=transposed shift=0.0 "
         "cont_at=4",
     ),
-    (f"--recipe notebook {THIRD} --ema 0.5", "lam_cont=0.0 r1=0.0 ema=0.5"),
+    (f"--recipe notebook {THIRD} --ema 0.5", "lam_cont=0.0 r1=0.0 ema=0.5 lam_local=0.0"),
     ("--recipe notebook --data mnist", "lr_g=0.0002 flip=False width=64"),
     (
         "--init checkpoint/animefaces-v3.pt",
-        "n_cat=10 n_cont=20 width=48 lam_cont=0.15 out=checkpoint/cat10-cont20",
+        "n_cat=10 n_cont=20 width=48 lam_cont=0.15 lam_local=0.0 out=checkpoint/cat10-cont20",
     ),
 ]
 
