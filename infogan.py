@@ -250,8 +250,8 @@ class CodeMaps(ConvTranspose2dFromPixel):
     """The sum over k of c_k L_k U_k, with a learned map U_k (channels, size, size) for each code.
 
     U_k has mean 0 in each channel, so a code moves and reshapes, and does not tint (after
-    EigenGAN, 2104.12476). It has root mean square 1, so U_k turns fast and its strength L_k grows
-    slowly: maps that grew fast kept the first change that they found.
+    EigenGAN, 2104.12476). It has root mean square 1, so U_k turns fast, and its strength L_k grows
+    slowly, because maps that grow fast keep the first change that they find.
     """
 
     def __init__(self, n_cont: int, channels: int, size: int):
@@ -429,9 +429,13 @@ def local_loss(x: Tensor, y: Tensor) -> Tensor:
 
 def losses_of_change(spec: CodeSpec, x: Tensor, args: Namespace) -> tuple[Tensor, Tensor]:
     """identity_loss and local_loss of pictures x of pair's and vary's codes; 0 without weight."""
-    n, zero = len(x) // 4 if args.lam_local else 0, torch.zeros((), device=x.device)
-    identity = identity_loss(x[: len(x) - n]) if args.lam_identity and spec.n_cat else zero
-    return identity, local_loss(x[:n], x[len(x) - n :]) if n else zero
+    identity = local = torch.zeros((), device=x.device)
+    n = len(x) // 4 if args.lam_local else 0
+    if args.lam_identity and spec.n_cat:
+        identity = identity_loss(x[: len(x) - n])
+    if n:
+        local = local_loss(x[:n], x[len(x) - n :])
+    return identity, local
 
 
 def pair(codes: Codes) -> Codes:
@@ -466,8 +470,9 @@ def shift(x: Tensor, u: Tensor, max_shift: Tensor | None) -> Tensor:
     if max_shift is None:
         return x
     by = ((2 * max_shift + 1) * u).floor() - max_shift
-    i = torch.arange(x.shape[3], device=x.device)  # Y[n, row, source] is 1 where row takes source
-    Y, X = (i[:, None] + by[:, :, None, None] == i).to(x.dtype).unbind(1)  # (n, size, size): 0, 1
+    i = torch.arange(x.shape[3], device=x.device)
+    # Y moves rows and X columns, both (n, size, size): 1 where [row, source] says who goes where
+    Y, X = (i[:, None] + by[:, :, None, None] == i).to(x.dtype).unbind(1)
     return (Y[:, None] @ x @ X[:, None].mT).to(x.dtype)
 
 
@@ -491,8 +496,8 @@ def augment(x: Tensor, u: Tensor, strength: float) -> Tensor:
 
 
 @contextmanager
-def averages_stay(D: Discriminator) -> Iterator[None]:
-    """Batch norm's running averages stay."""
+def frozen_averages(D: Discriminator) -> Iterator[None]:
+    """Inside, the running averages of D's batch norm do not change."""
     norms = [m for m in D.modules() if isinstance(m, nn.BatchNorm2d)]
     for norm in norms:
         norm.momentum = 0.0
@@ -507,7 +512,7 @@ def judge_real(
     D: Discriminator, x: Tensor, u: Tensor, args: Namespace
 ) -> tuple[Tensor, Tensor | float]:
     """D's logits of real pictures, and their kept_categories where --lam-real asks for them."""
-    with averages_stay(D):
+    with frozen_averages(D):
         h, kept = D.trunk(x), 0.0
         if args.lam_real:  # what a category means must hold for real pictures too
             augmented = D.trunk(augment(x.detach(), u, args.q_augment))
@@ -527,11 +532,11 @@ def d_and_q(
     if shifted is x:
         d, q = D(x)
     else:
-        with averages_stay(D):
+        with frozen_averages(D):
             d = D.d_logits(D.trunk(shifted))
         q = D.q_output(D.trunk(x))
     if strength and D.spec.n_cat:
-        with averages_stay(D):
+        with frozen_averages(D):
             augmented = D.q_output(D.trunk(augment(x, u, strength)))
         q = q._replace(q_logits=augmented.q_logits)
     return d, q
@@ -600,14 +605,14 @@ Metrics = dict[str, Tensor]  # by METRICS' names and the codes', each a number
 
 
 class Variant(NamedTuple):
-    """What a step computes: a CUDA graph has no branches."""
+    """The kind of a step. There is a CUDA graph for each, because a graph has no branches."""
 
     with_r1: bool
     with_shifts: bool  # of the pictures that D sees
 
 
 # a new loss: its function under "objective", two lines in train_step (loss; values, in the same
-# place as its name here), and for its weight a row in FLAGS
+# place as its name here), and for its weight a row in FLAGS, and 0.0 in the notebook's recipe
 METRICS = ("loss_D", "loss_G", "D_real", "D_fake", "R1", "identity", "local")  # and each code's L_I
 
 
@@ -628,7 +633,7 @@ def train_step(state: State, args: Namespace, batch: Batch, kind: Variant | None
     with mixed:
         x_fake = G(spec.join(codes))  # drawn once, for both steps
         x = shift(x, shift_real, max_shift).detach().requires_grad_(with_r1)
-        d_real, kept = judge_real(D, x, augment_G, args)
+        d_real, kept = judge_real(D, x, augment_G, args)  # the same numbers, other pictures
         x_D = x_fake.detach()
         d_fake, q = d_and_q(D, shift(x_D, shift_D, max_shift), x_D, augment_D, args.q_augment)
     loss_D = loss = d_loss(d_real, d_fake)
@@ -650,7 +655,7 @@ def train_step(state: State, args: Namespace, batch: Batch, kind: Variant | None
     L_I = mutual_information(spec, q, codes)
     # here L_I reaches G (Eq. 6); a continuous code that Q reads well need not grow further
     loss = loss_G - lambda_L_I(spec, L_I, args, args.cap_cont)
-    if spec.names:  # once Q reads c: at first G has only z to vary x with
+    if spec.names:  # both wait until Q reads the codes, because at first only z varies x
         q_knows = L_I[: spec.n_cat or None].detach().mean() / spec.ceilings[0]
         identity, local = losses_of_change(spec, x_fake, args)
         change = args.lam_identity * identity + args.lam_local * local
@@ -714,16 +719,15 @@ def new_state(args: Namespace, device: torch.device) -> State:
     for net in (G, D):
         init_weights(net, rng)
         net.to(device, memory_format=torch.channels_last)
-    with_G, with_D = [*G.parameters()], [*D.trunk.parameters(), *D.d_head.parameters()]
-    with_Q = with_D if args.info_to == "trunk" else with_G
-    with_Q += D.q_head.parameters()
+    of_G, of_D = [*G.parameters()], [*D.trunk.parameters(), *D.d_head.parameters()]
+    (of_D if args.info_to == "trunk" else of_G).extend(D.q_head.parameters())
     adam = {
         "betas": (0.5, 0.999),
         "fused": device.type in ("cpu", "cuda"),
         "capturable": args.cuda_graph is True,
     }
-    opt_G = torch.optim.Adam(with_G, args.lr_g, **adam)
-    opt_D = torch.optim.Adam(with_D, args.lr_d, **adam)
+    opt_G = torch.optim.Adam(of_G, args.lr_g, **adam)
+    opt_D = torch.optim.Adam(of_D, args.lr_d, **adam)
     G_ema = copy.deepcopy(G).eval().requires_grad_(False)
     return State(G.spec, device, G, G_ema, D, opt_G, opt_D, rng)
 
@@ -1290,9 +1294,10 @@ def restore(state: State, ckpt: dict, weights_only: bool = False) -> None:
         for name in COUNTS:
             setattr(state, name, ckpt.get(name, getattr(state, name)))
         state.sums = tree_map(lambda value: value.to(state.device), state.sums)
-        if state.sums and [*state.sums] != [*METRICS, *state.spec.names]:
+        columns = len(log_columns(state.spec))
+        if len(ckpt["rows"]) and ckpt["rows"].shape[1] != columns:  # log.csv would lose them
             raise ValueError("METRICS has changed")
-        state.rng.set_state(ckpt["rng"].clone())  # torch reads beside a part of a tensor
+        state.rng.set_state(ckpt["rng"].clone())  # torch reads a wrong part of a view
     except Exception as error:  # of any kind here too
         cure = "give another --init" if weights_only else NEW_RUN
         why = f"training cannot go on from it ({error!r:.99})"
@@ -1355,8 +1360,8 @@ def as_typed(name: str, value: object) -> str:
 def refuse(args: Namespace, changes: list[str]) -> None:
     """Raises UserError where there are changes."""
     if changes:
-        text = f"{args.out} was started with {', '.join(changes)}; {NEW_RUN}, and --allow-changes"
-        raise UserError(text + " takes other pictures, --crop and --batch-size")
+        text = f"{args.out} was started with {', '.join(changes)}; {NEW_RUN}, or --allow-changes"
+        raise UserError(text + " permits other pictures, --crop and --batch-size")
 
 
 def find_checkpoint(args: Namespace) -> dict | None:
@@ -1376,9 +1381,9 @@ def find_checkpoint(args: Namespace) -> dict | None:
             )
             raise UserError(f"{path}: {why}, {NEW_RUN}")
         allowed = [] if args.allow_changes else ALLOWED
-        refuse(args, differences(args, ckpt["args"], SAME + allowed))
+        refuse(args, differences(args, ckpt["args"], KEPT + allowed))
         print(f"resuming from {path}, step {ckpt['step']:,}")
-        if changes := differences(args, ckpt["args"], TOLD):
+        if changes := differences(args, ckpt["args"], PRINTED):
             print(f"until now it had {', '.join(changes)}")
         return ckpt
     if paths:
@@ -1459,12 +1464,16 @@ def tell_apart(x: Tensor, y: Tensor) -> float:
     return (of_x == of_x[nearest]).float().mean().item()
 
 
+def log_columns(spec: CodeSpec) -> list[str]:
+    """Of log.csv."""
+    return ["step", "epoch", "minutes", *METRICS, *spec.names, "told_apart"]
+
+
 class Log:
     """log.csv, curves.png and TensorBoard's events of a run, from its rows."""
 
     def __init__(self, out: Path, spec: CodeSpec, rows: list[list[float]], step: int):
-        self.columns = ["step", "epoch", "minutes", *METRICS, *spec.names, "told_apart"]
-        rows = [row for row in rows if len(row) == len(self.columns)]  # not of older versions
+        self.columns = log_columns(spec)
         self.out, self.spec, self.rows, self.failed = out, spec, rows, set()
         tb = self.attempt("TensorBoard", import_module, "torch.utils.tensorboard")
         self.board = tb and self.attempt("TensorBoard", tb.SummaryWriter, str(out), "", step + 1)
@@ -1567,7 +1576,7 @@ def describe_row(spec: CodeSpec, row: dict[str, float]) -> str:
 
 
 class Every:
-    """Says when something is due: at each n-th epoch, and once in so many seconds."""
+    """Says when something is due: at each n-th epoch, if so many seconds have passed."""
 
     def __init__(self, seconds: float, epochs: int = 0):
         self.seconds, self.epochs, self.last = seconds, epochs, time.monotonic()
@@ -1581,7 +1590,7 @@ class Every:
         return True
 
 
-LOG_EVERY = R1_EVERY  # steps between two rows of log.csv, each with one R1; no wait between them
+LOG_EVERY = R1_EVERY  # steps between two rows of log.csv, each with one R1
 SAVE_SECONDS = 60.0  # between two saves of last.pt
 SHOW_SECONDS = 30.0  # between two grids, two kept checkpoints, two lines of progress in a file
 EARLY = (1, 2, 5, 10, 20, 50)  # epochs with a grid, however soon they come
@@ -1835,7 +1844,7 @@ RECIPES = {  # what differs from the defaults in FLAGS
 "default": {},
 "notebook": dict(upsample="transposed", cont_at=4, info_to="head", flip=False, shift=0.0, ema=0.0,
     r1=0.0, lam_identity=0.0, lam_local=0.0, cap_cont=3.0),
-# the paper's lr_g; a z too small to choose the digit in place of c; a digit is its stroke
+# lr_g is the paper's; a z of 16 is too small to choose the digit in place of c
 "mnist": dict(upsample="transposed", cont_at=4, width=32, batch_size=64, lr_g=1e-3, z_dim=16,
     r1=0.1, lam_identity=0.0, q_augment=1.0, lam_real=1.0, shift=0.0),
 }
@@ -1888,7 +1897,7 @@ FLAGS = {  # by group: flag, default, limits or choices or kind, meaning
     ("--lr-d", 2e-4, (0.0, 1.0), "D's learning rate"),
     ("--init", None, "FILE", "begin with the weights, codes and networks of a checkpoint"),
     ("--seed", 0, (0, 2**63 - 1), "seed of all random numbers"),
-], "this start": [  # a run may go on with others, and says nothing
+], "this start": [  # a run that resumes may have others, and says nothing
     ("--epochs", 150, (1, 10**9), "passes over the pictures"),
     ("--max-steps", None, (1, 10**12), "finish after N steps in all"),
     ("--max-minutes", None, (0.001, 1e7), "stop this call after X minutes; repeat it to resume"),
@@ -1914,10 +1923,10 @@ def dest(flag: str) -> str:
 
 
 LIMITS = {dest(flag): limits for flag, _, limits, _ in FLAGS["codes and networks"]}
-# a run that resumes must have the SAME, and without --allow-changes those of ALLOWED too; it tells
-# what else has changed of TOLD
-SAME, ALLOWED = [*LIMITS, "info_to"], ["crop", "batch_size"]
-TOLD = [dest(row[0]) for title in FLAGS if title != "this start" for row in FLAGS[title]]
+# flags that a run must keep when it resumes; that only --allow-changes may change; and those whose
+# changes it prints
+KEPT, ALLOWED = [*LIMITS, "info_to"], ["crop", "batch_size"]
+PRINTED = [dest(row[0]) for title in FLAGS if title != "this start" for row in FLAGS[title]]
 
 
 def derived(args: dict) -> dict:
@@ -1925,15 +1934,17 @@ def derived(args: dict) -> dict:
     n_cat, n_cont = args["n_cat"], args["n_cont"]
     few, large = n_cat + n_cont <= 5, args["image_size"] >= 64
     lam_cont = min(0.3, 3 / max(n_cont, 1))  # their sum stays the same
-    if args["recipe"] == "notebook":  # its defect: of its v3 the loss of 20 codes was never added
+    if args["recipe"] == "notebook":  # its v3 forgot to add the loss of its 20 codes
         lam_cont = 0.0 if n_cont == 20 else 0.1
     return {
         "out": f"checkpoint/cat{n_cat}-cont{n_cont}",
         "lam_cont": lam_cont,
-        "lam_local": 0.0 if few or args["init"] else 4.0,  # few have changes of their own
+        "lam_local": 0.0 if few or args["init"] else 4.0,  # few codes do not share their changes
         "cap_cont": 3.0 if few else 1.4,  # else they go on growing, and categoricals fade
         "r1": 0.3 if large else 0.01,  # without it D wins
-        "r1_from": 0 if large or args["r1"] is not AUTO else 75,  # small: not before
+        "r1_from": 0
+        if large or args["r1"] is not AUTO
+        else 75,  # small pictures get better without it at first
         "shift": 0.125 if large else 0.0625,  # small pictures lose variety with more
     }
 
