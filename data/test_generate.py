@@ -1031,10 +1031,11 @@ def test_the_address_is_written_when_a_slider_rests_and_may_be_refused(browser, 
     assert browser.face().equal(before), "a movement is one step"
 
 
-def test_the_explorer_draws_the_same_without_webassembly(browser, explorer, page, tmp_path):
+def test_the_explorer_draws_the_same_without_webassembly(browser, explorer, page):
     face, html = browser.face(), page[1].read_text(encoding="utf-8")
-    (tmp_path / "a.html").write_text(html.replace(" 'wasm-unsafe-eval'", ""), encoding="utf-8")
-    browser.ask("/url", url=(tmp_path / "a.html").as_uri())
+    without = page[1].with_name("without.html")
+    without.write_text(html.replace(" 'wasm-unsafe-eval'", ""), encoding="utf-8")
+    browser.ask("/url", url=without.as_uri())
     assert (browser.face() - face).abs().max() <= 1
 
 
