@@ -17,7 +17,6 @@ The same command given again resumes the run.
 What the default adds to the paper; `--recipe notebook` leaves it out:
     --shift         D sees shifted pictures, so it does not remember the set (2006.10738)
     --lam-identity  pictures of the same categories have the same colours in the same places
-    --lam-local     one code changes one part of the picture (after 2104.05622)
     --cap-cont      G is not rewarded for codes that Q already reads well
     --r1            a penalty on D's gradient, so it does not win (1801.04406)
     --ema           what is shown and saved is an average of G's weights (2312.02696)
@@ -612,7 +611,7 @@ class Variant(NamedTuple):
 
 
 # a new loss: its function under "objective", two lines in train_step (loss; values, in the same
-# place as its name here), and for its weight a row in FLAGS, and 0.0 in the notebook's recipe
+# place as its name here), and for its weight a row in FLAGS
 METRICS = ("loss_D", "loss_G", "D_real", "D_fake", "R1", "identity", "local")  # and each code's L_I
 
 
@@ -1217,7 +1216,7 @@ def load_checkpoint(path: str | Path) -> dict:
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
         if ckpt["format"] != FORMAT:
             raise ValueError("another version's")
-        before = {"cont_at": 4, "lam_local": 0.0}  # as in all runs before there was a choice
+        before = {"cont_at": 4, "lam_local": 0.0}  # of all runs before there was a choice
         ckpt["args"] = before | ckpt["args"]
         check_limits(ckpt["args"], LIMITS)
     except Exception as error:  # of any kind: the file is at fault
@@ -1843,7 +1842,7 @@ AUTO = "auto"  # a default that follows from other flags, the pictures or the de
 RECIPES = {  # what differs from the defaults in FLAGS
 "default": {},
 "notebook": dict(upsample="transposed", cont_at=4, info_to="head", flip=False, shift=0.0, ema=0.0,
-    r1=0.0, lam_identity=0.0, lam_local=0.0, cap_cont=3.0),
+    r1=0.0, lam_identity=0.0, cap_cont=3.0),
 # lr_g is the paper's; a z of 16 is too small to choose the digit in place of c
 "mnist": dict(upsample="transposed", cont_at=4, width=32, batch_size=64, lr_g=1e-3, z_dim=16,
     r1=0.1, lam_identity=0.0, q_augment=1.0, lam_real=1.0, shift=0.0),
@@ -1878,8 +1877,8 @@ FLAGS = {  # by group: flag, default, limits or choices or kind, meaning
      " (default 1.4; with up to 5 codes 3, more than a code can reach)"),
     ("--lam-identity", 2.0, (0.0, 1000.0), "of the identity loss: pictures of the same categories"
      " must have the same colours in the same places"),
-    ("--lam-local", AUTO, (0.0, 1000.0), "of the local loss: one code changes one part of the"
-     " picture (default 4; 0 with up to 5 codes, or with --init)"),
+    ("--lam-local", 0.0, (0.0, 1000.0), "of the local loss: one code changes one part of the"
+     " picture; 4 lets more codes be named, pictures may pay"),
     ("--info-to", "trunk", ["trunk", "head"], "L_I trains Q with D's trunk, or its head alone"),
     ("--q-augment", 0.0, (0.0, 3.0), "how strongly pictures are moved, turned, blurred and relit"
      " before Q reads categorical codes; mnist 1"),
@@ -1939,7 +1938,6 @@ def derived(args: dict) -> dict:
     return {
         "out": f"checkpoint/cat{n_cat}-cont{n_cont}",
         "lam_cont": lam_cont,
-        "lam_local": 0.0 if few or args["init"] else 4.0,  # few codes do not share their changes
         "cap_cont": 3.0 if few else 1.4,  # else they go on growing, and categoricals fade
         "r1": 0.3 if large else 0.01,  # without it D wins
         "r1_from": 0

@@ -1857,7 +1857,7 @@ DEFAULTS = [  # flags, and what args then are
         THIRD,
         "out=checkpoint/cat10-cont20 epochs=360 batch_size=128 image_size=64 width=64 "
         "lam_cat=1.0 lam_cont=0.15 cap_cont=1.4 lam_identity=2.0 q_augment=0.0 r1=0.3 "
-        "r1_from=0 info_to=trunk ema=0.03 flip=True lam_local=4.0",
+        "r1_from=0 info_to=trunk ema=0.03 flip=True",
     ),
     (
         "--data mnist",
@@ -1872,11 +1872,11 @@ DEFAULTS = [  # flags, and what args then are
         "lam_identity=0.0 info_to=head flip=False upsample=transposed shift=0.0 "
         "cont_at=4",
     ),
-    (f"--recipe notebook {THIRD} --ema 0.5", "lam_cont=0.0 r1=0.0 ema=0.5 lam_local=0.0"),
+    (f"--recipe notebook {THIRD} --ema 0.5", "lam_cont=0.0 r1=0.0 ema=0.5"),
     ("--recipe notebook --data mnist", "lr_g=0.0002 flip=False width=64"),
     (
         "--init checkpoint/animefaces-v3.pt",
-        "n_cat=10 n_cont=20 width=48 lam_cont=0.15 lam_local=0.0 out=checkpoint/cat10-cont20",
+        "n_cat=10 n_cont=20 width=48 lam_cont=0.15 out=checkpoint/cat10-cont20",
     ),
 ]
 
