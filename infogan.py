@@ -442,12 +442,15 @@ def pair(codes: Codes) -> Codes:
     return codes._replace(c_cat=codes.c_cat[::2].repeat_interleave(2, 0)[: len(codes.z)])
 
 
-def vary(codes: Codes, rng: torch.Generator) -> Codes:
-    """The same codes, but the last quarter are the first ones with one code of each changed."""
+def vary(codes: Codes, n_codes: int, rng: torch.Generator) -> Codes:
+    """The same codes, but the last quarter are the first ones with one code of each changed.
+
+    One of the first n_codes, of which the categorical ones come first.
+    """
     z, c = codes.z.clone(), torch.cat([codes.c_cat, codes.c_cont], 1)
-    n, n_cat, (_, n_codes) = len(z) // 4, codes.c_cat.shape[1], c.shape
+    n, n_cat = len(z) // 4, codes.c_cat.shape[1]
     rest = len(z) - n
-    changed = torch.randint(n_codes, (n, 1), generator=rng) == torch.arange(n_codes)
+    changed = torch.randint(n_codes, (n, 1), generator=rng) == torch.arange(c.shape[1])
     z[rest:], c[rest:] = z[:n], torch.where(changed, c[rest:], c[:n])
     return Codes(z, c[:, :n_cat].long(), c[:, n_cat:])
 
@@ -1157,7 +1160,9 @@ def next_batch(state: State, args: Namespace, pictures: Pictures) -> Batch:
     real = make_batch(x.index_select(0, rows), args.flip, state.rng, device)
     codes = state.spec.sample(n, state.rng)
     codes = pair(codes) if args.lam_identity else codes
-    codes = vary(codes, state.rng) if args.lam_local and state.spec.names else codes
+    if args.lam_local and state.spec.names:
+        only = state.spec.n_cat if args.local_to == "cat" else 0
+        codes = vary(codes, only or len(state.spec.names), state.rng)
     codes = Codes(*(to_device(c, device) for c in codes))
     u = to_device(torch.rand(n, N_U, generator=state.rng), device)
     numbers = float(max_shift_at(state, args)), beta_at(state, args)
@@ -1878,7 +1883,8 @@ FLAGS = {  # by group: flag, default, limits or choices or kind, meaning
     ("--lam-identity", 2.0, (0.0, 1000.0), "of the identity loss: pictures of the same categories"
      " must have the same colours in the same places"),
     ("--lam-local", 0.0, (0.0, 1000.0), "of the local loss: one code changes one part of the"
-     " picture; 4 lets more codes be named, pictures may pay"),
+     " picture; try 4"),
+    ("--local-to", "all", ["all", "cat"], "the codes that have it: all, or the categorical ones"),
     ("--info-to", "trunk", ["trunk", "head"], "L_I trains Q with D's trunk, or its head alone"),
     ("--q-augment", 0.0, (0.0, 3.0), "how strongly pictures are moved, turned, blurred and relit"
      " before Q reads categorical codes; mnist 1"),

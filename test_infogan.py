@@ -558,15 +558,16 @@ def test_local_loss_is_the_share_of_the_picture_that_changes():
 
 
 def test_the_last_quarter_is_the_first_with_one_code_changed():
-    for n in (3, 1000):
+    for n, n_codes in ((3, 5), (1000, 5), (1000, 2)):
         codes = CodeSpec(2, 50, 3, 4).sample(n, seeded())
-        varied = infogan.vary(codes, seeded(1))
+        varied = infogan.vary(codes, n_codes, seeded(1))
         old, new = (torch.cat([c.c_cat, c.c_cont], 1) for c in (codes, varied))
         first, rest, last = slice(n // 4), slice(n - n // 4), slice(n - n // 4, None)
         assert varied.z[last].equal(codes.z[first]) and new[rest].equal(old[rest])
         changed = new[last] != old[first]
         assert (changed.sum(1) <= 1).all() and new[last][changed].equal(old[last][changed])
-        assert changed.sum(0).tolist() == approx([n / 20] * 5, abs=25)
+        share = n / 4 / n_codes
+        assert changed.sum(0).tolist() == approx([share] * n_codes + [0] * (5 - n_codes), abs=25)
 
 
 def test_augmentation_moves_and_relights_each_picture_in_its_own_way():
@@ -683,13 +684,13 @@ def test_keeping_real_categories_trains_Q_on_real_pictures_alone():
     assert moved == [False, True]
 
 
-@mark.parametrize("flag", ["--lam-identity", "--lam-local"])
+@mark.parametrize("flag", ["--lam-identity", "--lam-local", "--local-to cat --lam-local"])
 @mark.parametrize("known", [False, True])
 def test_losses_of_what_changes_move_G_once_Q_reads_categories(known, flag):
     """The less Q reads, the less they count: before that G has nothing to tell identities by."""
     ends = []
     for lam in "05":
-        state, args = tiny_state(flag, lam)
+        state, args = tiny_state(*flag.split(), lam)
         if known:  # Q that is sure of what G was told
             c_cat, real = tiny_batch(state, args).codes.c_cat, state.D.q_output
             sure = F.one_hot(c_cat, 3).float() * 50
