@@ -1170,6 +1170,8 @@ def next_batch(state: State, args: Namespace, pictures: Pictures) -> Batch:
 
 
 # checkpoint ---------------------------------------------------------------------------------------
+# gather_checkpoint: all that a run needs to resume. restore: puts it back. find_checkpoint (run
+# folder): from which file, and whether the flags fit (KEPT, ALLOWED and PRINTED, below FLAGS).
 
 FORMAT = 2
 LOWER_LR = "last.pt is the last good one, if saved. Lower --lr-g and --lr-d"
@@ -1420,6 +1422,7 @@ def caught_signals() -> Iterator[list[int]]:
 
 
 # display ------------------------------------------------------------------------------------------
+# Recorder.after_step: what is shown and saved when. Log: log.csv, curves.png, TensorBoard.
 
 
 def to_image(x: Tensor) -> Image.Image:
@@ -1594,6 +1597,8 @@ class Every:
         return True
 
 
+# what is saved when: last.pt each SAVE_SECONDS, with log.csv and samples/last.png; epoch_*.pt and
+# samples/epoch_*.png by --save-every and --sample-every; everything at the end of a start
 LOG_EVERY = R1_EVERY  # steps between two rows of log.csv, each with one R1
 SAVE_SECONDS = 60.0  # between two saves of last.pt
 SHOW_SECONDS = 30.0  # between two grids, two kept checkpoints, two lines of progress in a file
@@ -1841,6 +1846,7 @@ def report(state: State, recorder: Recorder, stopped_by: int | None) -> int:
 
 
 # flags --------------------------------------------------------------------------------------------
+# FLAGS: each flag with its default; AUTO is set by derived, or by choose_precision. parse_args: all.
 
 AUTO = "auto"  # a default that follows from other flags, the pictures or the device
 # fmt: off
