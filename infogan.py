@@ -10,7 +10,7 @@ from x. L_I is a lower bound of the mutual information I(c; x) (Eqs. 5 and 6):
     python infogan.py --n-cat 10 --n-cont 20 --epochs 360     the third version, on data/anime
     python infogan.py --data mnist --n-cat 1 --n-cont 2       digits, downloaded by torchvision
     python infogan.py --data ~/faces --image-size 32 --width 32 --max-minutes 20    on a laptop
-    python infogan.py --recipe notebook --out checkpoint/notebook    to compare with
+    python infogan.py --recipe notebook --out checkpoint/notebook    README's notebook, to compare
     python generate.py --ckpt checkpoint/cat1-cont2/last.pt   look at what each code does
 The same command given again resumes the run.
 
@@ -1846,7 +1846,7 @@ def report(state: State, recorder: Recorder, stopped_by: int | None) -> int:
 
 
 # flags --------------------------------------------------------------------------------------------
-# FLAGS: each flag with its default; AUTO is set by derived, or by choose_precision. parse_args: all.
+# FLAGS: each flag with its default. AUTO: by derived, or by choose_precision. parse_args: all.
 
 AUTO = "auto"  # a default that follows from other flags, the pictures or the device
 # fmt: off
