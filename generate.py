@@ -149,20 +149,21 @@ def quick(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=fast)
 
 
-def claim(folder: Path) -> Path:
-    """The folder, made if it is missing, for what we write alone.
+def claim(folder: Path, file: str = "") -> Path:
+    """The folder, made if it is missing, for what we write alone, or a file that is no picture.
 
-    It gets a mark: no run takes its pictures for data, and what is in it may be written again.
-    Raises UserError for a folder with files of others.
+    The folder gets a mark: no run takes its pictures for data, and what is in it may be written
+    again. Into a folder with files of others goes only a file, if it is new; else UserError.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    mark = folder / infogan.MARK
+    path, mark = folder / file, folder / infogan.MARK
     if not any(folder.iterdir()):
         mark.touch()
-    if not mark.exists():
-        why = "has files that are not from this version of generate.py"
-        raise UserError(f"{folder}: {why}; give --out a folder of its own")
-    return folder
+    if path.exists() and not mark.exists():
+        why = "has files" if path == folder else "is there, but"
+        why += " not from this version of generate.py"
+        raise UserError(f"{path}: {why}; give --out a folder of its own")
+    return path
 
 
 def short_hash(tensors: Iterable[Tensor]) -> str:
@@ -299,7 +300,8 @@ def figures(model: Model, path: Path) -> list[Row]:
         cells = ["" if math.isnan(v) else f"{v:.4f}" for v in values]
         table.append([code, *cells, model.names.get(code, ""), measured])
     print_table([line[:-1] for line in table])
-    save_table(path, table)
+    if (path.parent / infogan.MARK).exists():
+        save_table(path, table)
     return rows[1 + len(spec.kinds) :]
 
 
@@ -419,7 +421,7 @@ def save_loop(path: Path, frames: Iterable[Image.Image], milliseconds: int) -> N
 
 def walk(model: Model, args: Namespace) -> str:
     """From the face of each seed to the next, and from the last to the first, as GIF or WebP."""
-    spec, path = model.spec, claim(args.out.parent) / args.out.name
+    spec, path = model.spec, claim(args.out.parent, args.out.name)
     a = spec.join(args.base)[:, None]
     t = torch.arange(args.steps)[:, None] / args.steps
     codes = a.lerp(a.roll(-1, 0), t)  # (faces, steps, spec.dim)
@@ -729,7 +731,8 @@ def typical(model: Model, codes: Codes) -> list[int]:
 
 def explorer(model: Model, args: Namespace) -> str:
     """One HTML file that draws by itself; opens on a typical face, or on --seeds or --start."""
-    spec, rows = model.spec, figures(model, claim(args.out) / "table.csv")
+    path = claim(args.out, f"explorer{args.unusual}.html")
+    spec, rows = model.spec, figures(model, path.with_name("table.csv"))
     shown = [*range(len(args.seeds))] if args.chosen else typical(model, args.base)
     faces = pick(args.base, shown)
     values = torch.cat(faces[1:], 1).tolist()
@@ -756,7 +759,6 @@ def explorer(model: Model, args: Namespace) -> str:
     }
     filled = json.dumps(data).replace("<", "\\u003c")  # a name must not end the script
     page = PAGE.read_text(encoding="utf-8").replace("data = null;", f"data = {filled};")
-    path = place(args, "explorer", ".html")
     infogan.write_file(path, page.encode())
     return f"{path} has {len(page) / 1e6:.1f} MB"
 
@@ -764,7 +766,7 @@ def explorer(model: Model, args: Namespace) -> str:
 def onnx(model: Model, args: Namespace) -> str:
     """G as ONNX, from "codes" (n, spec.dim) to "x" (n, channels, size, size) in [-1, 1]."""
     spec, G = model.spec, model.G.cpu().to(memory_format=torch.contiguous_format)
-    path = claim(args.out) / "generator.onnx"
+    path = claim(args.out, "generator.onnx")
     try:
         program = torch.onnx.export(
             G,
