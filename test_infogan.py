@@ -1370,15 +1370,6 @@ def test_a_folder_with_logs_or_a_lone_checkpoint_becomes_a_run(run_to, trained, 
     assert "last.pt, step 18" in printed() and step_of(out) == 19
 
 
-def test_a_run_without_last_pt_goes_on_from_its_newest_epoch(run_to, trained, out, printed):
-    """By its number: 10000 comes after 9999."""
-    out.mkdir()
-    for epoch, name in ((2, "epoch_10000.pt"), (1, "epoch_9999.pt")):
-        shutil.copy(trained / f"epoch_000{epoch}.pt", out / name)
-    run_to(37)
-    assert "epoch_10000.pt, step 36" in printed()
-
-
 @mark.parametrize("name, words", table("""
     a.png | a.png
     samples/real.png | samples
@@ -1492,14 +1483,18 @@ def test_an_init_may_be_shrunken_and_must_fit(ckpt, faces, tmp_path, out, capsys
     assert not (tmp_path / "new").exists()
 
 
-def test_a_broken_last_pt_falls_back_on_the_newest_that_loads(run_to, trained, out, capsys):
+def test_a_broken_last_pt_falls_back_on_the_newest_by_number_that_loads(
+    run_to, trained, out, capsys
+):
     last = copied(trained, out) / "last.pt"
     good = last.read_bytes()
     last.write_bytes(good[: len(good) // 2])
-    (out / "epoch_0003.pt").write_bytes(b"")
+    (out / "epoch_0002.pt").rename(out / "epoch_10000.pt")  # after 9999
+    (out / "epoch_0003.pt").rename(out / "epoch_9999.pt")
+    (out / "epoch_10001.pt").write_bytes(b"")
     run_to(54, EACH)
     said = capsys.readouterr()
-    assert "resuming from" in said.out and "epoch_0002.pt, step 36" in said.out
+    assert "resuming from" in said.out and "epoch_10000.pt, step 36" in said.out
     assert said.err.count("broken, or not a checkpoint") == 2
     assert same(out, trained)
 
