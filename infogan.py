@@ -1009,7 +1009,7 @@ def remarks(x: Tensor, sizes: list[tuple], crop: str) -> str:
     levels, spread = len(some.unique()), some.float().std(1).median()
     if levels < 16 or spread < 2:
         text += f"\nthey look empty: {levels} levels of brightness, a standard deviation of "
-        text += f"{spread:.1f} (of 255); are they masks, white on nothing, or 12 bits kept in 16?"
+        text += f"{spread:.1f} (of 255); are they masks, white on nothing, or 12 bits in 16? --exclude leaves files out"
     return text
 
 
@@ -1159,6 +1159,8 @@ def next_batch(state: State, args: Namespace, pictures: Pictures) -> Batch:
     rows = to_device(rows, x.device)
     real = make_batch(x.index_select(0, rows), args.flip, state.rng, device)
     codes = state.spec.sample(n, state.rng)
+    # what losses_of_change expects: neighbours that share their categories; a last quarter that are
+    # the first with one code changed
     codes = pair(codes) if args.lam_identity else codes
     if args.lam_local and state.spec.names:
         only = state.spec.n_cat if args.local_to == "cat" else 0
@@ -1952,9 +1954,7 @@ def derived(args: dict) -> dict:
         "lam_cont": lam_cont,
         "cap_cont": 3.0 if few else 1.4,  # else they go on growing, and categoricals fade
         "r1": 0.3 if large else 0.01,  # without it D wins
-        "r1_from": 0
-        if large or args["r1"] is not AUTO
-        else 75,  # small pictures get better without it at first
+        "r1_from": 0 if large or args["r1"] is not AUTO else 75,  # before, it costs small pictures
         "shift": 0.125 if large else 0.0625,  # small pictures lose variety with more
     }
 
