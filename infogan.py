@@ -1009,7 +1009,8 @@ def remarks(x: Tensor, sizes: list[tuple], crop: str) -> str:
     levels, spread = len(some.unique()), some.float().std(1).median()
     if levels < 16 or spread < 2:
         text += f"\nthey look empty: {levels} levels of brightness, a standard deviation of "
-        text += f"{spread:.1f} (of 255); are they masks, white on nothing, or 12 bits in 16? --exclude leaves files out"
+        text += f"{spread:.1f} (of 255); are they masks, white on nothing, or 12 bits in 16?"
+        text += " --exclude leaves files out"
     return text
 
 
