@@ -465,6 +465,8 @@ def samples(model: Model, args: Namespace) -> str:
 
     Where it is stopped, codes.csv has the pictures that are there.
     """
+    if (args.start or "").startswith(str(args.out / "codes.csv")):
+        raise UserError(f"--start {args.start}: --samples would write over it; give another --out")
     real = load_pictures(args.data, *model.form).x if args.data else []
     out, codes = clear(args.out), args.base
     names = [f"{seed:06d}.png" for seed in args.seeds]
@@ -657,6 +659,8 @@ def find_codes(model: Model, x: Tensor, guess: Codes) -> Codes:
 def read(model: Model, args: Namespace) -> str:
     """A table of what Q reads from each picture; codes.csv, what draws it; read.png shows both."""
     spec, pixels, (size, channels, _) = model.spec, bytearray(), model.form
+    if (args.out / "codes.csv").exists() and not (args.out / "read.png").exists():
+        raise UserError(f"{args.out}: has the codes.csv of other pictures; give another --out")
     for path in args.read:
         picture = infogan.read_picture(Path(path), *model.form)
         if picture.error:
@@ -666,7 +670,7 @@ def read(model: Model, args: Namespace) -> str:
     x = torch.frombuffer(pixels, dtype=torch.uint8).view(-1, size, size, channels)
     (values, doubts), x = read_codes(model, x), to_floats(x)
     names = [os.path.basename(path) for path in args.read]
-    table = [["", *names]]
+    table = [["Q alone", *names]]
     for code in args.codes:
         j = spec.names.index(code)
         form = "{:.0f} ({:.0%})" if j < spec.n_cat else "{:+.2f} ± {:.2f}"
@@ -856,7 +860,11 @@ def to_codes(flag: str, text: str | None, model: Model) -> Iterator[tuple[str, s
 
     A name stands for all codes that have it. Raises UserError for what is no code.
     """
-    for part in filter(None, map(str.strip, (text or "").split(","))):
+    text = text or ""
+    for code, name in model.names.items():
+        if "," in name:  # which would split it
+            text = re.sub(re.escape(name), code, text, flags=re.IGNORECASE)
+    for part in filter(None, map(str.strip, text.split(","))):
         called, _, value = map(str.strip, part.lower().partition("="))
         codes = [c for c in model.labels if called in (c, model.names.get(c, c).lower())]
         if not codes or (value and flag == "--codes"):
@@ -904,7 +912,9 @@ def read_start(text: str, spec: CodeSpec) -> tuple[list[str], Codes]:
         if not (values.abs() <= 1000).all() or not c_cat.equal(codes.c_cat.float()):  # NaN too
             raise ValueError("a value is out of range")
     except Exception as error:  # of any kind: the file is at fault
-        must = "must be a codes.csv that --read wrote with this checkpoint, rows from 0"
+        must = (
+            "must be a codes.csv that --read or --samples wrote with this checkpoint, rows from 0"
+        )
         raise UserError(f"--start {text}: {must} ({error!s:.99})") from error
     return [row[0] for row in rows], codes
 

@@ -445,7 +445,8 @@ def pair(codes: Codes) -> Codes:
 def vary(codes: Codes, n_codes: int, rng: torch.Generator) -> Codes:
     """The same codes, but the last quarter are the first ones with one code of each changed.
 
-    One of the first n_codes, of which the categorical ones come first.
+    One of the first n_codes, of which the categorical ones come first. Its new value is that of
+    another picture, so a category may stay the same.
     """
     z, c = codes.z.clone(), torch.cat([codes.c_cat, codes.c_cont], 1)
     n, n_cat = len(z) // 4, codes.c_cat.shape[1]
@@ -1164,8 +1165,8 @@ def next_batch(state: State, args: Namespace, pictures: Pictures) -> Batch:
     # the first with one code changed
     codes = pair(codes) if args.lam_identity else codes
     if args.lam_local and state.spec.names:
-        only = state.spec.n_cat if args.local_to == "cat" else 0
-        codes = vary(codes, only or len(state.spec.names), state.rng)
+        n_codes = state.spec.n_cat if args.local_to == "cat" else len(state.spec.names)
+        codes = vary(codes, n_codes, state.rng)
     codes = Codes(*(to_device(c, device) for c in codes))
     u = to_device(torch.rand(n, N_U, generator=state.rng), device)
     numbers = float(max_shift_at(state, args)), beta_at(state, args)
@@ -1794,9 +1795,8 @@ def describe(state: State, args: Namespace, n: int, last_step: int) -> None:
         print("--recipe notebook: the notebook's settings and its defects, to compare with")
     if last_step < 1000 and not args.max_minutes:
         print(f"{last_step} steps are too few to learn from; raise --epochs or --max-steps")
-    if n < 1000:
-        text = f"{n} pictures are few: some thousands of one kind are needed"
-        print(text + (not args.init) * ", or begin with --init")
+    if n < 1000 and not args.init:
+        print(f"{n} pictures are few: some thousands of one kind are needed, or begin with --init")
     if args.batch_size > n:
         print(f"--batch-size {args.batch_size}: there are only {n} pictures, so a batch is {n}")
     text = f"{state.device.type.upper()}, {torch.get_num_threads()} threads"
@@ -2028,6 +2028,8 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     flags |= {name: value for name, value in derived(flags).items() if flags[name] is AUTO}
     args = Namespace(**flags)
     spec_of(args)  # raises UserError for --z-dim 0 where it cannot be
+    if args.lam_local and args.local_to == "cat" and not args.n_cat:
+        raise UserError("--local-to cat: there are no categorical codes; leave it out")
     return args
 
 

@@ -1888,6 +1888,7 @@ def test_defaults_follow_the_recipe_and_the_set_and_a_flag_wins(monkeypatch, fla
     --image-size 48 | --image-size 48: must be one of 64
     --n-cat 0 --n-cont 0 --z-dim 0 | --z-dim
     --bogus | --bogus --help
+    --n-cat 0 --lam-local 4 --local-to cat | --local-to cat: there are no categorical codes
     --epoch 3 | unrecognized arguments: --epoch 3; see --help
     --batchsize=3 | unrecognized arguments: --batchsize=3; see --help
     --data= | --data empty

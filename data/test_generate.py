@@ -211,6 +211,7 @@ DAMAGES = {
 def test_a_damaged_table_is_measured_anew(sheets, ckpt, tmp_path, monkeypatch, damage):
     model, path = generate.Model(ckpt, CPU), tmp_path / "table.csv"
     text = (sheets / "table.csv").read_text()
+    (tmp_path / infogan.MARK).touch()
     path.write_text(damage(text), errors="surrogateescape")
     rows = [generate.Row("z", *[math.nan] * 5)]
     monkeypatch.setattr(generate, "measure", lambda model: rows)
@@ -325,14 +326,14 @@ def test_names_in_other_scripts_take_the_first_font_that_has_their_letters(monke
 def test_a_code_may_be_called_by_its_name(tmp_path, capsys):
     """In any case; a name that two codes have stands for both."""
     lively(tmp_path / "last.pt", *TINY, "--n-cont", "5")
-    names = {"cont1": "Eyes close", "cat1": "hair", "cont3": "smile", "cont4": "SMILE"}
+    names = {"cont1": "Eyes, closing", "cat1": "hair", "cont3": "smile", "cont4": "SMILE"}
     (tmp_path / "names.json").write_text(json.dumps(names))
     head, out = ["--ckpt", tmp_path, *FEW], tmp_path / "out"
-    made = draws([*head, "--codes", "eyes CLOSE,Smile,cat0"], out)
+    made = draws([*head, "--codes", "eyes, CLOSING,Smile,cat0"], out)
     codes = {"cat0", "cont1", "cont3", "cont4"}
     assert {name.removesuffix(".png") for name in made} == {infogan.MARK, "table.csv"} | codes
     capsys.readouterr()
-    made = draws([*head, "--codes", "cont0", "--set", "Hair=2, eyes close=-.5,cont2=9"], out)
+    made = draws([*head, "--codes", "cont0", "--set", "Hair=2, eyes, closing=-.5,cont2=9"], out)
     assert "cont0-set-cat1=2,cont1=-0.5,cont2=9.png" in made
     said = capsys.readouterr().out
     assert "\n--set cont2=9: training has seen -1 to 1 only" in f"\n{said}"
@@ -391,6 +392,15 @@ def test_no_run_goes_on_from_a_shrunken_checkpoint(ckpt, faces, tmp_path, capsys
     refused(capsys, ["--ckpt", ckpt, "--shrink", last], "last.pt", "exists")
     assert infogan.main(tiny(faces, tmp_path, "--max-steps", 4, "--n-cont", 3)) == 2
     said_one_line(capsys, "for generate.py only", "another --out")
+
+
+def test_codes_of_pictures_that_are_there_are_kept(here, capsys):
+    run(*command("--samples", "s"))
+    before = Path("s/codes.csv").read_bytes()
+    refused(capsys, command("--read", "s"), "s: has the codes.csv of other pictures")
+    start = ["--ckpt", "last.pt", "--samples", "--start", "s/codes.csv:1", "--out", "s"]
+    refused(capsys, start, "--start s/codes.csv:1: --samples would write over it")
+    assert Path("s/codes.csv").read_bytes() == before
 
 
 @pytest.mark.parametrize("mode", MODES)
