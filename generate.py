@@ -465,7 +465,7 @@ def samples(model: Model, args: Namespace) -> str:
 
     Where it is stopped, codes.csv has the pictures that are there.
     """
-    if (args.start or "").startswith(str(args.out / "codes.csv")):
+    if os.path.abspath(args.start or "").startswith(os.path.abspath(args.out / "codes.csv")):
         raise UserError(f"--start {args.start}: --samples would write over it; give another --out")
     real = load_pictures(args.data, *model.form).x if args.data else []
     out, codes = clear(args.out), args.base

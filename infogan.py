@@ -1304,9 +1304,9 @@ def restore(state: State, ckpt: dict, weights_only: bool = False) -> None:
         for name in COUNTS:
             setattr(state, name, ckpt.get(name, getattr(state, name)))
         state.sums = tree_map(lambda value: value.to(state.device), state.sums)
-        columns = len(log_columns(state.spec))
-        if len(ckpt["rows"]) and ckpt["rows"].shape[1] != columns:  # log.csv would lose them
-            raise ValueError("METRICS has changed")
+        rows, columns = ckpt["rows"], log_columns(state.spec)
+        if (len(rows) and rows.shape[1] != len(columns)) or not {*state.sums} <= {*columns}:
+            raise ValueError("METRICS has changed")  # log.csv would lose rows
         state.rng.set_state(ckpt["rng"].clone())  # torch reads a wrong part of a view
     except Exception as error:  # of any kind here too
         cure = "give another --init" if weights_only else NEW_RUN

@@ -1499,9 +1499,12 @@ def test_a_broken_last_pt_falls_back_on_the_newest_by_number_that_loads(
     assert same(out, trained)
 
 
-def test_a_run_with_other_metrics_is_refused(faces, trained, out, capsys):
+@mark.parametrize("change", [
+    lambda c: c.update(rows=torch.ones(2, 9)), lambda c: c["sums"].update(loss_X=torch.ones(())),
+])  # fmt: skip
+def test_a_run_with_other_metrics_is_refused(faces, trained, out, capsys, change):
     last = copied(trained, out) / "last.pt"
-    rewritten(last, last, lambda c: c.update(rows=torch.ones(2, 9)))
+    rewritten(last, last, change)
     train(faces, out, "--epochs 4", code=2)
     said_one_line(capsys, "training cannot go on", "METRICS has changed", "another --out")
 

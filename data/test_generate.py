@@ -398,8 +398,8 @@ def test_codes_of_pictures_that_are_there_are_kept(here, capsys):
     run(*command("--samples", "s"))
     before = Path("s/codes.csv").read_bytes()
     refused(capsys, command("--read", "s"), "s: has the codes.csv of other pictures")
-    start = ["--ckpt", "last.pt", "--samples", "--start", "s/codes.csv:1", "--out", "s"]
-    refused(capsys, start, "--start s/codes.csv:1: --samples would write over it")
+    start = ["--ckpt", "last.pt", "--samples", "--start", "./s/codes.csv:1", "--out", "s"]
+    refused(capsys, start, "--start ./s/codes.csv:1: --samples would write over it")
     assert Path("s/codes.csv").read_bytes() == before
 
 
