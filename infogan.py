@@ -40,6 +40,7 @@ import shlex
 import shutil
 import signal
 import sys
+import tempfile
 import time
 import warnings
 import zipfile
@@ -863,7 +864,7 @@ FORMATS = ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "JPEG2000", "PPM", "ICO"
 FORMATS += ["QOI", "TGA", "AVIF"]  # not all that Pillow knows: for EPS it starts a program
 MAX_PIXELS = 2**30 // 12  # of one file, Pillow's own limit: decoding takes up to 16 bytes for each
 DECODE_THREADS = 8  # what is larger than their share of MAX_PIXELS is decoded alone
-DECODER_VERSION = 7  # counts up whenever decode changes its result
+DECODER_VERSION = 8  # counts up whenever decode changes its result
 CROPS = {"centre": 0.5, "top": 0.0}  # how much of what a tall picture loses lies above the square
 HIDDEN = r"(?is)\..*|@eadir|[@#$]recycle(\.bin)?|recycler|#snapshot|__macosx|lost\+found|lost\.dir"
 HIDDEN += r"|found\.000|system volume information|desktop\.ini|thumbs(\.db)?"  # of systems too
@@ -993,21 +994,20 @@ def read_picture(
         return Decoded(error=error)
 
 
-def remarks(x: Tensor, sizes: list[tuple], crop: str) -> str:
-    """Lines on bytes x (n, size, size, channels) that a user should see before a long training.
+def remarks(some: Tensor, sizes: list[tuple], form: tuple) -> str:
+    """Lines on a set that a user should see before a long training.
 
-    sizes: of their files' pictures.
+    some: bytes (n, size size channels) of some of its pictures. sizes: of all of its files.
     """
-    n, size, text = *x.shape[:2], ""
-    cut = sum(3 * min(sides) <= 2 * max(sides) for sides in sizes)
-    if crop == "centre" and cut > n / 10:
+    size, _, crop = form
+    text, cut = "", sum(3 * min(sides) <= 2 * max(sides) for sides in sizes)
+    if crop == "centre" and cut > len(sizes) / 10:
         text += f"\n{cut:,} of them lose a third of their area or more: their middle is taken;"
         text += " infogan.py --crop top takes the upper part of tall ones"
     if (side := max(map(min, sizes))) < size:
         text += f"\nall are smaller than {size}x{size}, at most {side}: they are enlarged,"
         text += " which takes time and shows no more; give a smaller --image-size"
-    some = x[:: n // 200 + 1].flatten(1)
-    levels, spread = len(some.unique()), some.float().std(1).median()
+    levels, spread = some.flatten().bincount().count_nonzero(), some.float().std(1).median()
     if levels < 16 or spread < 2:
         text += f"\nthey look empty: {levels} levels of brightness, a standard deviation of "
         text += f"{spread:.1f} (of 255); are they masks, white on nothing, or 12 bits in 16?"
@@ -1015,12 +1015,13 @@ def remarks(x: Tensor, sizes: list[tuple], crop: str) -> str:
     return text
 
 
-def decode(flag: str, root: Path, items: dict, form: tuple) -> dict:
-    """Decodes paths or pictures, by their names: the values of Pictures.
+def decode(flag: str, root: Path, items: dict, form: tuple, write: Callable) -> dict:
+    """Decodes paths or pictures, by their names, and writes the bytes of each.
 
-    flag, with its value, names the set, which is in root. form: size, channels, crop.
+    Returns the other values of Pictures, and the shape of its x. flag, with its value, names the
+    set, which is in root. form: size, channels, crop.
     """
-    kept, names, unreadable, raw = {}, [], [], bytearray()  # kept: by hash, without their pixels
+    kept, names, unreadable, some = {}, [], [], bytearray()  # kept: by hash, without their pixels
     Image.init()  # loads Pillow's formats, which threads must not do at the same time
     with warnings.catch_warnings(), ThreadPoolExecutor(DECODE_THREADS) as pool:
         warnings.simplefilter("ignore")  # Pillow's, about files that it can read all the same
@@ -1034,9 +1035,11 @@ def decode(flag: str, root: Path, items: dict, form: tuple) -> dict:
             if picture.error:
                 unreadable.append(f"{name} ({type(picture.error).__name__})")
             elif picture.hash not in kept:
+                write(picture.pixels)
+                if len(kept) % (len(items) // 200 + 1) == 0:
+                    some += picture.pixels
                 kept[picture.hash] = picture._replace(pixels=b"")
                 names.append(str(name))
-                raw += picture.pixels
     n, hashes, summary = len(kept), [*kept], ""
     if copies := len(items) - len(unreadable) - n:
         summary += f", exact copies dropped: {copies:,}"
@@ -1045,13 +1048,13 @@ def decode(flag: str, root: Path, items: dict, form: tuple) -> dict:
     if n < 2:
         raise UserError(f"{flag}: {n} pictures{summary}, at least 2 are needed; {hint(root)}")
     size, channels, crop = form
-    x = torch.frombuffer(raw, dtype=torch.uint8).view(n, size, size, channels)
+    some = torch.frombuffer(some, dtype=torch.uint8).view(-1, size * size * channels)
     return {
-        "x": x,
+        "shape": (n, size, size, channels),
         "fingerprint": sha256("".join([crop, *sorted(hashes)]).encode()).hexdigest()[:16],
         "names": names,
-        "order": torch.tensor(sorted(range(n), key=hashes.__getitem__)),
-        "summary": summary + remarks(x, [p.whole for p in kept.values()], crop),
+        "order": sorted(range(n), key=hashes.__getitem__),
+        "summary": summary + remarks(some, [p.whole for p in kept.values()], form),
     }
 
 
@@ -1073,22 +1076,32 @@ def cache_folder() -> Path:
     return Path(os.devnull if path.startswith("~") else path, "infogan")  # no home: no cache
 
 
+def stamp_of(files: list[Path]) -> str:
+    """Changes with every file's name, size and time."""
+    stamp = sha256()
+    for file in files:
+        stamp.update(os.fsencode(file))
+        with suppress(OSError):  # an unreadable one counts by its name
+            stamp.update(f" {file.stat().st_size} {file.stat().st_mtime_ns}\0".encode())
+    return stamp.hexdigest()
+
+
 def read_cache(path: Path, stamp: str) -> Pictures | None:
     """x is mapped into memory; None where the file is missing, damaged, or of other files."""
-    with suppress(Exception):  # torch raises anything for a damaged file
-        values = torch.load(path, mmap=True, weights_only=True)
+    with suppress(Exception), zipfile.ZipFile(path) as archive:
+        values = json.loads(archive.read("values"))
         if values.pop("stamp") == stamp:
-            return Pictures(**values)
+            shape, order = values.pop("shape"), torch.tensor(values.pop("order"))
+            x = torch.from_file(str(path), size=math.prod(shape), dtype=torch.uint8)
+            return Pictures(x.view(shape), order=order, **values)
 
 
-def write_cache(path: Path, stamp: str, values: dict) -> None:
-    """Writes the values of Pictures, in place of those of the set before it changed."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as file:
-            torch.save(values | {"stamp": stamp}, file)
-    except (OSError, RuntimeError) as error:  # torch calls a full disk an internal error
-        print(f"{path}: {error}; not cached, each start decodes the pictures")
+def write_cache(path: Path, stamp: str, decode_to: Callable) -> None:
+    """Pixels as they are decoded, so that no set is too large; then a zip file of the rest."""
+    with replacing(path) as file:
+        values = decode_to(file.write) | {"stamp": stamp}
+        with zipfile.ZipFile(file, "a") as archive:  # which readers find from the end
+            archive.writestr("values", json.dumps(values))
 
 
 def load_pictures(
@@ -1113,12 +1126,7 @@ def load_pictures(
         why = "is not a folder" if root.exists() else "no such folder"
         raise UserError(f"{flag} {data}: {why}; {hint(root)}")
     files = [root] if named else find_pictures(root, exclude)
-    stamp = sha256()  # changes with every name, size and time
-    for file in files:
-        stamp.update(os.fsencode(file))
-        with suppress(OSError):  # an unreadable one counts by its name
-            stamp.update(f" {file.stat().st_size} {file.stat().st_mtime_ns}\0".encode())
-    stamp = stamp.hexdigest()
+    stamp = stamp_of(files)
     place = sha256(os.fsencode(f"{DECODER_VERSION} {form} {root}")).hexdigest()
     path = cache_folder() / f"{place[:16]}.pixels"
     pictures = read_cache(path, stamp)
@@ -1126,9 +1134,18 @@ def load_pictures(
         items = {file: file for file in files}
         if named:
             items = dict(enumerate(x for x, _ in open_named_set(data, flag)))
-        values = decode(f"{flag} {data}", root, items, form)
-        write_cache(path, stamp, values)
-        pictures = read_cache(path, stamp) or Pictures(**values)
+        decode_to = partial(decode, f"{flag} {data}", root, items, form)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_cache(path, stamp, decode_to)
+        except OSError as error:
+            print(f"{path}: {error.strerror}; not cached, each start decodes the pictures")
+            scratch = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+            path = Path(scratch.name, "pixels")
+            write_cache(path, stamp, decode_to)
+        pictures = read_cache(path, stamp)
+        if not pictures:
+            raise UserError(f"{flag} {data}: has changed while it was read; start again")
     print(f"{len(pictures.x):,} pictures in {data}{pictures.summary}")
     parts = pictures.x.split(100)
     if channels is None and all((part == part[..., :1]).all() for part in parts):
