@@ -1162,6 +1162,35 @@ def test_training_needs_no_cache(few, tmp_path, monkeypatch, printed, blocked):
     assert {*tmp_path.iterdir()} == {few, file}
 
 
+def test_a_disk_that_fills_while_pixels_are_written_costs_the_cache_only(
+    few, own_cache, monkeypatch, printed
+):
+    real, full = infogan.decode, True
+
+    def decode(*args):
+        *rest, write = args
+        nonlocal full
+        if not full:
+            return real(*args)
+        real(*rest, lambda pixels: None)
+        full = False
+        write(b"half a picture")
+        raise OSError(errno.ENOSPC, "No space left")
+
+    whole = load(few).x
+    monkeypatch.setattr(infogan, "decode", decode)
+    few.joinpath("1.png").touch()  # another time: not the same set
+    assert load(few).x.equal(whole) and "No space left; not cached" in printed()
+    assert load(few).x.equal(whole) and "not cached" not in printed()
+    assert len([*own_cache.iterdir()]) == 1
+
+
+def test_a_set_that_changes_while_it_is_read_is_told(few, own_cache, monkeypatch):
+    monkeypatch.setattr(infogan, "read_cache", lambda *_: None)  # another process's set is there
+    with raises(UserError, match="--data .*few: has changed while it was read; start again"):
+        load(few)
+
+
 def cache_in(folder: Path) -> None:
     os.environ["XDG_CACHE_HOME"] = str(folder)
 
