@@ -181,12 +181,12 @@ def save_table(path: Path, lines: Iterable[Iterable[object]]) -> None:
 
 
 def code_columns(spec: CodeSpec) -> list[str]:
-    """Of codes.csv, from which --start draws faces."""
+    """Of a file from which --start draws faces."""
     return ["file", *spec.names, *(f"z{i}" for i in range(spec.z_dim))]
 
 
 def save_codes(path: Path, files: list[str], codes: Codes, spec: CodeSpec) -> None:
-    """codes.csv: what draws each of the files."""
+    """What draws each of the files, for --start."""
     values = torch.cat([*codes[1:], codes.z], 1).tolist()
     lines = ([file, *row] for file, row in zip(files, values, strict=True))
     save_table(path, [code_columns(spec), *lines])
@@ -628,7 +628,7 @@ def find_codes(model: Model, x: Tensor, guess: Codes) -> Codes:
 
     First the categories, one code after the other; then z, from 0 on, and the continuous codes by
     gradient. What training never drew is no face: |z| stays within sqrt(z_dim), its usual length,
-    and continuous codes within [-1, 1]. To four decimals, as codes.csv has them.
+    and continuous codes within [-1, 1]. To four decimals, as files of codes have them.
     """
     spec, wanted = model.spec, look(model, x.to(model.device))
     z, c_cat, c_cont = (c.to(model.device) for c in guess)
@@ -657,10 +657,16 @@ def find_codes(model: Model, x: Tensor, guess: Codes) -> Codes:
 
 
 def read(model: Model, args: Namespace) -> str:
-    """A table of what Q reads from each picture; codes.csv, what draws it; read.png shows both."""
+    """A table of what Q reads from each picture; a file of what draws it; a sheet shows both.
+
+    The files have the pictures' names, and no earlier ones are replaced.
+    """
     spec, pixels, (size, channels, _) = model.spec, bytearray(), model.form
-    if (args.out / "codes.csv").exists() and not (args.out / "read.png").exists():
-        raise UserError(f"{args.out}: has the codes.csv of other pictures; give another --out")
+    of = ",".join(Path(path).stem for path in args.read)[:40]
+    found_in, page = place(args, f"codes-{of}", ".csv"), place(args, f"read-{of}")
+    for path in found_in, page:
+        if path.exists():
+            raise UserError(f"{path}: is of an earlier --read; move it, or give another --out")
     for path in args.read:
         picture = infogan.read_picture(Path(path), *model.form)
         if picture.error:
@@ -676,21 +682,22 @@ def read(model: Model, args: Namespace) -> str:
         form = "{:.0f} ({:.0%})" if j < spec.n_cat else "{:+.2f} ± {:.2f}"
         table.append([model.labels[code], *map(form.format, values[:, j], doubts[:, j])])
     print_table(table)
-    out, (c_cat, c_cont) = claim(args.out), values.split([spec.n_cat, spec.n_cont], 1)
+    claim(args.out)
+    c_cat, c_cont = values.split([spec.n_cat, spec.n_cont], 1)
     z = args.base.z[:1].expand(len(x), -1)
     by_Q = hold(spec, Codes(z, c_cat.long(), c_cont), args.set)
     # find_codes follows N_FOLLOWED drawings of each picture: AT_ONCE together
     parts = torch.arange(len(x)).split(AT_ONCE // N_FOLLOWED)
     each = [find_codes(model, x[part], pick(by_Q, part)) for part in parts]
     found = hold(spec, gather(each), args.set)
-    save_codes(out / "codes.csv", names, found, spec)
+    save_codes(found_in, names, found, spec)
     drawn = [draw(model, spec.join(codes))[:, None] for codes in (by_Q, found)]
     posed = cross(model, found, "cont" if spec.n_cont else "z", args.base)
     title = "each picture; what Q alone makes of it; what is found; that face posed as seeds"
     above = ["picture", "Q alone", "found", *(f"as {seed}" for seed in args.faces)]
     shown = torch.cat([x[:, None], *drawn, posed], 1)
-    save_picture(out / "read.png", sheet(title, names, shown, above, args.zoom))
-    return f"{out} has read.png, and codes.csv for --start"
+    save_picture(page, sheet(title, names, shown, above, args.zoom))
+    return f"{page} shows them; for --start: {found_in}"
 
 
 # for other programs -------------------------------------------------------------------------------
@@ -827,7 +834,7 @@ FLAGS = {  # as in infogan.py
     ("--rows", 8, (1, 100), "rows of a sheet; faces of --walk"),
     ("--seed", 0, (0, 10**9), "of the first picture or row; the others have the next numbers"),
     ("--seeds", None, "LIST", "these instead, such as 3,17,40-49"),
-    ("--start", None, "FILE", "begin with faces that --read found: codes.csv, some: codes.csv:0,2"),
+    ("--start", None, "FILE", "begin with faces of a codes*.csv by --read or --samples; some: FILE:0,2"),
     ("--set", None, "LIST", "hold codes at values, such as cat0=3,cont5=-0.8"),
     ("--range", None, "V", "values of a continuous code (default -3 3; of up to 5: -1.5 1.5)"),
     ("--steps", 13, (2, 100), "columns of a continuous code's sheet; frames to the next face"),
@@ -897,7 +904,7 @@ def read_seeds(text: str, flag: str = "--seeds") -> list[int]:
 
 
 def read_start(text: str, spec: CodeSpec) -> tuple[list[str], Codes]:
-    """The files and codes of a codes.csv by --read, or of some of its rows: "codes.csv:0,2-4"."""
+    """The files and codes of what save_codes wrote, or of some rows: "codes.csv:0,2-4"."""
     path, some = re.fullmatch(r"(.+?)(?::([\d,\s-]+))?", text, re.S).groups()
     try:
         with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
@@ -912,9 +919,7 @@ def read_start(text: str, spec: CodeSpec) -> tuple[list[str], Codes]:
         if not (values.abs() <= 1000).all() or not c_cat.equal(codes.c_cat.float()):  # NaN too
             raise ValueError("a value is out of range")
     except Exception as error:  # of any kind: the file is at fault
-        must = (
-            "must be a codes.csv that --read or --samples wrote with this checkpoint, rows from 0"
-        )
+        must = "must be a codes*.csv by --read or --samples with this checkpoint, rows from 0"
         raise UserError(f"--start {text}: {must} ({error!s:.99})") from error
     return [row[0] for row in rows], codes
 

@@ -171,7 +171,7 @@ def command(mode: str, out: str) -> list[object]:
 def test_no_call_writes_over_the_sheets_of_another_that_shows_something_else(here):
     """What is unusual is in the names; size is not. --codes writes sheets of these codes alone."""
     run(*command("--read", "read"))
-    Path("read/codes.csv").rename("my codes.csv")
+    Path("read/codes-0.csv").rename("my codes.csv")
     head, out = ["--ckpt", "last.pt", "--steps", 2], Path("out")
     before = draws([*head, "--rows", 1], out)
     of_all = [f"{name}-seed-7-set-cat0=1.png" for name in before if name.endswith(".png")]
@@ -397,7 +397,14 @@ def test_no_run_goes_on_from_a_shrunken_checkpoint(ckpt, faces, tmp_path, capsys
 def test_codes_of_pictures_that_are_there_are_kept(here, capsys):
     run(*command("--samples", "s"))
     before = Path("s/codes.csv").read_bytes()
-    refused(capsys, command("--read", "s"), "s: has the codes.csv of other pictures")
+    read, left = ["--ckpt", "last.pt", "--out", "s", "--read"], {*os.listdir("s")}
+    for more in (["few/0.png"], ["few/1.png", "few/0.png"], ["few/0.png", "--set", "cat0=1"]):
+        run(*read, *more)
+    names = ["0", "1,0", "0-set-cat0=1"]
+    made = {f for name in names for f in (f"codes-{name}.csv", f"read-{name}.png")}
+    assert {*os.listdir("s")} == left | made
+    shutil.copy("few/1.png", "0.png")
+    refused(capsys, [*read, "0.png"], "s/codes-0.csv: is of an earlier --read")
     start = ["--ckpt", "last.pt", "--samples", "--start", "./s/codes.csv:1", "--out", "s"]
     refused(capsys, start, "--start ./s/codes.csv:1: --samples would write over it")
     assert Path("s/codes.csv").read_bytes() == before
@@ -420,7 +427,7 @@ def test_a_folder_of_others_gets_at_most_one_new_file(here, capsys, mode):
     assert Path("mine/photo.jpg").read_bytes() == b"mine"
 
 
-@pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "--onnx"])
+@pytest.mark.parametrize("mode", MODES.keys() - {"--onnx", "--read"})
 def test_what_is_ours_is_written_again_and_never_trained_on(here, mode):
     before, left = infogan.find_pictures(here / "few"), []
     for _ in range(2):
@@ -737,7 +744,7 @@ def test_Q_reads_a_picture_of_one_s_own_and_G_draws_it_again(ckpt, tmp_path, cap
         p, mu, sigma = read_by_Q(ckpt, path)
         assert f"{mu[1]:+.2f} ± {sigma[1]:.2f}" in told.split("cont1 (tilt)")[1]
         assert f"{p[1].argmax()} ({p[1].max():.0%})" in told.split("cat1")[1]
-    assert "a.png" in told and Image.open(tmp_path / "out/read.png").width > 4 * 64
+    assert "a.png" in told and Image.open(tmp_path / "out/read-a,b-seeds-5,6,8.png").width > 4 * 64
     for bad in (HERE / "README.md", tmp_path / "none.png", tmp_path):
         refused(capsys, [*read, mine[0], bad], "--read", str(bad))
 
@@ -770,14 +777,14 @@ def test_pictures_that_G_drew_are_found_again_better_than_by_Q(tmp_path, shape):
 
 
 def test_a_face_that_was_found_begins_every_mode(tmp_path, drawn):
-    """A grey picture, one with alpha, one of G's: codes.csv draws them as read.png has them."""
+    """A grey picture, one with alpha, one of G's: their codes draw them as the sheet has them."""
     spec = lively(tmp_path / "last.pt", *LIVELY, "--n-cat", "2").spec
     head, mine = ["--ckpt", tmp_path], [tmp_path / f"{name}.png" for name in ("a, b", "c", "d")]
     for path, mode in zip(mine, ("L", "RGBA", "RGB"), strict=True):
         noise = random.Random(mode).randbytes(16 * 16 * len(mode.replace("L", "1")))
         Image.frombytes(mode, (16, 16), noise).save(path)
     draws([*head, "--read", *mine], tmp_path / "read")
-    found, table = drawn[1], tmp_path / "read/codes.csv"
+    found, table = drawn[1], tmp_path / "read/codes-a, b,c,d.csv"
     rows = table_of(table)
     assert [row["file"] for row in rows] == [path.name for path in mine]
 
@@ -805,7 +812,7 @@ def test_a_face_that_was_found_begins_every_mode(tmp_path, drawn):
 
 def test_a_start_that_is_none_is_one_line(here, capsys):
     run(*command("--read", "o"))
-    good = Path("o/codes.csv").read_text()
+    good = Path("o/codes-0.csv").read_text()
     head, row = good.splitlines()
     bad = {"none": None, "empty": "", "head": head, "other": good.replace("cont2", "cont9")}
     bad |= {"short": good[:-9], "nan": re.sub(",[^,]*$", ",nan", good), "text": good + "\0"}
@@ -815,8 +822,8 @@ def test_a_start_that_is_none_is_one_line(here, capsys):
         if text is not None:
             Path(name).write_text(text)
         refused(capsys, ["--ckpt", "last.pt", "--start", name], f"--start {name}: must be")
-    start = ["--ckpt", "last.pt", "--start", "o/codes.csv"]
-    refused(capsys, [*start[:-1], "o/codes.csv:1"], "--start", "rows from 0")
+    start = ["--ckpt", "last.pt", "--start", "o/codes-0.csv"]
+    refused(capsys, [*start[:-1], "o/codes-0.csv:1"], "--start", "rows from 0")
     refused(capsys, [*start, "--walk"], "--walk", "2 to 100 faces, not 1")
     for more in (["--rows", 3], ["--seeds", "1,2"], ["--samples", 3]):
         refused(capsys, [*start, *more], "--start", "leave out")
