@@ -968,7 +968,9 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     parser = infogan.Parser("generate.py", __doc__, FLAGS, MORE)
     given = parser.given(argv)
     args, given = Namespace(**parser.defaults | given), {f"--{name}" for name in given}
-    args.mode = next((mode for mode in MODES if mode in given), "sheets")
+    args.mode, *others = [mode for mode in MODES if mode in given] or ["sheets"]
+    if others:
+        raise UserError(f"{' and '.join([args.mode, *others])}: only one of them at a time")
     for flag in sorted(given - {"--ckpt", "--device", args.mode}):
         users = [mode for mode, (*_, takes) in MODES.items() if flag[2:] in takes.split()]
         if args.mode not in users:
