@@ -865,7 +865,8 @@ MORE = {  # of flags that are not one word with a default
 def to_codes(flag: str, text: str | None, model: Model) -> Iterator[tuple[str, str]]:
     """(code, value) of each part of a list like "cat0=3, eyes close=1", value "" where none is.
 
-    A name stands for all codes that have it. Raises UserError for what is no code.
+    A name stands for all codes that have it. Raises UserError for what is no code, and for a value
+    of several.
     """
     text = text or ""
     for code, name in model.names.items():
@@ -874,9 +875,12 @@ def to_codes(flag: str, text: str | None, model: Model) -> Iterator[tuple[str, s
     for part in filter(None, map(str.strip, text.split(","))):
         called, _, value = map(str.strip, part.lower().partition("="))
         codes = [c for c in model.labels if called in (c, model.names.get(c, c).lower())]
+        codes = [called] if called in codes else codes
         if not codes or (value and flag == "--codes"):
             has = ", ".join(model.labels.values()) or "none"
             raise UserError(f"{flag}: {part!a}: this checkpoint has {has}")
+        if flag == "--set" and len(codes) > 1:
+            raise UserError(f"--set {part}: {' and '.join(codes)} have this name; give one of them")
         yield from ((code, value) for code in codes)
 
 

@@ -324,7 +324,7 @@ def test_names_in_other_scripts_take_the_first_font_that_has_their_letters(monke
 
 
 def test_a_code_may_be_called_by_its_name(tmp_path, capsys):
-    """In any case; a name that two codes have stands for both."""
+    """In any case; of a name that two codes have --codes shows both, and --set asks which."""
     lively(tmp_path / "last.pt", *TINY, "--n-cont", "5")
     names = {"cont1": "Eyes, closing", "cat1": "hair", "cont3": "smile", "cont4": "SMILE"}
     (tmp_path / "names.json").write_text(json.dumps(names))
@@ -340,6 +340,7 @@ def test_a_code_may_be_called_by_its_name(tmp_path, capsys):
     assert said.count("training has seen") == 1
     for flag, unknown in (("--codes", "smil"), ("--set", "=1"), ("--codes", "cat0=1")):
         refused(capsys, [*head, flag, unknown], flag, unknown, "cont3 (smile), cont4 (SMILE)")
+    refused(capsys, [*head, "--set", "Smile=1"], "--set Smile=1: cont3 and cont4 have this name")
 
 
 @pytest.mark.parametrize("width", [None, 30])
