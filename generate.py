@@ -437,27 +437,33 @@ def walk(model: Model, args: Namespace) -> str:
 def clear(folder: Path) -> Path:
     """The folder, ours, without the pictures and codes that an earlier call has left there.
 
-    Raises UserError, with nothing changed, where there are other pictures.
+    Raises UserError, with nothing changed, where there are pictures that its mark does not list.
     """
-    old = [*claim(folder).glob("*.png")]
-    if foreign := [path for path in old if not re.fullmatch("[0-9]{6,}", path.stem)]:
+    mark, old = claim(folder) / infogan.MARK, {path.name for path in folder.glob("*.png")}
+    if foreign := old.difference(mark.read_text().split()):
         raise UserError(f"--out {folder}: holds {len(foreign):,} other pictures; give an empty one")
-    for path in [*old, folder / "codes.csv"]:
-        path.unlink(missing_ok=True)
+    for name in [*old, "codes.csv"]:
+        (folder / name).unlink(missing_ok=True)
+    mark.write_text("")
     return folder
 
 
 def save_pngs(folder: Path, names: list[str], parts: Iterable[Tensor]) -> None:
-    """PNGs of pictures that come in parts (n, channels, size, size), one after the other."""
+    """PNGs of pictures that come in parts (n, channels, size, size), one after the other.
+
+    The folder's mark lists each, so that a later call removes these alone.
+    """
     pictures = chain.from_iterable(parts)
-    for name, x in zip(progress(names, "pictures"), pictures, strict=True):
-        image = to_image(x)
-        try:
-            # lossless at any level; more would take four times as long for files as large
-            image.save(folder / name, compress_level=1)
-        except BaseException:  # Ctrl-C, too
-            (folder / name).unlink(missing_ok=True)
-            raise
+    with open(folder / infogan.MARK, "a") as mark:
+        for name, x in zip(progress(names, "pictures"), pictures, strict=True):
+            image = to_image(x)
+            print(name, file=mark, flush=True)  # before it is there, should we be killed
+            try:
+                # lossless at any level; more would take four times as long for files as large
+                image.save(folder / name, compress_level=1)
+            except BaseException:  # Ctrl-C, too
+                (folder / name).unlink(missing_ok=True)
+                raise
 
 
 def samples(model: Model, args: Namespace) -> str:
@@ -834,7 +840,7 @@ FLAGS = {  # as in infogan.py
     ("--rows", 8, (1, 100), "rows of a sheet; faces of --walk"),
     ("--seed", 0, (0, 10**9), "of the first picture or row; the others have the next numbers"),
     ("--seeds", None, "LIST", "these instead, such as 3,17,40-49"),
-    ("--start", None, "FILE", "begin with faces of a codes*.csv by --read or --samples; some: FILE:0,2"),
+    ("--start", None, "FILE", "begin with faces that --read found: FILE, some of them: FILE:0,2"),
     ("--set", None, "LIST", "hold codes at values, such as cat0=3,cont5=-0.8"),
     ("--range", None, "V", "values of a continuous code (default -3 3; of up to 5: -1.5 1.5)"),
     ("--steps", 13, (2, 100), "columns of a continuous code's sheet; frames to the next face"),
