@@ -26,7 +26,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import cache, partial
-from itertools import chain
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
@@ -248,11 +248,6 @@ def tint(x: Tensor, y: Tensor) -> float:
     return (1 - left.square().sum() / change).item()
 
 
-def ask_Q(model: Model, parts: Iterable[Tensor]) -> infogan.QOutput:
-    """Q(c|x) of pictures in [-1, 1] that come in parts, on the CPU."""
-    return gather(model.D(part.to(model.device))[1] for part in parts)
-
-
 def measure(model: Model) -> list[Row]:
     """Rows for z and each kind of code together, then for every code, strongest effect first.
 
@@ -267,7 +262,8 @@ def measure(model: Model) -> list[Row]:
             return draw(model, spec.join(codes))
 
     x, blank = pictures(codes), [math.nan] * (1 + len(spec.kinds))  # of groups
-    x_edges, q = edge_map(x), ask_Q(model, x.split(AT_ONCE))
+    x_edges = edge_map(x)
+    q = gather(model.D(part.to(model.device))[1] for part in x.split(AT_ONCE))
     L_I = blank + infogan.mutual_information(spec, q, codes).tolist()
     each = zip(["z", *spec.kinds, *spec.names], L_I, blank + spec.ceilings, strict=True)
     for name, *known in progress([*each], "measuring"):
@@ -553,9 +549,10 @@ def agreement(categories: Iterable[float], labels: Iterable[str]) -> tuple[float
 
 def read_codes(model: Model, x: Tensor) -> tuple[Tensor, Tensor]:
     """Of bytes (n, h, w, channels): each code as Q reads it; how sure, or sigma: (n, codes)."""
-    q = ask_Q(model, map(to_floats, x.split(AT_ONCE)))
-    sure, c_cat = q.q_logits.softmax(2).max(2)
-    return torch.cat([c_cat, q.q_mu], 1), torch.cat([sure, (q.q_logvar / 2).exp()], 1)
+    parts = (model.D.read(to_floats(part).to(model.device)) for part in x.split(AT_ONCE))
+    p, mu, sigma = gather(parts)
+    sure, c_cat = p.max(2)
+    return torch.cat([c_cat, mu], 1), torch.cat([sure, sigma], 1)
 
 
 def labelled(name: str, form: tuple[int, int, str]) -> tuple[Tensor, list[str], list[str]]:
@@ -629,6 +626,13 @@ def misfit(model: Model, codes: Codes, wanted: Tensor) -> Tensor:
     return (looks.unflatten(0, (len(wanted), -1)) - wanted[:, None]).square().sum(2)
 
 
+def nearest(model: Model, codes: Codes, wanted: Tensor, most: int) -> Codes:
+    """Of n m codes those that fit the n wanted best, `most` for each."""
+    far = misfit(model, codes, wanted)
+    rows = torch.arange(far.numel(), device=far.device).view_as(far)
+    return pick(codes, rows.gather(1, far.argsort(1)[:, :most]).flatten())
+
+
 def find_codes(model: Model, x: Tensor, guess: Codes) -> Codes:
     """The codes of n pictures x (n, channels, size, size) in [-1, 1], from Q's guess on.
 
@@ -637,29 +641,22 @@ def find_codes(model: Model, x: Tensor, guess: Codes) -> Codes:
     and continuous codes within [-1, 1]. To four decimals, as files of codes have them.
     """
     spec, wanted = model.spec, look(model, x.to(model.device))
-    z, c_cat, c_cont = (c.to(model.device) for c in guess)
-    codes = Codes(torch.zeros_like(z), c_cat.clone(), c_cont.clamp(-1, 1))
-    first = torch.arange(len(x), device=model.device)[:, None]  # of a picture's rows
-    for k in progress([*range(spec.n_cat)] * FIT_ROUNDS, "categories"):
+    codes = guess._replace(z=torch.zeros_like(guess.z), c_cont=guess.c_cont.clamp(-1, 1))
+    codes = tree_map(lambda c: c.to(model.device), codes)
+    order = [*range(spec.n_cat)] * FIT_ROUNDS
+    for i, k in enumerate(progress(order, "categories"), 1):
         every = spec.traverse(codes, f"cat{k}", range(spec.cat_dim))
-        nearest = misfit(model, every, wanted).argsort(1)
-        codes.c_cat[:, k] = nearest[:, 0]
-    if spec.n_cat:  # z can turn the order of the last code's best ones: with it each is tried
-        codes = pick(every, (first * spec.cat_dim + nearest[:, :N_FOLLOWED]).flatten())
-    moved = codes.z.requires_grad_(), codes.c_cont.requires_grad_()
-    adam = torch.optim.Adam(moved, FIT_RATE)
+        # z can turn the order of the last code's best ones: with it each is tried
+        codes = nearest(model, every, wanted, N_FOLLOWED if i == len(order) else 1)
+    adam = torch.optim.Adam([codes.z.requires_grad_(), codes.c_cont.requires_grad_()], FIT_RATE)
     for step in progress(range(FIT_STEPS), "z, cont"):
         adam.param_groups[0]["lr"] = FIT_RATE * min(1, 2 - 2 * step / FIT_STEPS)  # to rest
-        adam.zero_grad()
-        misfit(model, codes, wanted).sum().backward()
-        adam.step()
+        infogan.descend(adam, misfit(model, codes, wanted).sum())
         with torch.no_grad():
             codes.c_cont.clamp_(-1, 1)
-            codes.z.copy_(codes.z.renorm(2, 0, spec.z_dim**0.5))
-    far = misfit(model, codes, wanted)
-    best = first * far.shape[1] + far.argmin(1, keepdim=True)
-    codes = (c.detach().cpu() for c in pick(codes, best.flatten()))
-    return Codes(*(c.double().round(decimals=4).to(c.dtype) for c in codes))
+            codes.z.renorm_(2, 0, spec.z_dim**0.5)
+    found = nearest(model, codes, wanted, 1)
+    return tree_map(lambda c: c.detach().cpu().double().round(decimals=4).to(c.dtype), found)
 
 
 def read(model: Model, args: Namespace) -> str:
@@ -709,28 +706,26 @@ def read(model: Model, args: Namespace) -> str:
 # for other programs -------------------------------------------------------------------------------
 
 
-def folded(G: Generator) -> list[tuple[Tensor, Tensor, int]]:
+def folded(G: Generator) -> Iterator[tuple[Tensor, Tensor, int]]:
     """G's convolutions with batch norm in them: weights (inputs, outputs, k, k), biases, and 2
     where the input is doubled first, else 1.
 
-    At the end, where G has them, CodeMaps: what each code adds at 8x8.
+    At the end, where G has them, CodeMaps: what each code adds at 8x8, before the same batch norm.
     """
-    layers, gains = [], []
-    for m in G.layers:
-        if isinstance(m, nn.BatchNorm2d):
-            gains.append((m.weight / (m.running_var + m.eps).sqrt())[:, None, None])
-            weight, _, twice = layers[-1]
-            layers[-1] = weight * gains[-1], m.bias - gains[-1].flatten() * m.running_mean, twice
-        elif isinstance(m, (nn.Conv2d, nn.ConvTranspose2d)):
-            weight, twice = m.weight, 1
-            if isinstance(m, nn.Conv2d):
-                weight = weight.transpose(0, 1)
-            if isinstance(m, infogan.UpsampleConv2d):
-                weight, twice = weight.flip(2, 3), 2
-            layers.append((weight, m.bias, twice))
-    if G.maps:
-        layers.append((G.maps.kernel() * gains[1], torch.zeros_like(layers[1][1]), 1))
-    return layers
+    parts = [m for m in G.layers if [*m.parameters()]]  # a convolution, its batch norm, …
+    pairs = [*zip_longest(parts[::2], parts[1::2])] + [(G.maps, parts[3])] * bool(G.maps)
+    for conv, norm in pairs:
+        weight, bias, twice = conv.weight, conv.bias, 1
+        if conv is G.maps:
+            weight = conv.kernel()
+        if isinstance(conv, nn.Conv2d):
+            weight = weight.transpose(0, 1)
+        if isinstance(conv, infogan.UpsampleConv2d):
+            weight, twice = weight.flip(2, 3), 2
+        if norm:
+            gain = norm.weight / (norm.running_var + norm.eps).sqrt()
+            weight, bias = weight * gain[:, None, None], norm.bias - gain * norm.running_mean
+        yield weight, bias * (conv is not G.maps), twice  # the maps add to what has one
 
 
 def typical(model: Model, codes: Codes) -> list[int]:

@@ -766,7 +766,7 @@ def test_pictures_that_G_drew_are_found_again_better_than_by_Q(tmp_path, shape):
     model = lively(tmp_path / "last.pt", *LIVELY, *shape)
     spec, guess = model.spec, model.spec.sample(4, seeded(8))
     x = generate.draw(model, spec.join(spec.sample(4, seeded(7))))
-    q = generate.ask_Q(model, [x])
+    q = model.D(x)[1]
     by_Q = guess._replace(c_cat=q.q_logits.argmax(2), c_cont=q.q_mu)
     before = spec.join(by_Q)
     found = generate.find_codes(model, x, by_Q)
