@@ -28,7 +28,7 @@ from contextlib import suppress
 from functools import cache, partial
 from itertools import chain, zip_longest
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -44,7 +44,6 @@ from infogan import Codes, CodeSpec, Generator, UserError, load_pictures, save_p
 Held = dict[str, float]  # codes with their values, by --set
 N_MEASURED, N_MOVED = 400, 100  # samples behind a table's figures; behind its tints
 MOST_SHOWN = 100  # categories on a sheet
-MEASURING_SEED = 0  # whatever --seed is: a table belongs to a checkpoint
 AT_ONCE, N_READ = 32, 4  # pictures in each pass of a network; poses of each one of --read
 FIT_ROUNDS, FIT_STEPS, FIT_RATE = 3, 100, 0.1  # of find_codes: more steps change nothing
 N_FOLLOWED = 4  # categories of one code that find_codes follows to the end
@@ -160,9 +159,8 @@ def claim(folder: Path, file: str = "") -> Path:
     if not any(folder.iterdir()):
         mark.touch()
     if path.exists() and not mark.exists():
-        why = "has files" if path == folder else "is there, but"
-        why += " not from this version of generate.py"
-        raise UserError(f"{path}: {why}; give --out a folder of its own")
+        why = "is not from this version of generate.py; give --out a folder of its own"
+        raise UserError(f"{path}: {why}")
     return path
 
 
@@ -253,7 +251,7 @@ def measure(model: Model) -> list[Row]:
 
     Of the same samples each time, and to four decimals: a table depends on the checkpoint alone.
     """
-    spec, rng, rows = model.spec, torch.Generator().manual_seed(MEASURING_SEED), []
+    spec, rng, rows = model.spec, torch.Generator().manual_seed(0), []
     codes, other = spec.sample(N_MEASURED, rng), spec.sample(N_MEASURED, rng)
     few = pick(codes, slice(N_MOVED))
 
@@ -281,9 +279,9 @@ def figures(model: Model, path: Path) -> list[Row]:
 
     Else they are measured. The file then has the names of today.
     """
-    spec, weights = model.spec, [*model.G.state_dict().values(), *model.D.state_dict().values()]
-    measured, rows = f"step {model.ckpt['step']}, weights {short_hash(weights)}", []
-    measured += f", {N_MEASURED} samples of seed {MEASURING_SEED}"
+    spec, rows = model.spec, []
+    weights = short_hash(w for net in (model.G, model.D) for w in net.state_dict().values())
+    measured = f"step {model.ckpt['step']}, weights {weights}, {N_MEASURED} samples of seed 0"
     with suppress(Exception), open(path, newline="", encoding="utf-8") as file:
         found = [line for line in csv.reader(file) if line[-1:] == [measured]]
         rows = [Row(line[0], *(float(v or "nan") for v in line[1:6])) for line in found]
@@ -354,44 +352,48 @@ def place(args: Namespace, name: str, suffix: str = ".png") -> Path:
     return args.out / f"{name}{args.unusual}{suffix}"
 
 
+def save_sheet(args: Namespace, name: str, *parts: Any) -> Path:
+    """Saves the sheet of these parts, and returns where it is."""
+    path = place(args, name)
+    save_picture(path, sheet(*parts, args.zoom))
+    return path
+
+
 def sheets(model: Model, args: Namespace) -> str:
     """The table and a sheet per code; without --codes, sheets of several codes too.
 
     Nothing is selected.
     """
-    rows, best = figures(model, claim(args.out) / "table.csv"), []
+    spec, rows = model.spec, figures(model, claim(args.out) / "table.csv")
     values = [round(v, 6) + 0.0 for v in torch.linspace(*args.range, args.steps).tolist()]
-    axes = {"cat": [*range(model.spec.cat_dim)][:MOST_SHOWN], "cont": values}
+    axes = {"cat": [*range(spec.cat_dim)][:MOST_SHOWN], "cont": values}
+    best = {kind: [] for kind in spec.kinds}
     for row in (row for row in rows if row.code in args.codes):
         kind, name = row.code.rstrip("0123456789"), model.labels[row.code]
-        faces, path = traversal(model, args.base, row.code, axes[kind]), place(args, row.code)
+        above, faces = axes[kind], traversal(model, args.base, row.code, axes[kind])
         told = f"L_I {row.L_I:.2f} of {row.ceiling:.2f} nats, effect {row.effect:.3f}"
         title = f"{name}: {told}, tint {row.tint:.2f}"
-        save_picture(path, sheet(title, args.faces, faces, axes[kind], args.zoom))
+        path = save_sheet(args, row.code, title, args.faces, faces, above)
         if args.gif:
-            columns = zip(axes[kind], faces.unbind(1), strict=True)
+            columns = zip(above, faces.unbind(1), strict=True)
             frames = [sheet(name, [""], [x], [f"{v:g}"] * len(x), args.zoom) for v, x in columns]
             frames += frames[-2:0:-1]  # and back
             save_loop(path.with_suffix(".gif"), frames, {"cat": 500, "cont": 100}[kind])
         most = faces.var(1).sum((1, 2, 3)).argmax()  # the face that this code changes most
         label = f"{name}\nL_I {row.L_I:.2f}\neffect {row.effect:.3f}\n{args.faces[most]}"
-        best.append((kind, label, faces[most]))
-    if args.codes == model.spec.names:
+        best[kind].append((label, faces[most]))
+    if args.codes == spec.names:
         several(model, args, best, axes)
     return f"{args.out} has sheets and table.csv; bars: -1 to 1, as in training"
 
 
-def several(model: Model, args: Namespace, best: list[tuple], axes: dict[str, list]) -> None:
-    """Sheets of all codes. best: each row of overview, its kind, label and pictures."""
+def several(model: Model, args: Namespace, best: dict[str, list], axes: dict[str, list]) -> None:
+    """Sheets of all codes. best: of each kind the rows of overview, their labels and pictures."""
     spec, parts = model.spec, []
-    for kind in spec.kinds:
-        _, labels, rows = zip(*(row for row in best if row[0] == kind), strict=True)
-        what = {
-            "cat": "categorical codes (columns: categories)",
-            "cont": "continuous codes (values)",
-        }
+    what = {"cat": "categorical codes (columns: categories)", "cont": "continuous codes (values)"}
+    for kind, rows in best.items():
         title = f"{what[kind]}, strongest first, each on the face that it changes most"
-        parts.append(sheet(title, labels, rows, axes[kind], args.zoom))
+        parts.append(sheet(title, *zip(*rows, strict=True), axes[kind], args.zoom))
     if parts:  # below each other, each at the left
         width = max(page.width for page in parts)
         wide = [ImageOps.expand(page, (0, 0, width - page.width, 0), "white") for page in parts]
@@ -399,14 +401,13 @@ def several(model: Model, args: Namespace, best: list[tuple], axes: dict[str, li
     if spec.n_cat > 1:
         columns = "a column is one setting of all categorical codes (those of seeds 0 to 9)"
         title = f"ten characters: {columns}; z and continuous codes of the rows"
-        rows = characters(model, args.base, args.set)
-        page = sheet(title, args.faces, rows, range(N_FACES), args.zoom)
-        save_picture(place(args, "characters"), page)
+        shown = characters(model, args.base, args.set)
+        save_sheet(args, "characters", title, args.faces, shown, range(N_FACES))
     if not args.chosen:
         first = sample_seeds(spec, range(args.seed, args.seed + 100), args.set)
         title = f"100 samples, seeds {args.seed} to {args.seed + 99}, nothing selected"
-        rows = draw(model, spec.join(first)).split(10)
-        save_picture(place(args, "samples"), sheet(title, [""] * 10, rows, [""] * 10, args.zoom))
+        rows, blank = draw(model, spec.join(first)).split(10), [""] * 10
+        save_sheet(args, "samples", title, blank, rows, blank)
 
 
 def save_loop(path: Path, frames: Iterable[Image.Image], milliseconds: int) -> None:
@@ -517,8 +518,7 @@ def versus(model: Model, args: Namespace) -> str:
             labels += [label] * len(faces)
             shown += faces
     title = f"above: {model.path}, below: {other.path}"
-    path = place(args, f"comparison-{of_other}")
-    save_picture(path, sheet(title, labels, shown, range(N_FACES), args.zoom))
+    path = save_sheet(args, f"comparison-{of_other}", title, labels, shown, range(N_FACES))
     return f"{path} has both"
 
 
@@ -602,7 +602,7 @@ def sort(model: Model, args: Namespace) -> str:
             above, left = [f"{v:+.2f}" for v in value[chosen].mean(0)], [""] * n
             title = f"{name}: lowest to highest, as Q reads it"
         rows = [to_floats(x[some[:steps]]) for some in chosen]
-        save_picture(out / f"{code}.png", sheet(title, left, rows, above, args.zoom))
+        save_sheet(args, code, title, left, rows, above)
     return f"{out} has sheets and codes.csv"
 
 
@@ -666,8 +666,8 @@ def read(model: Model, args: Namespace) -> str:
     """
     spec, pixels, (size, channels, _) = model.spec, bytearray(), model.form
     of = ",".join(Path(path).stem for path in args.read)[:40]
-    found_in, page = place(args, f"codes-{of}", ".csv"), place(args, f"read-{of}")
-    for path in found_in, page:
+    found_in, page = place(args, f"codes-{of}", ".csv"), f"read-{of}"
+    for path in found_in, place(args, page):
         if path.exists():
             raise UserError(f"{path}: is of an earlier --read; move it, or give another --out")
     for path in args.read:
@@ -699,8 +699,8 @@ def read(model: Model, args: Namespace) -> str:
     title = "each picture; what Q alone makes of it; what is found; that face posed as seeds"
     above = ["picture", "Q alone", "found", *(f"as {seed}" for seed in args.faces)]
     shown = torch.cat([x[:, None], *drawn, posed], 1)
-    save_picture(page, sheet(title, names, shown, above, args.zoom))
-    return f"{page} shows them; for --start: {found_in}"
+    save_sheet(args, page, title, names, shown, above)
+    return f"{place(args, page)} shows them; for --start: {found_in}"
 
 
 # for other programs -------------------------------------------------------------------------------
