@@ -863,38 +863,39 @@ MORE = {  # of flags that are not one word with a default
 # fmt: on
 
 
-def to_codes(flag: str, text: str | None, model: Model) -> Iterator[tuple[str, str]]:
-    """(code, value) of each part of a list like "cat0=3, eyes close=1", value "" where none is.
+def to_codes(flag: str, text: str | None, model: Model) -> dict[str, str]:
+    """The codes in a list like "cat0=3, eyes close=1", with their values, "" where none is.
 
-    A name stands for all codes that have it. Raises UserError for what is no code, and for a value
-    of several.
+    In --codes a name stands for all codes that have it. Raises UserError for what is no code.
     """
-    text = text or ""
-    for code, name in model.names.items():
-        if "," in name:  # which would split it
-            text = re.sub(re.escape(name), code, text, flags=re.IGNORECASE)
+    found, text = {}, (text or "").lower()
+    called = {code: name.lower().replace(",", ";") for code, name in model.names.items()}
+    for name in called.values():  # its commas would split it
+        text = text.replace(name.replace(";", ","), name)
     for part in filter(None, map(str.strip, text.split(","))):
-        called, _, value = map(str.strip, part.lower().partition("="))
-        codes = [c for c in model.labels if called in (c, model.names.get(c, c).lower())]
-        codes = [called] if called in codes else codes
+        word, _, value = map(str.strip, part.partition("="))
+        codes = [word] if word in model.labels else [c for c in called if called[c] == word]
+        part = part.replace(";", ",")
         if not codes or (value and flag == "--codes"):
             has = ", ".join(model.labels.values()) or "none"
             raise UserError(f"{flag}: {part!a}: this checkpoint has {has}")
         if flag == "--set" and len(codes) > 1:
             raise UserError(f"--set {part}: {' and '.join(codes)} have this name; give one of them")
-        yield from ((code, value) for code in codes)
+        if flag == "--set" and codes[0] in found:
+            raise UserError(f"--set {part}: {codes[0]} must be given once")
+        found |= dict.fromkeys(codes, value)
+    return found
 
 
-def read_set(parts: Iterable[tuple[str, str]], spec: CodeSpec) -> Held:
+def read_set(texts: dict[str, str], spec: CodeSpec) -> Held:
     """The codes of --set with their values. Raises UserError for one that does not fit."""
     held = {}
-    for code, value in parts:
-        limits = (0, spec.cat_dim - 1) if code.startswith("cat") else (-1000.0, 1000.0)
-        if code in held:
-            raise UserError(f"--set {code}={value}: {code} must be given once")
-        held[code] = infogan.Parser.value(f"set {code}", limits, value)
-        if code.startswith("cont") and abs(held[code]) > 3:
-            print(f"--set {code}={value}: training has seen -1 to 1 only, pictures may fall apart")
+    for code, text in texts.items():
+        is_cat = code.startswith("cat")
+        limits = (0, spec.cat_dim - 1) if is_cat else (-1000.0, 1000.0)
+        held[code] = infogan.Parser.value(f"set {code}", limits, text)
+        if abs(held[code]) > 3 and not is_cat:
+            print(f"--set {code}={text}: training has seen -1 to 1 only, pictures may fall apart")
     return held
 
 
@@ -998,7 +999,7 @@ def show(args: Namespace) -> int:
     write, folder, _ = MODES[args.mode]
     model = Model(args.ckpt, infogan.pick_device(args.device), args.names)
     spec, path = model.spec, model.path
-    args.codes = [code for code, _ in to_codes("--codes", args.codes, model)] or spec.names
+    args.codes = [*to_codes("--codes", args.codes, model)] or spec.names
     args.set = read_set(to_codes("--set", args.set, model), spec)
     numbers, args.faces, args.base = choose_faces(spec, args)
     usual = [-3.0, 3.0] if spec.n_cont > 5 else [-1.5, 1.5]

@@ -340,7 +340,9 @@ def test_a_code_may_be_called_by_its_name(tmp_path, capsys):
     assert said.count("training has seen") == 1
     for flag, unknown in (("--codes", "smil"), ("--set", "=1"), ("--codes", "cat0=1")):
         refused(capsys, [*head, flag, unknown], flag, unknown, "cont3 (smile), cont4 (SMILE)")
-    refused(capsys, [*head, "--set", "Smile=1"], "--set Smile=1: cont3 and cont4 have this name")
+    refused(capsys, [*head, "--set", "Smile=1"], "--set smile=1: cont3 and cont4 have this name")
+    (tmp_path / "names.json").write_text(json.dumps(dict.fromkeys(["cont1", "cont2"], "a, b")))
+    refused(capsys, [*head, "--set", "A, b=1"], "--set a, b=1: cont1 and cont2 have this name")
 
 
 @pytest.mark.parametrize("width", [None, 30])
