@@ -23,7 +23,7 @@ import shutil
 import sys
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import cache, partial
 from itertools import chain, zip_longest
@@ -39,7 +39,18 @@ from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
 import infogan
-from infogan import Codes, CodeSpec, Generator, UserError, load_pictures, save_picture, to_image
+from infogan import (
+    MARK,
+    Codes,
+    CodeSpec,
+    Generator,
+    Parser,
+    UserError,
+    load_pictures,
+    save_picture,
+    to_image,
+    write_file,
+)
 
 Held = dict[str, float]  # codes with their values, by --set
 N_MEASURED, N_MOVED = 400, 100  # samples behind a table's figures; behind its tints
@@ -52,7 +63,6 @@ N_TRIED, N_FACES, N_NEAR = 64, 10, 5  # seeds for the page: tried, shown (and ch
 PAGE = Path(__file__).parent / "data/explorer.html"
 FONTS = ["DejaVuSans", "NotoSansCJK-Regular", "DroidSansFallbackFull", "arial", "msyh", "malgun"]
 progress = partial(tqdm, leave=False, disable=None)  # a bar, in a terminal
-to_floats = partial(infogan.make_batch, flip=False, rng=None, device=torch.device("cpu"))
 
 # drawing and saving -------------------------------------------------------------------------------
 
@@ -87,12 +97,24 @@ class Model:
         return {code: str(name) for code, name in names.items() if code in self.spec.names}
 
 
-def draw(model: Model, joined: Tensor) -> Tensor:
-    """Pictures (n, channels, size, size) in [-1, 1] of G's inputs (n, spec.dim), on the CPU."""
-    # always as many at once: rounding depends on it, and on one device a seed must be one file
-    full = F.pad(joined, (0, 0, 0, -len(joined) % AT_ONCE))
-    parts = [model.G(part.to(model.device)).cpu() for part in full.split(AT_ONCE)]
-    return torch.cat(parts)[: len(joined)]
+def to_floats(x: Tensor) -> Tensor:
+    """Bytes (n, h, w, channels) as pictures (n, channels, h, w) in [-1, 1]."""
+    return infogan.make_batch(x, False, None, x.device)
+
+
+def in_parts(model: Model, net: Callable, x: Tensor) -> Any:
+    """net(x) on the CPU; what it is to tell of n pictures it gets by AT_ONCE on the device.
+
+    Always as many: rounding depends on it, and on one device a seed must be one file.
+    """
+    blank = (0, 0) * (x.dim() - 1)
+    full = (F.pad(part, (*blank, 0, AT_ONCE - len(part))) for part in x.split(AT_ONCE))
+    return tree_map(lambda y: y[: len(x)], gather(net(part.to(model.device)) for part in full))
+
+
+def draw(model: Model, codes: Codes) -> Tensor:
+    """Pictures (n, channels, size, size) in [-1, 1]."""
+    return in_parts(model, model.G, model.spec.join(codes))
 
 
 def pick(codes: Codes, which: Tensor | slice | list[int]) -> Codes:
@@ -123,7 +145,7 @@ def cross(model: Model, base: Codes, name: str, others: Codes) -> Tensor:
     spec, shape = model.spec, (len(base.z), len(others.z))
     i, j = torch.cartesian_prod(*map(torch.arange, shape)).T
     codes = spec.replace(pick(base, i), name, pick(others, j))
-    return draw(model, spec.join(codes)).unflatten(0, shape)
+    return draw(model, codes).unflatten(0, shape)
 
 
 def traversal(model: Model, base: Codes, code: str, values: Sequence) -> Tensor:
@@ -155,7 +177,7 @@ def claim(folder: Path, file: str = "") -> Path:
     again. Into a folder with files of others goes only a file, if it is new; else UserError.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    path, mark = folder / file, folder / infogan.MARK
+    path, mark = folder / file, folder / MARK
     if not any(folder.iterdir()):
         mark.touch()
     if path.exists() and not mark.exists():
@@ -175,7 +197,7 @@ def save_table(path: Path, lines: Iterable[Iterable[object]]) -> None:
     writer = csv.writer(text := io.StringIO(), lineterminator="\n")
     for line in lines:
         writer.writerow(f"{round(v, 4):g}" if isinstance(v, float) else v for v in line)
-    infogan.write_file(path, text.getvalue().encode(errors="surrogateescape"))
+    write_file(path, text.getvalue().encode(errors="surrogateescape"))
 
 
 def code_columns(spec: CodeSpec) -> list[str]:
@@ -257,21 +279,20 @@ def measure(model: Model) -> list[Row]:
 
     def pictures(codes: Codes) -> Tensor:
         with quick(model.device):
-            return draw(model, spec.join(codes))
+            return draw(model, codes)
 
-    x, blank = pictures(codes), [math.nan] * (1 + len(spec.kinds))  # of groups
+    x, no_code = pictures(codes), (math.nan, math.nan)  # a group
     x_edges = edge_map(x)
-    q = gather(model.D(part.to(model.device))[1] for part in x.split(AT_ONCE))
-    L_I = blank + infogan.mutual_information(spec, q, codes).tolist()
-    each = zip(["z", *spec.kinds, *spec.names], L_I, blank + spec.ceilings, strict=True)
-    for name, *known in progress([*each], "measuring"):
+    q = in_parts(model, model.D, x)[1]
+    L_I = infogan.mutual_information(spec, q, codes).tolist()
+    known = dict(zip(spec.names, zip(L_I, spec.ceilings, strict=True), strict=True))
+    for name in progress(["z", *spec.kinds, *spec.names], "measuring"):
         y, moved = pictures(spec.replace(codes, name, other)), math.nan
-        if name in spec.names:
+        if name in known:
             moved = tint(*map(pictures, low_high(spec, few, name, rng)))
-        values = *known, effect(x, y), effect(x_edges, edge_map(y)), moved
+        values = *known.get(name, no_code), effect(x, y), effect(x_edges, edge_map(y)), moved
         rows.append(Row(name, *(round(v, 4) for v in values)))
-    groups = len(blank)
-    return rows[:groups] + sorted(rows[groups:], key=lambda row: -row.effect)
+    return sorted(rows, key=lambda row: -row.effect if row.code in known else -math.inf)
 
 
 def figures(model: Model, path: Path) -> list[Row]:
@@ -283,8 +304,9 @@ def figures(model: Model, path: Path) -> list[Row]:
     weights = short_hash(w for net in (model.G, model.D) for w in net.state_dict().values())
     measured = f"step {model.ckpt['step']}, weights {weights}, {N_MEASURED} samples of seed 0"
     with suppress(Exception), open(path, newline="", encoding="utf-8") as file:
-        found = [line for line in csv.reader(file) if line[-1:] == [measured]]
-        rows = [Row(line[0], *(float(v or "nan") for v in line[1:6])) for line in found]
+        for code, *values, _, of in csv.reader(file):
+            if of == measured:
+                rows.append(Row(code, *(float(v or "nan") for v in values)))
     if {row.code for row in rows} == {"z", *spec.kinds, *spec.names}:
         print(f"figures from {path}")
     else:
@@ -294,7 +316,7 @@ def figures(model: Model, path: Path) -> list[Row]:
         cells = ["" if math.isnan(v) else f"{v:.4f}" for v in values]
         table.append([code, *cells, model.names.get(code, ""), measured])
     print_table([line[:-1] for line in table])
-    if (path.parent / infogan.MARK).exists():
+    if (path.parent / MARK).exists():
         save_table(path, table)
     return rows[1 + len(spec.kinds) :]
 
@@ -406,7 +428,7 @@ def several(model: Model, args: Namespace, best: dict[str, list], axes: dict[str
     if not args.chosen:
         first = sample_seeds(spec, range(args.seed, args.seed + 100), args.set)
         title = f"100 samples, seeds {args.seed} to {args.seed + 99}, nothing selected"
-        rows, blank = draw(model, spec.join(first)).split(10), [""] * 10
+        rows, blank = draw(model, first).split(10), [""] * 10
         save_sheet(args, "samples", title, blank, rows, blank)
 
 
@@ -424,7 +446,7 @@ def walk(model: Model, args: Namespace) -> str:
     codes = a.lerp(a.roll(-1, 0), t)  # (faces, steps, spec.dim)
     # of variance 1 on the way too, so that faces stay sharp
     codes[..., : spec.z_dim] /= (t**2 + (1 - t) ** 2).sqrt()
-    x = draw(model, codes.flatten(0, 1))
+    x = in_parts(model, model.G, codes.flatten(0, 1))
     scale = max(1, 128 // x.shape[3]) * args.zoom
     frames = (ImageOps.scale(to_image(face), scale, Image.Resampling.BICUBIC) for face in x)
     save_loop(path, frames, 80)
@@ -436,7 +458,7 @@ def clear(folder: Path) -> Path:
 
     Raises UserError, with nothing changed, where there are pictures that its mark does not list.
     """
-    mark, old = claim(folder) / infogan.MARK, {path.name for path in folder.glob("*.png")}
+    mark, old = claim(folder) / MARK, {path.name for path in folder.glob("*.png")}
     if foreign := old.difference(mark.read_text().split()):
         raise UserError(f"--out {folder}: holds {len(foreign):,} other pictures; give an empty one")
     for name in [*old, "codes.csv"]:
@@ -451,7 +473,7 @@ def save_pngs(folder: Path, names: list[str], parts: Iterable[Tensor]) -> None:
     The folder's mark lists each, so that a later call removes these alone.
     """
     pictures = chain.from_iterable(parts)
-    with open(folder / infogan.MARK, "a") as mark:
+    with open(folder / MARK, "a") as mark:
         for name, x in zip(progress(names, "pictures"), pictures, strict=True):
             image = to_image(x)
             print(name, file=mark, flush=True)  # before it is there, should we be killed
@@ -472,20 +494,21 @@ def samples(model: Model, args: Namespace) -> str:
         raise UserError(f"--start {args.start}: --samples would write over it; give another --out")
     real = load_pictures(args.data, *model.form).x if args.data else []
     out, codes = clear(args.out), args.base
-    names = [f"{seed:06d}.png" for seed in args.seeds]
+    names = [f"{seed:06d}.png" for seed in args.numbers]
     try:
-        save_pngs(out, names, map(partial(draw, model), model.spec.join(codes).split(AT_ONCE)))
+        inputs = model.spec.join(codes).split(AT_ONCE)
+        save_pngs(out, names, (in_parts(model, model.G, part) for part in inputs))
     finally:
         n = len([*out.glob("*.png")])
         save_codes(out / "codes.csv", names[:n], pick(codes, slice(n)), model.spec)
     told = f"{out} has {n:,} pictures and codes.csv"
-    if args.data:
-        folder = clear(out.with_name(f"{out.name}-real"))
-        print(f"writing the {len(real):,} pictures of {args.data} into {folder}", flush=True)
-        names = [f"{i:06d}.png" for i in range(len(real))]
-        save_pngs(folder, names, map(to_floats, real.split(AT_ONCE)))
-        told += f", {folder} the {len(real):,} of {args.data}"
-    return told
+    if not args.data:
+        return told
+    folder = clear(out.with_name(f"{out.name}-real"))
+    print(f"{told}; now the {len(real):,} of {args.data} are written", flush=True)
+    names = [f"{i:06d}.png" for i in range(len(real))]
+    save_pngs(folder, names, map(to_floats, real.split(AT_ONCE)))
+    return f"{folder} has the {len(real):,} pictures of {args.data}"
 
 
 def versus(model: Model, args: Namespace) -> str:
@@ -504,10 +527,10 @@ def versus(model: Model, args: Namespace) -> str:
         print(run.path)
         rows = figures(run, claim(args.out) / table)
         if args.data:
-            drawn = draw(run, spec.join(spec.sample(len(real), rng.manual_seed(args.seed))))
+            drawn = draw(run, spec.sample(len(real), rng.manual_seed(args.seed)))
             right = f"{infogan.tell_apart(real, drawn):.1%} right, 50% is best"
             print(f"real or not, by the nearest neighbour: {right}")
-        each = {"samples": draw(run, spec.join(first))[None]}
+        each = {"samples": draw(run, first)[None]}
         if spec.n_cat:
             each["categorical codes"] = characters(run, args.base, args.set)
         if spec.n_cont:
@@ -541,7 +564,7 @@ def agreement(categories: Iterable[float], labels: Iterable[str]) -> tuple[float
     pairs = [pair for pair in zip(categories, labels, strict=True) if pair[1]]
     graph = networkx.Graph()
     graph.add_weighted_edges_from((*pair, count) for pair, count in Counter(pairs).items())
-    matched = sum(graph.edges[pair]["weight"] for pair in networkx.max_weight_matching(graph))
+    matched = graph.edge_subgraph(networkx.max_weight_matching(graph)).size("weight")
     both = sum(map(entropy, zip(*pairs, strict=True)))
     nmi = 2 * (both - entropy(pairs)) / both if both else 1.0
     return 1 - matched / len(pairs), nmi
@@ -549,32 +572,27 @@ def agreement(categories: Iterable[float], labels: Iterable[str]) -> tuple[float
 
 def read_codes(model: Model, x: Tensor) -> tuple[Tensor, Tensor]:
     """Of bytes (n, h, w, channels): each code as Q reads it; how sure, or sigma: (n, codes)."""
-    parts = (model.D.read(to_floats(part).to(model.device)) for part in x.split(AT_ONCE))
-    p, mu, sigma = gather(parts)
+    p, mu, sigma = in_parts(model, lambda part: model.D.read(to_floats(part)), x)
     sure, c_cat = p.max(2)
     return torch.cat([c_cat, mu], 1), torch.cat([sure, sigma], 1)
 
 
-def labelled(name: str, form: tuple[int, int, str]) -> tuple[Tensor, list[str], list[str]]:
-    """The pictures of --sort as bytes, their files, and their labels: "" for none.
-
-    A label is a picture's class in a named set, or the folder that it is in.
-    """
-    if os.path.isfile(name):
-        raise UserError(f"--sort {name}: must be a folder; --read takes single pictures")
-    pictures = load_pictures(name, *form, flag="--sort")
-    x, files = pictures.x, pictures.names
-    if name in infogan.NAMED_SETS:
-        classes = [str(label) for _, label in infogan.open_named_set(name, "--sort")]
-        return x, files, [classes[int(number)] for number in files]
-    files = [os.path.relpath(file, os.path.realpath(name)) for file in files]
-    return x, files, [Path(file).parent.name for file in files]
-
-
 def sort(model: Model, args: Namespace) -> str:
-    """Sheets of real pictures by the codes that Q reads from them; codes.csv; how they agree."""
-    spec, steps = model.spec, args.steps
-    x, files, labels = labelled(args.sort, model.form)
+    """Sheets of real pictures by the codes that Q reads from them; codes.csv; how they agree.
+
+    A picture's label is its class in a named set, or the folder that it is in; "" for none.
+    """
+    spec, steps, folder = model.spec, args.steps, args.sort
+    if os.path.isfile(folder):
+        raise UserError(f"--sort {folder}: must be a folder; --read takes single pictures")
+    pictures = load_pictures(folder, *model.form, flag="--sort")
+    x, files = pictures.x, pictures.names
+    if folder in infogan.NAMED_SETS:
+        classes = [str(label) for _, label in infogan.open_named_set(folder, "--sort")]
+        labels = [classes[int(number)] for number in files]
+    else:
+        files = [os.path.relpath(file, os.path.realpath(folder)) for file in files]
+        labels = [Path(file).parent.name for file in files]
     out, (values, doubts) = claim(args.out), read_codes(model, x)
     doubted = [f"{code}_{'p' if code.startswith('cat') else 'sigma'}" for code in spec.names]
     lines = zip(files, *values.T.tolist(), *doubts.T.tolist(), strict=True)
@@ -601,8 +619,7 @@ def sort(model: Model, args: Namespace) -> str:
             chosen = value.argsort()[start + torch.arange(n)[:, None]]
             above, left = [f"{v:+.2f}" for v in value[chosen].mean(0)], [""] * n
             title = f"{name}: lowest to highest, as Q reads it"
-        rows = [to_floats(x[some[:steps]]) for some in chosen]
-        save_sheet(args, code, title, left, rows, above)
+        save_sheet(args, code, title, left, [to_floats(x[some[:steps]]) for some in chosen], above)
     return f"{out} has sheets and codes.csv"
 
 
@@ -694,7 +711,7 @@ def read(model: Model, args: Namespace) -> str:
     each = [find_codes(model, x[part], pick(by_Q, part)) for part in parts]
     found = hold(spec, gather(each), args.set)
     save_codes(found_in, names, found, spec)
-    drawn = [draw(model, spec.join(codes))[:, None] for codes in (by_Q, found)]
+    drawn = [draw(model, codes)[:, None] for codes in (by_Q, found)]
     posed = cross(model, found, "cont" if spec.n_cont else "z", args.base)
     title = "each picture; what Q alone makes of it; what is found; that face posed as seeds"
     above = ["picture", "Q alone", "found", *(f"as {seed}" for seed in args.faces)]
@@ -734,9 +751,8 @@ def typical(model: Model, codes: Codes) -> list[int]:
     Those whose N_NEAR nearest are near in the features that D and Q share, as in 1904.06991. D(x)
     would take broken faces: it is highest for what training has seldom shown to D.
     """
-    x = draw(model, model.spec.join(codes))
-    h = torch.cat([model.D.trunk(part.to(model.device)).cpu() for part in x.split(AT_ONCE)])
-    h = h.flatten(1) / h.flatten(1).std(0).clamp(min=1e-6)
+    h = in_parts(model, model.D.trunk, draw(model, codes)).flatten(1)
+    h = h / h.std(0).clamp(min=1e-6)
     near = torch.cdist(h, h).sort(1).values[:, 1 : N_NEAR + 1].mean(1)
     return near.argsort()[:N_FACES].tolist()
 
@@ -745,7 +761,7 @@ def explorer(model: Model, args: Namespace) -> str:
     """One HTML file that draws by itself; opens on a typical face, or on --seeds or --start."""
     path = claim(args.out, f"explorer{args.unusual}.html")
     spec, rows = model.spec, figures(model, path.with_name("table.csv"))
-    shown = [*range(len(args.seeds))] if args.chosen else typical(model, args.base)
+    shown = [*range(len(args.numbers))] if args.chosen else typical(model, args.base)
     faces = pick(args.base, shown)
     values = torch.cat(faces[1:], 1).tolist()
     layers, weights, scales = [], [], []
@@ -760,8 +776,8 @@ def explorer(model: Model, args: Namespace) -> str:
         "spec": vars(spec),
         "range": args.range,
         "set": args.set,
-        "seeds": [] if args.start else [args.seeds[k] for k in shown],
-        "tried": 0 if args.chosen else len(args.seeds),
+        "seeds": [] if args.start else [args.numbers[k] for k in shown],
+        "tried": 0 if args.chosen else N_TRIED,
         "faces": [dict(zip(spec.names, row, strict=True)) for row in values],
         "layers": layers,
         "codes": [row._asdict() | {"name": model.names.get(row.code)} for row in rows],
@@ -771,7 +787,7 @@ def explorer(model: Model, args: Namespace) -> str:
     }
     filled = json.dumps(data).replace("<", "\\u003c")  # a name must not end the script
     page = PAGE.read_text(encoding="utf-8").replace("data = null;", f"data = {filled};")
-    infogan.write_file(path, page.encode())
+    write_file(path, page.encode())
     return f"{path} has {len(page) / 1e6:.1f} MB"
 
 
@@ -786,7 +802,6 @@ def onnx(model: Model, args: Namespace) -> str:
             input_names=["codes"],
             output_names=["x"],
             dynamic_shapes=({0: torch.export.Dim("n")},),
-            dynamo=True,
             verbose=False,
         )
     except ImportError as error:
@@ -796,7 +811,7 @@ def onnx(model: Model, args: Namespace) -> str:
         f"codes: z ({spec.z_dim}), {spec.n_cat} categoricals one-hot ({spec.cat_dim} each), "
         f"{spec.n_cont} continuous. x: from -1 to 1"
     )
-    infogan.write_file(path, proto.SerializeToString())
+    write_file(path, proto.SerializeToString())
     return f"{path} is written"
 
 
@@ -809,7 +824,7 @@ def shrink(model: Model, args: Namespace) -> str:
     small = {"args": args_kept, "step": ckpt["step"], "names": model.names}
     for net in ("G_ema", "D"):  # vectors stay: they are small, and variances may be tiny
         small[net] = {k: w.half() if w.dim() > 1 else w for k, w in ckpt[net].items()}
-    infogan.write_file(path, infogan.to_bytes(small | {"format": infogan.FORMAT}))
+    write_file(path, infogan.to_bytes(small | {"format": infogan.FORMAT}))
     return f"{path} has {path.stat().st_size / 1e6:.1f} MB"
 
 
@@ -857,7 +872,7 @@ FLAGS = {  # as in infogan.py
 ]}
 MORE = {  # of flags that are not one word with a default
 "ckpt": {"required": True}, "samples": {"nargs": "?", "const": 0}, "read": {"nargs": "+"},
-"range": {"nargs": 2, "type": partial(infogan.Parser.value, "range", (-1000.0, 1000.0)),
+"range": {"nargs": 2, "type": partial(Parser.value, "range", (-1000.0, 1000.0)),
     "metavar": ("LOW", "HIGH")},
 }
 # fmt: on
@@ -893,7 +908,7 @@ def read_set(texts: dict[str, str], spec: CodeSpec) -> Held:
     for code, text in texts.items():
         is_cat = code.startswith("cat")
         limits = (0, spec.cat_dim - 1) if is_cat else (-1000.0, 1000.0)
-        held[code] = infogan.Parser.value(f"set {code}", limits, text)
+        held[code] = Parser.value(f"set {code}", limits, text)
         if abs(held[code]) > 3 and not is_cat:
             print(f"--set {code}={text}: training has seen -1 to 1 only, pictures may fall apart")
     return held
@@ -930,24 +945,25 @@ def read_start(text: str, spec: CodeSpec) -> tuple[list[str], Codes]:
     return [row[0] for row in rows], codes
 
 
-def choose_faces(spec: CodeSpec, args: Namespace) -> tuple[Sequence[int], list[str], Codes]:
-    """The seeds (or places from 0), the labels and the codes of the faces to begin with.
-
-    Raises UserError for too few or too many.
+def choose_faces(spec: CodeSpec, args: Namespace) -> None:
+    """Sets the faces to begin with: args.numbers (seeds, or places from 0), .faces (their labels)
+    and .base (their codes). Raises UserError for too few or too many.
     """
     usual = {"--samples": args.samples, "--read": N_READ, "--explorer": N_TRIED}
-    seeds = range(args.seed, args.seed + usual.get(args.mode, args.rows))
+    args.numbers = range(args.seed, args.seed + usual.get(args.mode, args.rows))
     if args.seeds:
-        seeds = read_seeds(args.seeds)
+        args.numbers = read_seeds(args.seeds)
     if args.start:
-        labels, codes = read_start(args.start, spec)
-        seeds = range(len(labels))
-    least, most = 1 + (args.mode == "--walk"), MOST_SAMPLES if args.mode == "--samples" else 100
-    if not least <= len(seeds) <= most:
-        raise UserError(f"{args.mode}: needs {least} to {most:,} faces, not {len(seeds):,}")
+        args.faces, args.base = read_start(args.start, spec)
+        args.numbers = range(len(args.faces))
+    n, least = len(args.numbers), 1 + (args.mode == "--walk")
+    most = MOST_SAMPLES if args.mode == "--samples" else 100
+    if not least <= n <= most:
+        raise UserError(f"{args.mode}: needs {least} to {most:,} faces, not {n:,}")
     if not args.start:
-        labels, codes = [f"seed {seed}" for seed in seeds], sample_seeds(spec, seeds, {})
-    return seeds, labels, hold(spec, codes, args.set)
+        args.faces = [f"seed {seed}" for seed in args.numbers]
+        args.base = sample_seeds(spec, args.numbers, {})
+    args.base = hold(spec, args.base, args.set)
 
 
 def unusual(args: Namespace, usual_range: list[float]) -> str:
@@ -971,7 +987,7 @@ def unusual(args: Namespace, usual_range: list[float]) -> str:
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
     """The flags and the mode. Raises UserError for what is wrong or has no effect."""
-    parser = infogan.Parser("generate.py", __doc__, FLAGS, MORE)
+    parser = Parser("generate.py", __doc__, FLAGS, MORE)
     given = parser.given(argv)
     args, given = Namespace(**parser.defaults | given), {f"--{name}" for name in given}
     args.mode, *others = [mode for mode in MODES if mode in given] or ["sheets"]
@@ -980,8 +996,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     for flag in sorted(given - {"--ckpt", "--device", args.mode}):
         users = [mode for mode, (*_, takes) in MODES.items() if flag[2:] in takes.split()]
         if args.mode not in users:
-            only = ", ".join(users) or "its own"
-            raise UserError(f"{flag} has no effect on {args.mode}, only on {only}")
+            raise UserError(f"{flag} has no effect on {args.mode}, only on {', '.join(users)}")
     if args.range and args.range[0] == args.range[1]:
         raise UserError("--range: must be two different numbers")
     if args.mode == "--walk" and args.out and not args.out.lower().endswith((".gif", ".webp")):
@@ -1001,10 +1016,10 @@ def show(args: Namespace) -> int:
     spec, path = model.spec, model.path
     args.codes = [*to_codes("--codes", args.codes, model)] or spec.names
     args.set = read_set(to_codes("--set", args.set, model), spec)
-    numbers, args.faces, args.base = choose_faces(spec, args)
+    choose_faces(spec, args)
     usual = [-3.0, 3.0] if spec.n_cont > 5 else [-1.5, 1.5]
     args.range = args.range or usual
-    args.unusual, args.seeds = unusual(args, usual), numbers
+    args.unusual = unusual(args, usual)
     of = "" if path.name == "last.pt" else f"{path.stem}-"
     args.out = Path(args.out or path.parent / f"{of}{folder.format(args.unusual)}")
     # a GPU draws in full precision and always with the same kernels: on one device a seed is

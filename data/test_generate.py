@@ -19,6 +19,7 @@ import subprocess
 import sys
 import urllib.request
 from argparse import Namespace
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -76,8 +77,14 @@ def sheets(ckpt, tmp_path_factory) -> Path:
 @pytest.fixture
 def drawn(monkeypatch) -> list[torch.Tensor]:
     """G's inputs, each time that something is drawn."""
-    drawn, real = [], generate.draw
-    monkeypatch.setattr(generate, "draw", lambda model, x: (drawn.append(x), real(model, x))[1])
+    drawn, real = [], generate.in_parts
+
+    def note(model: generate.Model, net: Callable, x: torch.Tensor) -> object:
+        if net is model.G:
+            drawn.append(x)
+        return real(model, net, x)
+
+    monkeypatch.setattr(generate, "in_parts", note)
     return drawn
 
 
@@ -382,7 +389,7 @@ def test_a_shrunken_checkpoint_is_a_quarter_and_draws_and_reads_as_before(ckpt, 
     models = [generate.Model(path, CPU) for path in (ckpt, small)]
     variances = [m.D.trunk[3].running_var for m in models]
     assert variances[0].equal(variances[1]), "too small for half precision"
-    codes = models[0].spec.join(models[0].spec.sample(20, seeded()))
+    codes = models[0].spec.sample(20, seeded())
     x = generate.draw(models[0], codes)
     assert generate.draw(models[1], codes).allclose(x, atol=0.01)
     outputs = [model.D.read(x) for model in models]
@@ -561,7 +568,7 @@ def test_characters_are_settings_of_all_categorical_codes_in_the_poses_of_the_ro
     x = drawn[0].view(4, len(expected), -1)
     for k in range(len(expected)):
         assert x[:, k].equal(model.spec.join(base._replace(c_cat=expected[[k] * 4])))
-    assert shown.flatten(0, 1).equal(generate.draw(model, drawn[0]))
+    assert shown.flatten(0, 1).equal(generate.in_parts(model, model.G, drawn[0]))
     made = draws(["--ckpt", tmp_path, *FEW], tmp_path / "out")
     assert ("characters.png" in made) == (n_cat > 1), "with one code it would be cat0.png"
 
@@ -624,7 +631,7 @@ def test_a_seed_is_the_same_picture_whatever_comes_with_it(tmp_path):
     path, sizes = HERE / "checkpoint/animefaces-v3.pt", set()
     model, draw = generate.Model(path, CPU), ["--ckpt", path, "--samples"]
     model.G.register_forward_pre_hook(lambda _, given: sizes.add(len(given[0])))
-    generate.draw(model, torch.zeros(40, model.spec.dim))
+    generate.draw(model, model.spec.sample(40, seeded()))
     assert sizes == {generate.AT_ONCE}, "rounding depends on how many are drawn at once"
     many = draws([*draw, 40], tmp_path / "many")
     lines = many.pop("codes.csv").splitlines()
@@ -767,15 +774,13 @@ SHAPES_READ = [
 def test_pictures_that_G_drew_are_found_again_better_than_by_Q(tmp_path, shape):
     model = lively(tmp_path / "last.pt", *LIVELY, *shape)
     spec, guess = model.spec, model.spec.sample(4, seeded(8))
-    x = generate.draw(model, spec.join(spec.sample(4, seeded(7))))
+    x = generate.draw(model, spec.sample(4, seeded(7)))
     q = model.D(x)[1]
     by_Q = guess._replace(c_cat=q.q_logits.argmax(2), c_cont=q.q_mu)
     before = spec.join(by_Q)
     found = generate.find_codes(model, x, by_Q)
     assert spec.join(by_Q).equal(before), "its guess stays"
-    left, left_by_Q = (
-        (generate.draw(model, spec.join(codes)) - x).square().mean() for codes in (found, by_Q)
-    )
+    left, left_by_Q = ((generate.draw(model, codes) - x).square().mean() for codes in (found, by_Q))
     assert left < 0.5 * left_by_Q or left == left_by_Q == 0
     assert (found.z.norm(dim=1) <= 1.001 * spec.z_dim**0.5).all()
     assert (found.c_cont.abs() <= 1).all() and (found.c_cat < spec.cat_dim).all()
