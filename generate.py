@@ -23,12 +23,12 @@ import shutil
 import sys
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import cache, partial
-from itertools import chain
+from itertools import chain, zip_longest
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -39,12 +39,22 @@ from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
 import infogan
-from infogan import Codes, CodeSpec, Generator, UserError, load_pictures, save_picture, to_image
+from infogan import (
+    MARK,
+    Codes,
+    CodeSpec,
+    Generator,
+    Parser,
+    UserError,
+    load_pictures,
+    save_picture,
+    to_image,
+    write_file,
+)
 
 Held = dict[str, float]  # codes with their values, by --set
 N_MEASURED, N_MOVED = 400, 100  # samples behind a table's figures; behind its tints
 MOST_SHOWN = 100  # categories on a sheet
-MEASURING_SEED = 0  # whatever --seed is: a table belongs to a checkpoint
 AT_ONCE, N_READ = 32, 4  # pictures in each pass of a network; poses of each one of --read
 FIT_ROUNDS, FIT_STEPS, FIT_RATE = 3, 100, 0.1  # of find_codes: more steps change nothing
 N_FOLLOWED = 4  # categories of one code that find_codes follows to the end
@@ -53,7 +63,6 @@ N_TRIED, N_FACES, N_NEAR = 64, 10, 5  # seeds for the page: tried, shown (and ch
 PAGE = Path(__file__).parent / "data/explorer.html"
 FONTS = ["DejaVuSans", "NotoSansCJK-Regular", "DroidSansFallbackFull", "arial", "msyh", "malgun"]
 progress = partial(tqdm, leave=False, disable=None)  # a bar, in a terminal
-to_floats = partial(infogan.make_batch, flip=False, rng=None, device=torch.device("cpu"))
 
 # drawing and saving -------------------------------------------------------------------------------
 
@@ -88,12 +97,24 @@ class Model:
         return {code: str(name) for code, name in names.items() if code in self.spec.names}
 
 
-def draw(model: Model, joined: Tensor) -> Tensor:
-    """Pictures (n, channels, size, size) in [-1, 1] of G's inputs (n, spec.dim), on the CPU."""
-    # always as many at once: rounding depends on it, and on one device a seed must be one file
-    full = F.pad(joined, (0, 0, 0, -len(joined) % AT_ONCE))
-    parts = [model.G(part.to(model.device)).cpu() for part in full.split(AT_ONCE)]
-    return torch.cat(parts)[: len(joined)]
+def to_floats(x: Tensor) -> Tensor:
+    """Bytes (n, h, w, channels) as pictures (n, channels, h, w) in [-1, 1]."""
+    return infogan.make_batch(x, False, None, x.device)
+
+
+def in_parts(model: Model, net: Callable, x: Tensor) -> Any:
+    """net(x) on the CPU, of n pictures or latents, AT_ONCE at a time on the device.
+
+    Always as many: rounding depends on it, and on one device a seed must be one file.
+    """
+    blank = (0, 0) * (x.dim() - 1)
+    full = (F.pad(part, (*blank, 0, AT_ONCE - len(part))) for part in x.split(AT_ONCE))
+    return tree_map(lambda y: y[: len(x)], gather(net(part.to(model.device)) for part in full))
+
+
+def draw(model: Model, codes: Codes) -> Tensor:
+    """Pictures (n, channels, size, size) in [-1, 1]."""
+    return in_parts(model, model.G, model.spec.join(codes))
 
 
 def pick(codes: Codes, which: Tensor | slice | list[int]) -> Codes:
@@ -124,7 +145,7 @@ def cross(model: Model, base: Codes, name: str, others: Codes) -> Tensor:
     spec, shape = model.spec, (len(base.z), len(others.z))
     i, j = torch.cartesian_prod(*map(torch.arange, shape)).T
     codes = spec.replace(pick(base, i), name, pick(others, j))
-    return draw(model, spec.join(codes)).unflatten(0, shape)
+    return draw(model, codes).unflatten(0, shape)
 
 
 def traversal(model: Model, base: Codes, code: str, values: Sequence) -> Tensor:
@@ -156,13 +177,12 @@ def claim(folder: Path, file: str = "") -> Path:
     again. Into a folder with files of others goes only a file, if it is new; else UserError.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    path, mark = folder / file, folder / infogan.MARK
+    path, mark = folder / file, folder / MARK
     if not any(folder.iterdir()):
         mark.touch()
     if path.exists() and not mark.exists():
-        why = "has files" if path == folder else "is there, but"
-        why += " not from this version of generate.py"
-        raise UserError(f"{path}: {why}; give --out a folder of its own")
+        why = "is not from this version of generate.py; give --out a folder of its own"
+        raise UserError(f"{path}: {why}")
     return path
 
 
@@ -177,16 +197,16 @@ def save_table(path: Path, lines: Iterable[Iterable[object]]) -> None:
     writer = csv.writer(text := io.StringIO(), lineterminator="\n")
     for line in lines:
         writer.writerow(f"{round(v, 4):g}" if isinstance(v, float) else v for v in line)
-    infogan.write_file(path, text.getvalue().encode(errors="surrogateescape"))
+    write_file(path, text.getvalue().encode(errors="surrogateescape"))
 
 
 def code_columns(spec: CodeSpec) -> list[str]:
-    """Of codes.csv, from which --start draws faces."""
+    """Of a file from which --start draws faces."""
     return ["file", *spec.names, *(f"z{i}" for i in range(spec.z_dim))]
 
 
 def save_codes(path: Path, files: list[str], codes: Codes, spec: CodeSpec) -> None:
-    """codes.csv: what draws each of the files."""
+    """What draws each of the files, for --start."""
     values = torch.cat([*codes[1:], codes.z], 1).tolist()
     lines = ([file, *row] for file, row in zip(files, values, strict=True))
     save_table(path, [code_columns(spec), *lines])
@@ -248,36 +268,31 @@ def tint(x: Tensor, y: Tensor) -> float:
     return (1 - left.square().sum() / change).item()
 
 
-def ask_Q(model: Model, parts: Iterable[Tensor]) -> infogan.QOutput:
-    """Q(c|x) of pictures in [-1, 1] that come in parts, on the CPU."""
-    return gather(model.D(part.to(model.device))[1] for part in parts)
-
-
 def measure(model: Model) -> list[Row]:
     """Rows for z and each kind of code together, then for every code, strongest effect first.
 
     Of the same samples each time, and to four decimals: a table depends on the checkpoint alone.
     """
-    spec, rng, rows = model.spec, torch.Generator().manual_seed(MEASURING_SEED), []
+    spec, rng, rows = model.spec, torch.Generator().manual_seed(0), []
     codes, other = spec.sample(N_MEASURED, rng), spec.sample(N_MEASURED, rng)
     few = pick(codes, slice(N_MOVED))
 
     def pictures(codes: Codes) -> Tensor:
         with quick(model.device):
-            return draw(model, spec.join(codes))
+            return draw(model, codes)
 
-    x, blank = pictures(codes), [math.nan] * (1 + len(spec.kinds))  # of groups
-    x_edges, q = edge_map(x), ask_Q(model, x.split(AT_ONCE))
-    L_I = blank + infogan.mutual_information(spec, q, codes).tolist()
-    each = zip(["z", *spec.kinds, *spec.names], L_I, blank + spec.ceilings, strict=True)
-    for name, *known in progress([*each], "measuring"):
+    x, no_code = pictures(codes), (math.nan, math.nan)  # a group
+    x_edges = edge_map(x)
+    q = in_parts(model, model.D, x)[1]
+    L_I = infogan.mutual_information(spec, q, codes).tolist()
+    known = dict(zip(spec.names, zip(L_I, spec.ceilings, strict=True), strict=True))
+    for name in progress(["z", *spec.kinds, *spec.names], "measuring"):
         y, moved = pictures(spec.replace(codes, name, other)), math.nan
-        if name in spec.names:
+        if name in known:
             moved = tint(*map(pictures, low_high(spec, few, name, rng)))
-        values = *known, effect(x, y), effect(x_edges, edge_map(y)), moved
+        values = *known.get(name, no_code), effect(x, y), effect(x_edges, edge_map(y)), moved
         rows.append(Row(name, *(round(v, 4) for v in values)))
-    groups = len(blank)
-    return rows[:groups] + sorted(rows[groups:], key=lambda row: -row.effect)
+    return sorted(rows, key=lambda row: -row.effect if row.code in known else -math.inf)
 
 
 def figures(model: Model, path: Path) -> list[Row]:
@@ -285,12 +300,13 @@ def figures(model: Model, path: Path) -> list[Row]:
 
     Else they are measured. The file then has the names of today.
     """
-    spec, weights = model.spec, [*model.G.state_dict().values(), *model.D.state_dict().values()]
-    measured, rows = f"step {model.ckpt['step']}, weights {short_hash(weights)}", []
-    measured += f", {N_MEASURED} samples of seed {MEASURING_SEED}"
+    spec, rows = model.spec, []
+    weights = short_hash(w for net in (model.G, model.D) for w in net.state_dict().values())
+    measured = f"step {model.ckpt['step']}, weights {weights}, {N_MEASURED} samples of seed 0"
     with suppress(Exception), open(path, newline="", encoding="utf-8") as file:
-        found = [line for line in csv.reader(file) if line[-1:] == [measured]]
-        rows = [Row(line[0], *(float(v or "nan") for v in line[1:6])) for line in found]
+        for code, *values, _, of in csv.reader(file):
+            if of == measured:
+                rows.append(Row(code, *(float(v or "nan") for v in values)))
     if {row.code for row in rows} == {"z", *spec.kinds, *spec.names}:
         print(f"figures from {path}")
     else:
@@ -300,7 +316,7 @@ def figures(model: Model, path: Path) -> list[Row]:
         cells = ["" if math.isnan(v) else f"{v:.4f}" for v in values]
         table.append([code, *cells, model.names.get(code, ""), measured])
     print_table([line[:-1] for line in table])
-    if (path.parent / infogan.MARK).exists():
+    if (path.parent / MARK).exists():
         save_table(path, table)
     return rows[1 + len(spec.kinds) :]
 
@@ -358,44 +374,48 @@ def place(args: Namespace, name: str, suffix: str = ".png") -> Path:
     return args.out / f"{name}{args.unusual}{suffix}"
 
 
+def save_sheet(args: Namespace, name: str, *parts: Any) -> Path:
+    """Saves the sheet of these parts, and returns where it is."""
+    path = place(args, name)
+    save_picture(path, sheet(*parts, args.zoom))
+    return path
+
+
 def sheets(model: Model, args: Namespace) -> str:
     """The table and a sheet per code; without --codes, sheets of several codes too.
 
     Nothing is selected.
     """
-    rows, best = figures(model, claim(args.out) / "table.csv"), []
+    spec, rows = model.spec, figures(model, claim(args.out) / "table.csv")
     values = [round(v, 6) + 0.0 for v in torch.linspace(*args.range, args.steps).tolist()]
-    axes = {"cat": [*range(model.spec.cat_dim)][:MOST_SHOWN], "cont": values}
+    axes = {"cat": [*range(spec.cat_dim)][:MOST_SHOWN], "cont": values}
+    best = {kind: [] for kind in spec.kinds}
     for row in (row for row in rows if row.code in args.codes):
         kind, name = row.code.rstrip("0123456789"), model.labels[row.code]
-        faces, path = traversal(model, args.base, row.code, axes[kind]), place(args, row.code)
+        above, faces = axes[kind], traversal(model, args.base, row.code, axes[kind])
         told = f"L_I {row.L_I:.2f} of {row.ceiling:.2f} nats, effect {row.effect:.3f}"
         title = f"{name}: {told}, tint {row.tint:.2f}"
-        save_picture(path, sheet(title, args.faces, faces, axes[kind], args.zoom))
+        path = save_sheet(args, row.code, title, args.faces, faces, above)
         if args.gif:
-            columns = zip(axes[kind], faces.unbind(1), strict=True)
+            columns = zip(above, faces.unbind(1), strict=True)
             frames = [sheet(name, [""], [x], [f"{v:g}"] * len(x), args.zoom) for v, x in columns]
             frames += frames[-2:0:-1]  # and back
             save_loop(path.with_suffix(".gif"), frames, {"cat": 500, "cont": 100}[kind])
         most = faces.var(1).sum((1, 2, 3)).argmax()  # the face that this code changes most
         label = f"{name}\nL_I {row.L_I:.2f}\neffect {row.effect:.3f}\n{args.faces[most]}"
-        best.append((kind, label, faces[most]))
-    if args.codes == model.spec.names:
+        best[kind].append((label, faces[most]))
+    if args.codes == spec.names:
         several(model, args, best, axes)
     return f"{args.out} has sheets and table.csv; bars: -1 to 1, as in training"
 
 
-def several(model: Model, args: Namespace, best: list[tuple], axes: dict[str, list]) -> None:
-    """Sheets of all codes. best: each row of overview, its kind, label and pictures."""
+def several(model: Model, args: Namespace, best: dict[str, list], axes: dict[str, list]) -> None:
+    """Sheets of all codes. best: of each kind the rows of overview, their labels and pictures."""
     spec, parts = model.spec, []
-    for kind in spec.kinds:
-        _, labels, rows = zip(*(row for row in best if row[0] == kind), strict=True)
-        what = {
-            "cat": "categorical codes (columns: categories)",
-            "cont": "continuous codes (values)",
-        }
+    what = {"cat": "categorical codes (columns: categories)", "cont": "continuous codes (values)"}
+    for kind, rows in best.items():
         title = f"{what[kind]}, strongest first, each on the face that it changes most"
-        parts.append(sheet(title, labels, rows, axes[kind], args.zoom))
+        parts.append(sheet(title, *zip(*rows, strict=True), axes[kind], args.zoom))
     if parts:  # below each other, each at the left
         width = max(page.width for page in parts)
         wide = [ImageOps.expand(page, (0, 0, width - page.width, 0), "white") for page in parts]
@@ -403,14 +423,13 @@ def several(model: Model, args: Namespace, best: list[tuple], axes: dict[str, li
     if spec.n_cat > 1:
         columns = "a column is one setting of all categorical codes (those of seeds 0 to 9)"
         title = f"ten characters: {columns}; z and continuous codes of the rows"
-        rows = characters(model, args.base, args.set)
-        page = sheet(title, args.faces, rows, range(N_FACES), args.zoom)
-        save_picture(place(args, "characters"), page)
+        shown = characters(model, args.base, args.set)
+        save_sheet(args, "characters", title, args.faces, shown, range(N_FACES))
     if not args.chosen:
         first = sample_seeds(spec, range(args.seed, args.seed + 100), args.set)
         title = f"100 samples, seeds {args.seed} to {args.seed + 99}, nothing selected"
-        rows = draw(model, spec.join(first)).split(10)
-        save_picture(place(args, "samples"), sheet(title, [""] * 10, rows, [""] * 10, args.zoom))
+        rows, blank = draw(model, first).split(10), [""] * 10
+        save_sheet(args, "samples", title, blank, rows, blank)
 
 
 def save_loop(path: Path, frames: Iterable[Image.Image], milliseconds: int) -> None:
@@ -427,7 +446,7 @@ def walk(model: Model, args: Namespace) -> str:
     codes = a.lerp(a.roll(-1, 0), t)  # (faces, steps, spec.dim)
     # of variance 1 on the way too, so that faces stay sharp
     codes[..., : spec.z_dim] /= (t**2 + (1 - t) ** 2).sqrt()
-    x = draw(model, codes.flatten(0, 1))
+    x = in_parts(model, model.G, codes.flatten(0, 1))
     scale = max(1, 128 // x.shape[3]) * args.zoom
     frames = (ImageOps.scale(to_image(face), scale, Image.Resampling.BICUBIC) for face in x)
     save_loop(path, frames, 80)
@@ -437,27 +456,33 @@ def walk(model: Model, args: Namespace) -> str:
 def clear(folder: Path) -> Path:
     """The folder, ours, without the pictures and codes that an earlier call has left there.
 
-    Raises UserError, with nothing changed, where there are other pictures.
+    Raises UserError, with nothing changed, where there are pictures that its mark does not list.
     """
-    old = [*claim(folder).glob("*.png")]
-    if foreign := [path for path in old if not re.fullmatch("[0-9]{6,}", path.stem)]:
+    mark, old = claim(folder) / MARK, {path.name for path in folder.glob("*.png")}
+    if foreign := old.difference(mark.read_text().split()):
         raise UserError(f"--out {folder}: holds {len(foreign):,} other pictures; give an empty one")
-    for path in [*old, folder / "codes.csv"]:
-        path.unlink(missing_ok=True)
+    for name in [*old, "codes.csv"]:
+        (folder / name).unlink(missing_ok=True)
+    mark.write_text("")
     return folder
 
 
 def save_pngs(folder: Path, names: list[str], parts: Iterable[Tensor]) -> None:
-    """PNGs of pictures that come in parts (n, channels, size, size), one after the other."""
+    """PNGs of pictures that come in parts (n, channels, size, size), one after the other.
+
+    The folder's mark lists each, so that a later call removes these alone.
+    """
     pictures = chain.from_iterable(parts)
-    for name, x in zip(progress(names, "pictures"), pictures, strict=True):
-        image = to_image(x)
-        try:
-            # lossless at any level; more would take four times as long for files as large
-            image.save(folder / name, compress_level=1)
-        except BaseException:  # Ctrl-C, too
-            (folder / name).unlink(missing_ok=True)
-            raise
+    with open(folder / MARK, "a") as mark:
+        for name, x in zip(progress(names, "pictures"), pictures, strict=True):
+            image = to_image(x)
+            print(name, file=mark, flush=True)  # before it is there, should we be killed
+            try:
+                # lossless at any level; more would take four times as long for files as large
+                image.save(folder / name, compress_level=1)
+            except BaseException:  # Ctrl-C, too
+                (folder / name).unlink(missing_ok=True)
+                raise
 
 
 def samples(model: Model, args: Namespace) -> str:
@@ -469,20 +494,21 @@ def samples(model: Model, args: Namespace) -> str:
         raise UserError(f"--start {args.start}: --samples would write over it; give another --out")
     real = load_pictures(args.data, *model.form).x if args.data else []
     out, codes = clear(args.out), args.base
-    names = [f"{seed:06d}.png" for seed in args.seeds]
+    names = [f"{seed:06d}.png" for seed in args.numbers]
     try:
-        save_pngs(out, names, map(partial(draw, model), model.spec.join(codes).split(AT_ONCE)))
+        inputs = model.spec.join(codes).split(AT_ONCE)
+        save_pngs(out, names, (in_parts(model, model.G, part) for part in inputs))
     finally:
         n = len([*out.glob("*.png")])
         save_codes(out / "codes.csv", names[:n], pick(codes, slice(n)), model.spec)
     told = f"{out} has {n:,} pictures and codes.csv"
-    if args.data:
-        folder = clear(out.with_name(f"{out.name}-real"))
-        print(f"writing the {len(real):,} pictures of {args.data} into {folder}", flush=True)
-        names = [f"{i:06d}.png" for i in range(len(real))]
-        save_pngs(folder, names, map(to_floats, real.split(AT_ONCE)))
-        told += f", {folder} the {len(real):,} of {args.data}"
-    return told
+    if not args.data:
+        return told
+    folder = clear(out.with_name(f"{out.name}-real"))
+    print(f"{told}; now the {len(real):,} of {args.data} are written", flush=True)
+    names = [f"{i:06d}.png" for i in range(len(real))]
+    save_pngs(folder, names, map(to_floats, real.split(AT_ONCE)))
+    return f"{folder} has the {len(real):,} pictures of {args.data}"
 
 
 def versus(model: Model, args: Namespace) -> str:
@@ -501,10 +527,10 @@ def versus(model: Model, args: Namespace) -> str:
         print(run.path)
         rows = figures(run, claim(args.out) / table)
         if args.data:
-            drawn = draw(run, spec.join(spec.sample(len(real), rng.manual_seed(args.seed))))
+            drawn = draw(run, spec.sample(len(real), rng.manual_seed(args.seed)))
             right = f"{infogan.tell_apart(real, drawn):.1%} right, 50% is best"
             print(f"real or not, by the nearest neighbour: {right}")
-        each = {"samples": draw(run, spec.join(first))[None]}
+        each = {"samples": draw(run, first)[None]}
         if spec.n_cat:
             each["categorical codes"] = characters(run, args.base, args.set)
         if spec.n_cont:
@@ -515,8 +541,7 @@ def versus(model: Model, args: Namespace) -> str:
             labels += [label] * len(faces)
             shown += faces
     title = f"above: {model.path}, below: {other.path}"
-    path = place(args, f"comparison-{of_other}")
-    save_picture(path, sheet(title, labels, shown, range(N_FACES), args.zoom))
+    path = save_sheet(args, f"comparison-{of_other}", title, labels, shown, range(N_FACES))
     return f"{path} has both"
 
 
@@ -539,7 +564,7 @@ def agreement(categories: Iterable[float], labels: Iterable[str]) -> tuple[float
     pairs = [pair for pair in zip(categories, labels, strict=True) if pair[1]]
     graph = networkx.Graph()
     graph.add_weighted_edges_from((*pair, count) for pair, count in Counter(pairs).items())
-    matched = sum(graph.edges[pair]["weight"] for pair in networkx.max_weight_matching(graph))
+    matched = graph.edge_subgraph(networkx.max_weight_matching(graph)).size("weight")
     both = sum(map(entropy, zip(*pairs, strict=True)))
     nmi = 2 * (both - entropy(pairs)) / both if both else 1.0
     return 1 - matched / len(pairs), nmi
@@ -547,31 +572,27 @@ def agreement(categories: Iterable[float], labels: Iterable[str]) -> tuple[float
 
 def read_codes(model: Model, x: Tensor) -> tuple[Tensor, Tensor]:
     """Of bytes (n, h, w, channels): each code as Q reads it; how sure, or sigma: (n, codes)."""
-    q = ask_Q(model, map(to_floats, x.split(AT_ONCE)))
-    sure, c_cat = q.q_logits.softmax(2).max(2)
-    return torch.cat([c_cat, q.q_mu], 1), torch.cat([sure, (q.q_logvar / 2).exp()], 1)
-
-
-def labelled(name: str, form: tuple[int, int, str]) -> tuple[Tensor, list[str], list[str]]:
-    """The pictures of --sort as bytes, their files, and their labels: "" for none.
-
-    A label is a picture's class in a named set, or the folder that it is in.
-    """
-    if os.path.isfile(name):
-        raise UserError(f"--sort {name}: must be a folder; --read takes single pictures")
-    pictures = load_pictures(name, *form, flag="--sort")
-    x, files = pictures.x, pictures.names
-    if name in infogan.NAMED_SETS:
-        classes = [str(label) for _, label in infogan.open_named_set(name, "--sort")]
-        return x, files, [classes[int(number)] for number in files]
-    files = [os.path.relpath(file, os.path.realpath(name)) for file in files]
-    return x, files, [Path(file).parent.name for file in files]
+    p, mu, sigma = in_parts(model, lambda part: model.D.read(to_floats(part)), x)
+    sure, c_cat = p.max(2)
+    return torch.cat([c_cat, mu], 1), torch.cat([sure, sigma], 1)
 
 
 def sort(model: Model, args: Namespace) -> str:
-    """Sheets of real pictures by the codes that Q reads from them; codes.csv; how they agree."""
-    spec, steps = model.spec, args.steps
-    x, files, labels = labelled(args.sort, model.form)
+    """Sheets of real pictures by the codes that Q reads from them; codes.csv; how they agree.
+
+    A picture's label is its class in a named set, or the folder that it is in; "" for none.
+    """
+    spec, steps, folder = model.spec, args.steps, args.sort
+    if os.path.isfile(folder):
+        raise UserError(f"--sort {folder}: must be a folder; --read takes single pictures")
+    pictures = load_pictures(folder, *model.form, flag="--sort")
+    x, files = pictures.x, pictures.names
+    if folder in infogan.NAMED_SETS:
+        classes = [str(label) for _, label in infogan.open_named_set(folder, "--sort")]
+        labels = [classes[int(number)] for number in files]
+    else:
+        files = [os.path.relpath(file, os.path.realpath(folder)) for file in files]
+        labels = [Path(file).parent.name for file in files]
     out, (values, doubts) = claim(args.out), read_codes(model, x)
     doubted = [f"{code}_{'p' if code.startswith('cat') else 'sigma'}" for code in spec.names]
     lines = zip(files, *values.T.tolist(), *doubts.T.tolist(), strict=True)
@@ -598,8 +619,7 @@ def sort(model: Model, args: Namespace) -> str:
             chosen = value.argsort()[start + torch.arange(n)[:, None]]
             above, left = [f"{v:+.2f}" for v in value[chosen].mean(0)], [""] * n
             title = f"{name}: lowest to highest, as Q reads it"
-        rows = [to_floats(x[some[:steps]]) for some in chosen]
-        save_picture(out / f"{code}.png", sheet(title, left, rows, above, args.zoom))
+        save_sheet(args, code, title, left, [to_floats(x[some[:steps]]) for some in chosen], above)
     return f"{out} has sheets and codes.csv"
 
 
@@ -623,44 +643,47 @@ def misfit(model: Model, codes: Codes, wanted: Tensor) -> Tensor:
     return (looks.unflatten(0, (len(wanted), -1)) - wanted[:, None]).square().sum(2)
 
 
+def nearest(model: Model, codes: Codes, wanted: Tensor, most: int) -> Codes:
+    """Of n m codes those that fit the n wanted best, `most` for each."""
+    far = misfit(model, codes, wanted)
+    rows = torch.arange(far.numel(), device=far.device).view_as(far)
+    return pick(codes, rows.gather(1, far.argsort(1)[:, :most]).flatten())
+
+
 def find_codes(model: Model, x: Tensor, guess: Codes) -> Codes:
     """The codes of n pictures x (n, channels, size, size) in [-1, 1], from Q's guess on.
 
     First the categories, one code after the other; then z, from 0 on, and the continuous codes by
     gradient. What training never drew is no face: |z| stays within sqrt(z_dim), its usual length,
-    and continuous codes within [-1, 1]. To four decimals, as codes.csv has them.
+    and continuous codes within [-1, 1]. To four decimals, as files of codes have them.
     """
     spec, wanted = model.spec, look(model, x.to(model.device))
-    z, c_cat, c_cont = (c.to(model.device) for c in guess)
-    codes = Codes(torch.zeros_like(z), c_cat.clone(), c_cont.clamp(-1, 1))
-    first = torch.arange(len(x), device=model.device)[:, None]  # of a picture's rows
-    for k in progress([*range(spec.n_cat)] * FIT_ROUNDS, "categories"):
+    codes = guess._replace(z=torch.zeros_like(guess.z), c_cont=guess.c_cont.clamp(-1, 1))
+    codes = tree_map(lambda c: c.to(model.device), codes)
+    order = [*range(spec.n_cat)] * FIT_ROUNDS
+    for i, k in enumerate(progress(order, "categories"), 1):
         every = spec.traverse(codes, f"cat{k}", range(spec.cat_dim))
-        nearest = misfit(model, every, wanted).argsort(1)
-        codes.c_cat[:, k] = nearest[:, 0]
-    if spec.n_cat:  # z can turn the order of the last code's best ones: with it each is tried
-        codes = pick(every, (first * spec.cat_dim + nearest[:, :N_FOLLOWED]).flatten())
-    moved = codes.z.requires_grad_(), codes.c_cont.requires_grad_()
-    adam = torch.optim.Adam(moved, FIT_RATE)
+        # z can turn the order of the last code's best ones: with it each is tried
+        codes = nearest(model, every, wanted, N_FOLLOWED if i == len(order) else 1)
+    adam = torch.optim.Adam([codes.z.requires_grad_(), codes.c_cont.requires_grad_()], FIT_RATE)
     for step in progress(range(FIT_STEPS), "z, cont"):
         adam.param_groups[0]["lr"] = FIT_RATE * min(1, 2 - 2 * step / FIT_STEPS)  # to rest
-        adam.zero_grad()
-        misfit(model, codes, wanted).sum().backward()
-        adam.step()
+        infogan.descend(adam, misfit(model, codes, wanted).sum())
         with torch.no_grad():
             codes.c_cont.clamp_(-1, 1)
-            codes.z.copy_(codes.z.renorm(2, 0, spec.z_dim**0.5))
-    far = misfit(model, codes, wanted)
-    best = first * far.shape[1] + far.argmin(1, keepdim=True)
-    codes = (c.detach().cpu() for c in pick(codes, best.flatten()))
-    return Codes(*(c.double().round(decimals=4).to(c.dtype) for c in codes))
+            codes.z.renorm_(2, 0, spec.z_dim**0.5)
+    found = nearest(model, codes, wanted, 1)
+    return tree_map(lambda c: c.detach().cpu().double().round(decimals=4).to(c.dtype), found)
 
 
 def read(model: Model, args: Namespace) -> str:
-    """A table of what Q reads from each picture; codes.csv, what draws it; read.png shows both."""
+    """A table of what Q reads from each picture; a file of what draws it; a sheet shows both.
+
+    The files have the pictures' names, so only the same ones are read in their place.
+    """
     spec, pixels, (size, channels, _) = model.spec, bytearray(), model.form
-    if (args.out / "codes.csv").exists() and not (args.out / "read.png").exists():
-        raise UserError(f"{args.out}: has the codes.csv of other pictures; give another --out")
+    of = ",".join(Path(path).stem for path in args.read)[:60]
+    found_in, page = place(args, f"codes-{of}", ".csv"), f"read-{of}"
     for path in args.read:
         picture = infogan.read_picture(Path(path), *model.form)
         if picture.error:
@@ -676,48 +699,47 @@ def read(model: Model, args: Namespace) -> str:
         form = "{:.0f} ({:.0%})" if j < spec.n_cat else "{:+.2f} ± {:.2f}"
         table.append([model.labels[code], *map(form.format, values[:, j], doubts[:, j])])
     print_table(table)
-    out, (c_cat, c_cont) = claim(args.out), values.split([spec.n_cat, spec.n_cont], 1)
+    claim(args.out)
+    c_cat, c_cont = values.split([spec.n_cat, spec.n_cont], 1)
     z = args.base.z[:1].expand(len(x), -1)
     by_Q = hold(spec, Codes(z, c_cat.long(), c_cont), args.set)
     # find_codes follows N_FOLLOWED drawings of each picture: AT_ONCE together
     parts = torch.arange(len(x)).split(AT_ONCE // N_FOLLOWED)
     each = [find_codes(model, x[part], pick(by_Q, part)) for part in parts]
     found = hold(spec, gather(each), args.set)
-    save_codes(out / "codes.csv", names, found, spec)
-    drawn = [draw(model, spec.join(codes))[:, None] for codes in (by_Q, found)]
+    save_codes(found_in, names, found, spec)
+    drawn = [draw(model, codes)[:, None] for codes in (by_Q, found)]
     posed = cross(model, found, "cont" if spec.n_cont else "z", args.base)
     title = "each picture; what Q alone makes of it; what is found; that face posed as seeds"
     above = ["picture", "Q alone", "found", *(f"as {seed}" for seed in args.faces)]
     shown = torch.cat([x[:, None], *drawn, posed], 1)
-    save_picture(out / "read.png", sheet(title, names, shown, above, args.zoom))
-    return f"{out} has read.png, and codes.csv for --start"
+    save_sheet(args, page, title, names, shown, above)
+    return f"{place(args, page)} shows them; for --start: {found_in}"
 
 
 # for other programs -------------------------------------------------------------------------------
 
 
-def folded(G: Generator) -> list[tuple[Tensor, Tensor, int]]:
+def folded(G: Generator) -> Iterator[tuple[Tensor, Tensor, int]]:
     """G's convolutions with batch norm in them: weights (inputs, outputs, k, k), biases, and 2
     where the input is doubled first, else 1.
 
-    At the end, where G has them, CodeMaps: what each code adds at 8x8.
+    At the end, where G has them, CodeMaps: what each code adds at 8x8, before the same batch norm.
     """
-    layers, gains = [], []
-    for m in G.layers:
-        if isinstance(m, nn.BatchNorm2d):
-            gains.append((m.weight / (m.running_var + m.eps).sqrt())[:, None, None])
-            weight, _, twice = layers[-1]
-            layers[-1] = weight * gains[-1], m.bias - gains[-1].flatten() * m.running_mean, twice
-        elif isinstance(m, (nn.Conv2d, nn.ConvTranspose2d)):
-            weight, twice = m.weight, 1
-            if isinstance(m, nn.Conv2d):
-                weight = weight.transpose(0, 1)
-            if isinstance(m, infogan.UpsampleConv2d):
-                weight, twice = weight.flip(2, 3), 2
-            layers.append((weight, m.bias, twice))
-    if G.maps:
-        layers.append((G.maps.kernel() * gains[1], torch.zeros_like(layers[1][1]), 1))
-    return layers
+    parts = [m for m in G.layers if [*m.parameters()]]  # a convolution, its batch norm, …
+    pairs = [*zip_longest(parts[::2], parts[1::2])] + [(G.maps, parts[3])] * bool(G.maps)
+    for conv, norm in pairs:
+        weight, bias, twice = conv.weight, conv.bias, 1
+        if conv is G.maps:
+            weight = conv.kernel()
+        if isinstance(conv, nn.Conv2d):
+            weight = weight.transpose(0, 1)
+        if isinstance(conv, infogan.UpsampleConv2d):
+            weight, twice = weight.flip(2, 3), 2
+        if norm:
+            gain = norm.weight / (norm.running_var + norm.eps).sqrt()
+            weight, bias = weight * gain[:, None, None], norm.bias - gain * norm.running_mean
+        yield weight, bias * (conv is not G.maps), twice  # the maps add to what has one
 
 
 def typical(model: Model, codes: Codes) -> list[int]:
@@ -726,9 +748,8 @@ def typical(model: Model, codes: Codes) -> list[int]:
     Those whose N_NEAR nearest are near in the features that D and Q share, as in 1904.06991. D(x)
     would take broken faces: it is highest for what training has seldom shown to D.
     """
-    x = draw(model, model.spec.join(codes))
-    h = torch.cat([model.D.trunk(part.to(model.device)).cpu() for part in x.split(AT_ONCE)])
-    h = h.flatten(1) / h.flatten(1).std(0).clamp(min=1e-6)
+    h = in_parts(model, model.D.trunk, draw(model, codes)).flatten(1)
+    h = h / h.std(0).clamp(min=1e-6)
     near = torch.cdist(h, h).sort(1).values[:, 1 : N_NEAR + 1].mean(1)
     return near.argsort()[:N_FACES].tolist()
 
@@ -737,7 +758,7 @@ def explorer(model: Model, args: Namespace) -> str:
     """One HTML file that draws by itself; opens on a typical face, or on --seeds or --start."""
     path = claim(args.out, f"explorer{args.unusual}.html")
     spec, rows = model.spec, figures(model, path.with_name("table.csv"))
-    shown = [*range(len(args.seeds))] if args.chosen else typical(model, args.base)
+    shown = [*range(len(args.numbers))] if args.chosen else typical(model, args.base)
     faces = pick(args.base, shown)
     values = torch.cat(faces[1:], 1).tolist()
     layers, weights, scales = [], [], []
@@ -752,8 +773,8 @@ def explorer(model: Model, args: Namespace) -> str:
         "spec": vars(spec),
         "range": args.range,
         "set": args.set,
-        "seeds": [] if args.start else [args.seeds[k] for k in shown],
-        "tried": 0 if args.chosen else len(args.seeds),
+        "seeds": [] if args.start else [args.numbers[k] for k in shown],
+        "tried": 0 if args.chosen else N_TRIED,
         "faces": [dict(zip(spec.names, row, strict=True)) for row in values],
         "layers": layers,
         "codes": [row._asdict() | {"name": model.names.get(row.code)} for row in rows],
@@ -763,7 +784,7 @@ def explorer(model: Model, args: Namespace) -> str:
     }
     filled = json.dumps(data).replace("<", "\\u003c")  # a name must not end the script
     page = PAGE.read_text(encoding="utf-8").replace("data = null;", f"data = {filled};")
-    infogan.write_file(path, page.encode())
+    write_file(path, page.encode())
     return f"{path} has {len(page) / 1e6:.1f} MB"
 
 
@@ -778,7 +799,6 @@ def onnx(model: Model, args: Namespace) -> str:
             input_names=["codes"],
             output_names=["x"],
             dynamic_shapes=({0: torch.export.Dim("n")},),
-            dynamo=True,
             verbose=False,
         )
     except ImportError as error:
@@ -788,7 +808,7 @@ def onnx(model: Model, args: Namespace) -> str:
         f"codes: z ({spec.z_dim}), {spec.n_cat} categoricals one-hot ({spec.cat_dim} each), "
         f"{spec.n_cont} continuous. x: from -1 to 1"
     )
-    infogan.write_file(path, proto.SerializeToString())
+    write_file(path, proto.SerializeToString())
     return f"{path} is written"
 
 
@@ -801,7 +821,7 @@ def shrink(model: Model, args: Namespace) -> str:
     small = {"args": args_kept, "step": ckpt["step"], "names": model.names}
     for net in ("G_ema", "D"):  # vectors stay: they are small, and variances may be tiny
         small[net] = {k: w.half() if w.dim() > 1 else w for k, w in ckpt[net].items()}
-    infogan.write_file(path, infogan.to_bytes(small | {"format": infogan.FORMAT}))
+    write_file(path, infogan.to_bytes(small | {"format": infogan.FORMAT}))
     return f"{path} has {path.stat().st_size / 1e6:.1f} MB"
 
 
@@ -827,7 +847,7 @@ FLAGS = {  # as in infogan.py
     ("--rows", 8, (1, 100), "rows of a sheet; faces of --walk"),
     ("--seed", 0, (0, 10**9), "of the first picture or row; the others have the next numbers"),
     ("--seeds", None, "LIST", "these instead, such as 3,17,40-49"),
-    ("--start", None, "FILE", "begin with faces that --read found: codes.csv, some: codes.csv:0,2"),
+    ("--start", None, "FILE", "begin with faces that --read found: FILE, some of them: FILE:0,2"),
     ("--set", None, "LIST", "hold codes at values, such as cat0=3,cont5=-0.8"),
     ("--range", None, "V", "values of a continuous code (default -3 3; of up to 5: -1.5 1.5)"),
     ("--steps", 13, (2, 100), "columns of a continuous code's sheet; frames to the next face"),
@@ -849,40 +869,45 @@ FLAGS = {  # as in infogan.py
 ]}
 MORE = {  # of flags that are not one word with a default
 "ckpt": {"required": True}, "samples": {"nargs": "?", "const": 0}, "read": {"nargs": "+"},
-"range": {"nargs": 2, "type": partial(infogan.Parser.value, "range", (-1000.0, 1000.0)),
+"range": {"nargs": 2, "type": partial(Parser.value, "range", (-1000.0, 1000.0)),
     "metavar": ("LOW", "HIGH")},
 }
 # fmt: on
 
 
-def to_codes(flag: str, text: str | None, model: Model) -> Iterator[tuple[str, str]]:
-    """(code, value) of each part of a list like "cat0=3, eyes close=1", value "" where none is.
+def to_codes(flag: str, text: str | None, model: Model) -> dict[str, str]:
+    """The codes in a list like "cat0=3, eyes close=1", with their values, "" where none is.
 
-    A name stands for all codes that have it. Raises UserError for what is no code.
+    In --codes a name stands for all codes that have it. Raises UserError for what is no code.
     """
-    text = text or ""
-    for code, name in model.names.items():
-        if "," in name:  # which would split it
-            text = re.sub(re.escape(name), code, text, flags=re.IGNORECASE)
+    found, text = {}, (text or "").lower()
+    called = {code: name.lower().replace(",", ";") for code, name in model.names.items()}
+    for name in called.values():  # its commas would split it
+        text = text.replace(name.replace(";", ","), name)
     for part in filter(None, map(str.strip, text.split(","))):
-        called, _, value = map(str.strip, part.lower().partition("="))
-        codes = [c for c in model.labels if called in (c, model.names.get(c, c).lower())]
+        word, _, value = map(str.strip, part.partition("="))
+        codes = [word] if word in model.labels else [c for c in called if called[c] == word]
+        part = part.replace(";", ",")
         if not codes or (value and flag == "--codes"):
             has = ", ".join(model.labels.values()) or "none"
             raise UserError(f"{flag}: {part!a}: this checkpoint has {has}")
-        yield from ((code, value) for code in codes)
+        if flag == "--set" and len(codes) > 1:
+            raise UserError(f"--set {part}: {' and '.join(codes)} have this name; give one of them")
+        if flag == "--set" and codes[0] in found:
+            raise UserError(f"--set {part}: {codes[0]} must be given once")
+        found |= dict.fromkeys(codes, value)
+    return found
 
 
-def read_set(parts: Iterable[tuple[str, str]], spec: CodeSpec) -> Held:
+def read_set(texts: dict[str, str], spec: CodeSpec) -> Held:
     """The codes of --set with their values. Raises UserError for one that does not fit."""
     held = {}
-    for code, value in parts:
-        limits = (0, spec.cat_dim - 1) if code.startswith("cat") else (-1000.0, 1000.0)
-        if code in held:
-            raise UserError(f"--set {code}={value}: {code} must be given once")
-        held[code] = infogan.Parser.value(f"set {code}", limits, value)
-        if code.startswith("cont") and abs(held[code]) > 3:
-            print(f"--set {code}={value}: training has seen -1 to 1 only, pictures may fall apart")
+    for code, text in texts.items():
+        is_cat = code.startswith("cat")
+        limits = (0, spec.cat_dim - 1) if is_cat else (-1000.0, 1000.0)
+        held[code] = Parser.value(f"set {code}", limits, text)
+        if abs(held[code]) > 3 and not is_cat:
+            print(f"--set {code}={text}: training has seen -1 to 1 only, pictures may fall apart")
     return held
 
 
@@ -897,7 +922,7 @@ def read_seeds(text: str, flag: str = "--seeds") -> list[int]:
 
 
 def read_start(text: str, spec: CodeSpec) -> tuple[list[str], Codes]:
-    """The files and codes of a codes.csv by --read, or of some of its rows: "codes.csv:0,2-4"."""
+    """The files and codes of what save_codes wrote, or of some rows: "codes.csv:0,2-4"."""
     path, some = re.fullmatch(r"(.+?)(?::([\d,\s-]+))?", text, re.S).groups()
     try:
         with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
@@ -912,31 +937,30 @@ def read_start(text: str, spec: CodeSpec) -> tuple[list[str], Codes]:
         if not (values.abs() <= 1000).all() or not c_cat.equal(codes.c_cat.float()):  # NaN too
             raise ValueError("a value is out of range")
     except Exception as error:  # of any kind: the file is at fault
-        must = (
-            "must be a codes.csv that --read or --samples wrote with this checkpoint, rows from 0"
-        )
+        must = "must be a codes*.csv by --read or --samples with this checkpoint, rows from 0"
         raise UserError(f"--start {text}: {must} ({error!s:.99})") from error
     return [row[0] for row in rows], codes
 
 
-def choose_faces(spec: CodeSpec, args: Namespace) -> tuple[Sequence[int], list[str], Codes]:
-    """The seeds (or places from 0), the labels and the codes of the faces to begin with.
-
-    Raises UserError for too few or too many.
+def choose_faces(spec: CodeSpec, args: Namespace) -> None:
+    """Sets the faces to begin with: args.numbers (seeds, or places from 0), .faces (their labels)
+    and .base (their codes). Raises UserError for too few or too many.
     """
     usual = {"--samples": args.samples, "--read": N_READ, "--explorer": N_TRIED}
-    seeds = range(args.seed, args.seed + usual.get(args.mode, args.rows))
+    args.numbers = range(args.seed, args.seed + usual.get(args.mode, args.rows))
     if args.seeds:
-        seeds = read_seeds(args.seeds)
+        args.numbers = read_seeds(args.seeds)
     if args.start:
-        labels, codes = read_start(args.start, spec)
-        seeds = range(len(labels))
-    least, most = 1 + (args.mode == "--walk"), MOST_SAMPLES if args.mode == "--samples" else 100
-    if not least <= len(seeds) <= most:
-        raise UserError(f"{args.mode}: needs {least} to {most:,} faces, not {len(seeds):,}")
+        args.faces, args.base = read_start(args.start, spec)
+        args.numbers = range(len(args.faces))
+    n, least = len(args.numbers), 1 + (args.mode == "--walk")
+    most = MOST_SAMPLES if args.mode == "--samples" else 100
+    if not least <= n <= most:
+        raise UserError(f"{args.mode}: needs {least} to {most:,} faces, not {n:,}")
     if not args.start:
-        labels, codes = [f"seed {seed}" for seed in seeds], sample_seeds(spec, seeds, {})
-    return seeds, labels, hold(spec, codes, args.set)
+        args.faces = [f"seed {seed}" for seed in args.numbers]
+        args.base = sample_seeds(spec, args.numbers, {})
+    args.base = hold(spec, args.base, args.set)
 
 
 def unusual(args: Namespace, usual_range: list[float]) -> str:
@@ -960,15 +984,16 @@ def unusual(args: Namespace, usual_range: list[float]) -> str:
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
     """The flags and the mode. Raises UserError for what is wrong or has no effect."""
-    parser = infogan.Parser("generate.py", __doc__, FLAGS, MORE)
+    parser = Parser("generate.py", __doc__, FLAGS, MORE)
     given = parser.given(argv)
     args, given = Namespace(**parser.defaults | given), {f"--{name}" for name in given}
-    args.mode = next((mode for mode in MODES if mode in given), "sheets")
+    args.mode, *others = [mode for mode in MODES if mode in given] or ["sheets"]
+    if others:
+        raise UserError(f"{' and '.join([args.mode, *others])}: only one of them at a time")
     for flag in sorted(given - {"--ckpt", "--device", args.mode}):
         users = [mode for mode, (*_, takes) in MODES.items() if flag[2:] in takes.split()]
         if args.mode not in users:
-            only = ", ".join(users) or "its own"
-            raise UserError(f"{flag} has no effect on {args.mode}, only on {only}")
+            raise UserError(f"{flag} has no effect on {args.mode}, only on {', '.join(users)}")
     if args.range and args.range[0] == args.range[1]:
         raise UserError("--range: must be two different numbers")
     if args.mode == "--walk" and args.out and not args.out.lower().endswith((".gif", ".webp")):
@@ -986,12 +1011,12 @@ def show(args: Namespace) -> int:
     write, folder, _ = MODES[args.mode]
     model = Model(args.ckpt, infogan.pick_device(args.device), args.names)
     spec, path = model.spec, model.path
-    args.codes = [code for code, _ in to_codes("--codes", args.codes, model)] or spec.names
+    args.codes = [*to_codes("--codes", args.codes, model)] or spec.names
     args.set = read_set(to_codes("--set", args.set, model), spec)
-    numbers, args.faces, args.base = choose_faces(spec, args)
+    choose_faces(spec, args)
     usual = [-3.0, 3.0] if spec.n_cont > 5 else [-1.5, 1.5]
     args.range = args.range or usual
-    args.unusual, args.seeds = unusual(args, usual), numbers
+    args.unusual = unusual(args, usual)
     of = "" if path.name == "last.pt" else f"{path.stem}-"
     args.out = Path(args.out or path.parent / f"{of}{folder.format(args.unusual)}")
     # a GPU draws in full precision and always with the same kernels: on one device a seed is

@@ -1969,7 +1969,9 @@ BAD_CODES = "cat0=3 cat0=-1 cat0=1.5 cat0 cont0=x cont0=nan cont0=1001 cat9=0 z=
         --cpkt last.pt | unrecognized arguments: --cpkt last.pt; see --help
         --range nan 1 | --range
         --zoom 9 | --zoom 9: from 1 to 8
-        --explorer --samples 3 | --explorer --samples
+        --explorer --samples 3 | --explorer and --samples: only one at a time
+        --read x.png --samples 5 | --samples and --read: only one at a time
+        --walk --rows 3 --onnx | --walk and --onnx: only one at a time
         --data . | --data --versus
         --samples 3 --gif | --gif --samples only on sheets
         --samples 3 --rows 8 | --rows --samples --walk

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import urllib.request
 from argparse import Namespace
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -76,8 +77,14 @@ def sheets(ckpt, tmp_path_factory) -> Path:
 @pytest.fixture
 def drawn(monkeypatch) -> list[torch.Tensor]:
     """G's inputs, each time that something is drawn."""
-    drawn, real = [], generate.draw
-    monkeypatch.setattr(generate, "draw", lambda model, x: (drawn.append(x), real(model, x))[1])
+    drawn, real = [], generate.in_parts
+
+    def note(model: generate.Model, net: Callable, x: torch.Tensor) -> object:
+        if net is model.G:
+            drawn.append(x)
+        return real(model, net, x)
+
+    monkeypatch.setattr(generate, "in_parts", note)
     return drawn
 
 
@@ -171,7 +178,7 @@ def command(mode: str, out: str) -> list[object]:
 def test_no_call_writes_over_the_sheets_of_another_that_shows_something_else(here):
     """What is unusual is in the names; size is not. --codes writes sheets of these codes alone."""
     run(*command("--read", "read"))
-    Path("read/codes.csv").rename("my codes.csv")
+    Path("read/codes-0.csv").rename("my codes.csv")
     head, out = ["--ckpt", "last.pt", "--steps", 2], Path("out")
     before = draws([*head, "--rows", 1], out)
     of_all = [f"{name}-seed-7-set-cat0=1.png" for name in before if name.endswith(".png")]
@@ -324,7 +331,7 @@ def test_names_in_other_scripts_take_the_first_font_that_has_their_letters(monke
 
 
 def test_a_code_may_be_called_by_its_name(tmp_path, capsys):
-    """In any case; a name that two codes have stands for both."""
+    """In any case; of a name that two codes have --codes shows both, and --set asks which."""
     lively(tmp_path / "last.pt", *TINY, "--n-cont", "5")
     names = {"cont1": "Eyes, closing", "cat1": "hair", "cont3": "smile", "cont4": "SMILE"}
     (tmp_path / "names.json").write_text(json.dumps(names))
@@ -340,6 +347,9 @@ def test_a_code_may_be_called_by_its_name(tmp_path, capsys):
     assert said.count("training has seen") == 1
     for flag, unknown in (("--codes", "smil"), ("--set", "=1"), ("--codes", "cat0=1")):
         refused(capsys, [*head, flag, unknown], flag, unknown, "cont3 (smile), cont4 (SMILE)")
+    refused(capsys, [*head, "--set", "Smile=1"], "--set smile=1: cont3 and cont4 have this name")
+    (tmp_path / "names.json").write_text(json.dumps(dict.fromkeys(["cont1", "cont2"], "a, b")))
+    refused(capsys, [*head, "--set", "A, b=1"], "--set a, b=1: cont1 and cont2 have this name")
 
 
 @pytest.mark.parametrize("width", [None, 30])
@@ -379,7 +389,7 @@ def test_a_shrunken_checkpoint_is_a_quarter_and_draws_and_reads_as_before(ckpt, 
     models = [generate.Model(path, CPU) for path in (ckpt, small)]
     variances = [m.D.trunk[3].running_var for m in models]
     assert variances[0].equal(variances[1]), "too small for half precision"
-    codes = models[0].spec.join(models[0].spec.sample(20, seeded()))
+    codes = models[0].spec.sample(20, seeded())
     x = generate.draw(models[0], codes)
     assert generate.draw(models[1], codes).allclose(x, atol=0.01)
     outputs = [model.D.read(x) for model in models]
@@ -397,7 +407,14 @@ def test_no_run_goes_on_from_a_shrunken_checkpoint(ckpt, faces, tmp_path, capsys
 def test_codes_of_pictures_that_are_there_are_kept(here, capsys):
     run(*command("--samples", "s"))
     before = Path("s/codes.csv").read_bytes()
-    refused(capsys, command("--read", "s"), "s: has the codes.csv of other pictures")
+    read, left = ["--ckpt", "last.pt", "--out", "s", "--read"], {*os.listdir("s")}
+    for more in (["few/0.png"], ["few/1.png", "few/0.png"], ["few/0.png", "--set", "cat0=1"]):
+        run(*read, *more)
+    names = ["0", "1,0", "0-set-cat0=1"]
+    made = {f for name in names for f in (f"codes-{name}.csv", f"read-{name}.png")}
+    assert {*os.listdir("s")} == left | made
+    run(*read, "few/1.png", "few/0.png")  # the same ones again
+    assert {*os.listdir("s")} == left | made
     start = ["--ckpt", "last.pt", "--samples", "--start", "./s/codes.csv:1", "--out", "s"]
     refused(capsys, start, "--start ./s/codes.csv:1: --samples would write over it")
     assert Path("s/codes.csv").read_bytes() == before
@@ -420,7 +437,7 @@ def test_a_folder_of_others_gets_at_most_one_new_file(here, capsys, mode):
     assert Path("mine/photo.jpg").read_bytes() == b"mine"
 
 
-@pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "--onnx"])
+@pytest.mark.parametrize("mode", MODES.keys() - {"--onnx", "--read"})
 def test_what_is_ours_is_written_again_and_never_trained_on(here, mode):
     before, left = infogan.find_pictures(here / "few"), []
     for _ in range(2):
@@ -551,7 +568,7 @@ def test_characters_are_settings_of_all_categorical_codes_in_the_poses_of_the_ro
     x = drawn[0].view(4, len(expected), -1)
     for k in range(len(expected)):
         assert x[:, k].equal(model.spec.join(base._replace(c_cat=expected[[k] * 4])))
-    assert shown.flatten(0, 1).equal(generate.draw(model, drawn[0]))
+    assert shown.flatten(0, 1).equal(generate.in_parts(model, model.G, drawn[0]))
     made = draws(["--ckpt", tmp_path, *FEW], tmp_path / "out")
     assert ("characters.png" in made) == (n_cat > 1), "with one code it would be cat0.png"
 
@@ -614,7 +631,7 @@ def test_a_seed_is_the_same_picture_whatever_comes_with_it(tmp_path):
     path, sizes = HERE / "checkpoint/animefaces-v3.pt", set()
     model, draw = generate.Model(path, CPU), ["--ckpt", path, "--samples"]
     model.G.register_forward_pre_hook(lambda _, given: sizes.add(len(given[0])))
-    generate.draw(model, torch.zeros(40, model.spec.dim))
+    generate.draw(model, model.spec.sample(40, seeded()))
     assert sizes == {generate.AT_ONCE}, "rounding depends on how many are drawn at once"
     many = draws([*draw, 40], tmp_path / "many")
     lines = many.pop("codes.csv").splitlines()
@@ -623,7 +640,9 @@ def test_a_seed_is_the_same_picture_whatever_comes_with_it(tmp_path):
         made = draws([*draw, *flags], tmp_path / name)
         rows = made.pop("codes.csv").splitlines()
         assert {*rows} <= {*lines} and len(rows) == n + 1
-        assert made.items() <= many.items() and len(made) == n + 1  # and our mark
+        listed = made.pop(infogan.MARK).decode().split()
+        assert sorted(listed) == sorted(made), "of what may be replaced"
+        assert made.items() <= many.items() and len(made) == n
 
 
 def test_seeds_have_the_distribution_of_z_and_codes():
@@ -737,7 +756,7 @@ def test_Q_reads_a_picture_of_one_s_own_and_G_draws_it_again(ckpt, tmp_path, cap
         p, mu, sigma = read_by_Q(ckpt, path)
         assert f"{mu[1]:+.2f} ± {sigma[1]:.2f}" in told.split("cont1 (tilt)")[1]
         assert f"{p[1].argmax()} ({p[1].max():.0%})" in told.split("cat1")[1]
-    assert "a.png" in told and Image.open(tmp_path / "out/read.png").width > 4 * 64
+    assert "a.png" in told and Image.open(tmp_path / "out/read-a,b-seeds-5,6,8.png").width > 4 * 64
     for bad in (HERE / "README.md", tmp_path / "none.png", tmp_path):
         refused(capsys, [*read, mine[0], bad], "--read", str(bad))
 
@@ -755,29 +774,27 @@ SHAPES_READ = [
 def test_pictures_that_G_drew_are_found_again_better_than_by_Q(tmp_path, shape):
     model = lively(tmp_path / "last.pt", *LIVELY, *shape)
     spec, guess = model.spec, model.spec.sample(4, seeded(8))
-    x = generate.draw(model, spec.join(spec.sample(4, seeded(7))))
-    q = generate.ask_Q(model, [x])
+    x = generate.draw(model, spec.sample(4, seeded(7)))
+    q = model.D(x)[1]
     by_Q = guess._replace(c_cat=q.q_logits.argmax(2), c_cont=q.q_mu)
     before = spec.join(by_Q)
     found = generate.find_codes(model, x, by_Q)
     assert spec.join(by_Q).equal(before), "its guess stays"
-    left, left_by_Q = (
-        (generate.draw(model, spec.join(codes)) - x).square().mean() for codes in (found, by_Q)
-    )
+    left, left_by_Q = ((generate.draw(model, codes) - x).square().mean() for codes in (found, by_Q))
     assert left < 0.5 * left_by_Q or left == left_by_Q == 0
     assert (found.z.norm(dim=1) <= 1.001 * spec.z_dim**0.5).all()
     assert (found.c_cont.abs() <= 1).all() and (found.c_cat < spec.cat_dim).all()
 
 
 def test_a_face_that_was_found_begins_every_mode(tmp_path, drawn):
-    """A grey picture, one with alpha, one of G's: codes.csv draws them as read.png has them."""
+    """A grey picture, one with alpha, one of G's: their codes draw them as the sheet has them."""
     spec = lively(tmp_path / "last.pt", *LIVELY, "--n-cat", "2").spec
     head, mine = ["--ckpt", tmp_path], [tmp_path / f"{name}.png" for name in ("a, b", "c", "d")]
     for path, mode in zip(mine, ("L", "RGBA", "RGB"), strict=True):
         noise = random.Random(mode).randbytes(16 * 16 * len(mode.replace("L", "1")))
         Image.frombytes(mode, (16, 16), noise).save(path)
     draws([*head, "--read", *mine], tmp_path / "read")
-    found, table = drawn[1], tmp_path / "read/codes.csv"
+    found, table = drawn[1], tmp_path / "read/codes-a, b,c,d.csv"
     rows = table_of(table)
     assert [row["file"] for row in rows] == [path.name for path in mine]
 
@@ -805,7 +822,7 @@ def test_a_face_that_was_found_begins_every_mode(tmp_path, drawn):
 
 def test_a_start_that_is_none_is_one_line(here, capsys):
     run(*command("--read", "o"))
-    good = Path("o/codes.csv").read_text()
+    good = Path("o/codes-0.csv").read_text()
     head, row = good.splitlines()
     bad = {"none": None, "empty": "", "head": head, "other": good.replace("cont2", "cont9")}
     bad |= {"short": good[:-9], "nan": re.sub(",[^,]*$", ",nan", good), "text": good + "\0"}
@@ -815,8 +832,8 @@ def test_a_start_that_is_none_is_one_line(here, capsys):
         if text is not None:
             Path(name).write_text(text)
         refused(capsys, ["--ckpt", "last.pt", "--start", name], f"--start {name}: must be")
-    start = ["--ckpt", "last.pt", "--start", "o/codes.csv"]
-    refused(capsys, [*start[:-1], "o/codes.csv:1"], "--start", "rows from 0")
+    start = ["--ckpt", "last.pt", "--start", "o/codes-0.csv"]
+    refused(capsys, [*start[:-1], "o/codes-0.csv:1"], "--start", "rows from 0")
     refused(capsys, [*start, "--walk"], "--walk", "2 to 100 faces, not 1")
     for more in (["--rows", 3], ["--seeds", "1,2"], ["--samples", 3]):
         refused(capsys, [*start, *more], "--start", "leave out")
@@ -863,10 +880,12 @@ def test_samples_come_with_their_codes_and_mix_with_no_others(ckpt, tmp_path, ca
     assert [row["file"] for row in rows] == sorted(path.name for path in tmp_path.glob("*.png"))
     made = draws([*samples, 3], tmp_path)
     assert made.keys() == {infogan.MARK, "codes.csv", *(f"{i:06d}.png" for i in range(3))}
-    (tmp_path / "mine.png").write_bytes(b"mine")
-    refused(capsys, [*samples, 2, "--out", tmp_path], "1 other pictures")
-    left = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    assert left == made | {"mine.png": b"mine"}
+    for mine in ("mine.png", "000777.png"):
+        (tmp_path / mine).write_bytes(b"mine")
+        refused(capsys, [*samples, 2, "--out", tmp_path], "1 other pictures")
+        left = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+        assert left == made | {mine: b"mine"}
+        (tmp_path / mine).unlink()
 
 
 # the explorer in a browser ------------------------------------------------------------------------
