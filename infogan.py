@@ -831,8 +831,7 @@ class GraphedStep:
 
 FORMATS = ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "JPEG2000", "PPM", "ICO", "PCX", "SGI"]
 FORMATS += ["QOI", "TGA", "AVIF"]  # not all that Pillow knows: for EPS it starts a program
-MAX_PIXELS = 2**30 // 12  # of one file, Pillow's own limit: decoding takes up to 16 bytes for each
-DECODE_THREADS = 8  # what is larger than their share of MAX_PIXELS is decoded alone
+DECODE_THREADS = 8  # so many pictures are in memory at once
 DECODER_VERSION = 8  # counts up whenever decode changes its result
 CROPS = {"centre": 0.5, "top": 0.0}  # how much of what a tall picture loses lies above the square
 HIDDEN = r"(?is)\..*|@eadir|[@#$]recycle(\.bin)?|recycler|#snapshot|__macosx|lost\+found|lost\.dir"
@@ -940,23 +939,17 @@ class Decoded(NamedTuple):
 
 
 def read_picture(
-    item: Path | Image.Image, size: int, channels: int, crop: str = "centre", most: int = MAX_PIXELS
+    item: Path | Image.Image, size: int, channels: int, crop: str = "centre"
 ) -> Decoded:
-    """Decodes a file of up to `most` pixels, or a picture."""
+    """Decodes a file, or takes a picture."""
     try:
         if isinstance(item, Image.Image):
             raw, image = item.tobytes(), item
-        elif not item.is_file():  # a pipe would never end
-            raise FileNotFoundError
-        elif item.stat().st_size > 4 * most:
-            raise Image.DecompressionBombError
         else:
             raw = item.read_bytes()
             image = Image.open(io.BytesIO(raw), formats=FORMATS)  # decodes nothing yet
         whole = image.size
         image.draft(None, (2 * size, 2 * size))  # a JPEG is decoded at 1/2, 1/4 or 1/8
-        if math.prod(whole if "progressive" in image.info else image.size) > most:
-            raise Image.DecompressionBombError
         pixels = to_square(image, size, channels, crop).tobytes()
         return Decoded(sha256(raw).hexdigest(), pixels, whole)
     except Exception as error:  # decoders raise anything
@@ -994,13 +987,10 @@ def decode(flag: str, root: Path, items: dict, form: tuple, write: Callable) -> 
     Image.init()  # loads Pillow's formats, which threads must not do at the same time
     with warnings.catch_warnings(), ThreadPoolExecutor(DECODE_THREADS) as pool:
         warnings.simplefilter("ignore")  # Pillow's, about files that it can read all the same
-        most = MAX_PIXELS // DECODE_THREADS
-        read = pool.map(lambda item: read_picture(item, *form, most), items.values())
-        hidden = None if sys.stderr else True  # None: where it is no terminal
-        read = tqdm(read, "pictures", len(items), leave=False, disable=hidden)
-        for (name, item), picture in zip(items.items(), read, strict=True):
-            if isinstance(picture.error, Image.DecompressionBombError):  # too large for eight
-                picture = read_picture(item, *form)
+        warnings.simplefilter("error", Image.DecompressionBombWarning)  # of over 89 megapixels
+        read = pool.map(lambda item: read_picture(item, *form), items.values())
+        read = tqdm(read, "pictures", len(items), leave=False, disable=None)
+        for name, picture in zip(items, read, strict=True):
             if picture.error:
                 unreadable.append(f"{name} ({type(picture.error).__name__})")
             elif picture.hash not in kept:

@@ -22,7 +22,6 @@ import socket
 import struct
 import subprocess
 import sys
-import threading
 import time
 import zipfile
 from argparse import Namespace
@@ -844,17 +843,13 @@ def put_rubbish(folder: Path) -> int:
     (folder / "zero.png").touch()
     (folder / "page.jpg").write_text("<!doctype html><title>404</title>")
     Image.new("L", (9460, 9460)).save(folder / "bomb.png")  # decodes, and is too large
-    with open(folder / "vast.bmp", "wb") as file:
-        file.truncate(2**29)
     if os.name == "posix":
         (folder / os.fsdecode(b"sur\xffrogate.jpg")).write_bytes(b"no")
         for link, target in table("""
             broken.png | nowhere.png
             loop.png | loop.png
-            round | .
-            device.jpg | /dev/zero"""):  # fmt: skip
+            round | ."""):  # fmt: skip
             (folder / link).symlink_to(target)
-        os.mkfifo(folder / "pipe.png")
     return sum(p.suffix != "" for p in folder.iterdir())
 
 
@@ -874,7 +869,9 @@ def test_rubbish_among_pictures_is_told_and_the_rest_trains(tmp_path, out, capsy
     train(folder, out, "--max-steps 2")
     told = capsys.readouterr().out
     assert f"4 pictures in {folder}" in told and f"unreadable files skipped: {bad + 1} (" in told
-    assert "bomb.png (DecompressionBombError)" in told and "broken.png (FileNotFoundError)" in told
+    assert (
+        "bomb.png (DecompressionBombWarning)" in told and "broken.png (FileNotFoundError)" in told
+    )
 
 
 @mark.parametrize("data, words", table("""
@@ -1007,34 +1004,12 @@ def test_all_that_pillow_reads_safely_are_pictures(tmp_path, printed):
 
 def test_photos_are_decoded_small_and_look_the_same(tmp_path):
     noise = Image.frombytes("RGB", (12, 8), random.Random(0).randbytes(288)).resize((1200, 800))
-    file, few = tmp_path / "x.jpg", 1200 * 800 // 3  # a quarter of both sides: 1/16
-    for progressive in (False, True):  # which is decoded whole
-        noise.save(file, quality=95, progressive=progressive)
-        picture = infogan.read_picture(file, 64, 3)
-        assert picture.whole == (1200, 800) and not picture.error
-        small, whole = Image.frombytes("RGB", (64, 64), picture.pixels), Image.open(file)
-        difference = ImageChops.difference(small, infogan.to_square(whole, 64, 3, "centre"))
-        assert max(high for _, high in difference.getextrema()) < 8
-        too_large = infogan.read_picture(file, 64, 3, most=few)
-        assert isinstance(too_large.error, Image.DecompressionBombError) == progressive
-        assert bool(too_large.pixels) != progressive
-
-
-def test_memory_of_decoding_is_bounded(tmp_path, change):
-    """By the number of threads; what is too large for eight at once is decoded alone."""
-    for i in range(40):
-        Image.new("L", (99, 99), i).save(tmp_path / f"{i}.png")
-    Image.new("L", (4000, 3000)).save(tmp_path / "photo.png")
-    threads, real = {99: set(), 4000: set()}, infogan.to_square
-
-    def slow(image: Image.Image, *how: object) -> Image.Image:
-        threads[image.width].add(threading.current_thread())
-        time.sleep(0.01)  # so that one thread does not do it all
-        return real(image, *how)
-
-    change("to_square", slow)
-    assert len(load(tmp_path).x) == 41 and threads[4000] == {threading.main_thread()}
-    assert 2 < len(threads[99]) <= infogan.DECODE_THREADS
+    noise.save(tmp_path / "x.jpg", quality=95)
+    picture = infogan.read_picture(tmp_path / "x.jpg", 64, 3)
+    assert picture.whole == (1200, 800) and not picture.error
+    small, whole = Image.frombytes("RGB", (64, 64), picture.pixels), Image.open(tmp_path / "x.jpg")
+    difference = ImageChops.difference(small, infogan.to_square(whole, 64, 3, "centre"))
+    assert max(high for _, high in difference.getextrema()) < 8
 
 
 def test_a_batch_is_from_minus_one_to_one_and_flip_mirrors_half_of_it():
