@@ -40,7 +40,6 @@ import shlex
 import shutil
 import signal
 import sys
-import tempfile
 import time
 import warnings
 import zipfile
@@ -854,6 +853,7 @@ class Pictures:
     fingerprint: str  # of the files' bytes, whatever their names, and the crop: a run keeps it
     names: list[str]  # paths, or numbers in a named set
     order: Tensor  # int64 (N,), the order that runs take them in: by their hashes
+    sizes: list[tuple[int, int]]  # of the pictures in their files
     summary: str  # what was left out, in words
 
 
@@ -868,33 +868,31 @@ def find_pictures(root: Path, exclude: Sequence[str] = ()) -> list[Path]:
     exclude: patterns such as "*_mask.png" or "small/*" for paths within root.
     Linked folders are followed, each once; what cannot be opened counts as a file.
     """
-    files, passed_over, visited = [], Counter(), {*root.resolve().parents}
+    files, passed_over, visited = [], Counter(), set()
     suffixes = {end for end, name in Image.registered_extensions().items() if name in FORMATS}
     walk = os.walk(root, onerror=lambda e: files.append(Path(e.filename)), followlinks=True)
     for here, folders, names in walk:
-        folder, real = Path(here), Path(here).resolve()
-        is_ours = folder != root and not OURS.isdisjoint(names)
-        passed_over[f"folder {folder.name} (a run, or by generate.py)"] += is_ours
-        if is_ours or real in visited:  # a link to a folder that was seen, or upwards
+        folder = Path(here)
+        hidden = {name for name in folders if re.fullmatch(HIDDEN, name)}
+        folders[:] = sorted({*folders} - hidden)
+        if is_ours := folder != root and not OURS.isdisjoint(names):
+            passed_over[f"folder {folder.name} (a run, or by generate.py)"] += 1
+        if is_ours or folder.resolve() in visited:  # by a link
             folders.clear()
             continue
-        visited.add(real)
-        hidden = {name for name in folders if re.fullmatch(HIDDEN, name)}
+        visited.add(folder.resolve())
         passed_over.update(f"folder {name}" for name in hidden)
-        folders[:] = sorted(
-            {*folders} - hidden, key=lambda name: ((folder / name).is_symlink(), name)
-        )
         for file in map(folder.joinpath, names):
             suffix = re.split("[?:_]", file.suffix.lower())[0]  # .jpg?w=400 and .jpg_large too
             inside = file.relative_to(root).as_posix()
             if by := [pattern for pattern in exclude if fnmatch(inside, pattern)]:
                 passed_over[f"by --exclude {by[0]}"] += 1
+            elif suffix not in suffixes:
+                passed_over[f"of {suffix or 'no suffix'}"] += not file.name.startswith(".")
             elif file.name.startswith("."):
-                passed_over["hidden"] += suffix in suffixes
-            elif suffix in suffixes or not file.exists():
-                files.append(file)
+                passed_over["hidden"] += 1
             else:
-                passed_over[f"of {suffix or 'no suffix'}"] += 1
+                files.append(file)
     most = [f"{n:,} {what}" for what, n in (+passed_over).most_common()]
     if most:
         print(f"passed over in {root}: {first_ten(most)}")
@@ -918,8 +916,6 @@ def open_named_set(name: str, flag: str) -> Collection[tuple]:
 def to_square(image: Image.Image, size: int, channels: int, crop: str) -> Image.Image:
     """Any picture as (size, size) in 1 or 3 channels: upright, on white, cropped, scaled."""
     ImageOps.exif_transpose(image, in_place=True)
-    if image.mode == "F":
-        raise NotImplementedError("floats have no known white")
     if image.mode.startswith("I"):  # 16 bit, which convert() would clip instead of scale
         image = image.convert("I").point(lambda v: v / 257 + 1e-6).convert("L")  # it rounds down
     if image.has_transparency_data:
@@ -934,7 +930,7 @@ class Decoded(NamedTuple):
 
     hash: str = ""  # of the file's bytes
     pixels: bytes = b""  # (size, size, channels)
-    whole: tuple = ()  # the size of the file's picture
+    whole: tuple = ()  # the size of the picture in its file
     error: Exception | None = None
 
 
@@ -956,13 +952,11 @@ def read_picture(
         return Decoded(error=error)
 
 
-def remarks(some: Tensor, sizes: list[tuple], form: tuple) -> str:
-    """Lines on a set that a user should see before a long training.
-
-    some: bytes (n, size size channels) of some of its pictures. sizes: of all of its files.
-    """
-    size, _, crop = form
-    text, cut = "", sum(3 * min(sides) <= 2 * max(sides) for sides in sizes)
+def remarks(pictures: Pictures, crop: str) -> str:
+    """Lines on a set that a user should see before a long training."""
+    some = pictures.x[:: 1 + len(pictures.x) // 200].flatten(1)
+    text, sizes, size = "", pictures.sizes, pictures.x.shape[1]
+    cut = sum(3 * min(sides) <= 2 * max(sides) for sides in sizes)
     if crop == "centre" and cut > len(sizes) / 10:
         text += f"\n{cut:,} of them lose a third of their area or more: their middle is taken;"
         text += " infogan.py --crop top takes the upper part of tall ones"
@@ -983,7 +977,7 @@ def decode(flag: str, root: Path, items: dict, form: tuple, write: Callable) -> 
     Returns the other values of Pictures, and the shape of its x. flag, with its value, names the
     set, which is in root. form: size, channels, crop.
     """
-    kept, names, unreadable, some = {}, [], [], bytearray()  # kept: by hash, without their pixels
+    kept, names, unreadable = {}, [], []  # kept: the size of each in its file, by its hash
     Image.init()  # loads Pillow's formats, which threads must not do at the same time
     with warnings.catch_warnings(), ThreadPoolExecutor(DECODE_THREADS) as pool:
         warnings.simplefilter("ignore")  # Pillow's, about files that it can read all the same
@@ -995,9 +989,7 @@ def decode(flag: str, root: Path, items: dict, form: tuple, write: Callable) -> 
                 unreadable.append(f"{name} ({type(picture.error).__name__})")
             elif picture.hash not in kept:
                 write(picture.pixels)
-                if len(kept) % (len(items) // 200 + 1) == 0:
-                    some += picture.pixels
-                kept[picture.hash] = picture._replace(pixels=b"")
+                kept[picture.hash] = picture.whole
                 names.append(str(name))
     n, hashes, summary = len(kept), [*kept], ""
     if copies := len(items) - len(unreadable) - n:
@@ -1007,32 +999,29 @@ def decode(flag: str, root: Path, items: dict, form: tuple, write: Callable) -> 
     if n < 2:
         raise UserError(f"{flag}: {n} pictures{summary}, at least 2 are needed; {hint(root)}")
     size, channels, crop = form
-    some = torch.frombuffer(some, dtype=torch.uint8).view(-1, size * size * channels)
     return {
         "shape": (n, size, size, channels),
         "fingerprint": sha256("".join([crop, *sorted(hashes)]).encode()).hexdigest()[:16],
         "names": names,
         "order": sorted(range(n), key=hashes.__getitem__),
-        "summary": summary + remarks(some, [p.whole for p in kept.values()], form),
+        "sizes": [*kept.values()],
+        "summary": summary,
     }
 
 
 def hint(root: Path) -> str:
     """What helps where there are no pictures: to unpack an archive, root or one below it."""
-    tools = {".zip": "zipfile", ".tar": "tarfile", ".gz": "tarfile", ".tgz": "tarfile"}
-    for path in [root] if root.is_file() else sorted(root.rglob("*")):
-        suffix, name = path.suffix.lower(), shlex.quote(str(path))
-        if suffix in tools:
-            return f"unpack it: python -m {tools[suffix]} -e {name} {name}-unpacked"
-        if suffix in (".npz", ".parquet"):
-            return f"unpack it: write each picture in {name} as a file, such as a PNG"
+    for path in [root, *sorted(root.rglob("*"))]:
+        name, suffix = shlex.quote(str(path)), path.suffix.lower()
+        if suffix in (".zip", ".tar", ".gz", ".tgz"):
+            tool = "zipfile" if suffix == ".zip" else "tarfile"
+            return f"unpack it: python -m {tool} -e {name} {name}-unpacked"
     return "give a folder of pictures; `make data` downloads faces, `make demo` draws some"
 
 
 def cache_folder() -> Path:
     """The user's own: a folder of pictures may be read-only, or shared."""
-    path = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(os.devnull if path.startswith("~") else path, "infogan")  # no home: no cache
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "infogan")
 
 
 def stamp_of(files: list[Path]) -> str:
@@ -1055,14 +1044,6 @@ def read_cache(path: Path, stamp: str) -> Pictures | None:
             return Pictures(x.view(shape), order=order, **values)
 
 
-def write_cache(path: Path, stamp: str, decode_to: Callable) -> None:
-    """Pixels as they are decoded, so that no set is too large; then a zip file of the rest."""
-    with replacing(path) as file:
-        values = decode_to(file.write) | {"stamp": stamp}
-        with zipfile.ZipFile(file, "a") as archive:  # which readers find from the end
-            archive.writestr("values", json.dumps(values))
-
-
 def load_pictures(
     data: str,
     size: int,
@@ -1082,8 +1063,7 @@ def load_pictures(
     root = DATA / NAMED_SETS[data][1] if named else Path(data)
     root, form = root.resolve(), (size, channels or 3, crop)  # one set, however its path is written
     if not named and not root.is_dir():
-        why = "is not a folder" if root.exists() else "no such folder"
-        raise UserError(f"{flag} {data}: {why}; {hint(root)}")
+        raise UserError(f"{flag} {data}: no such folder; {hint(root)}")
     files = [root] if named else find_pictures(root, exclude)
     stamp = stamp_of(files)
     place = sha256(os.fsencode(f"{DECODER_VERSION} {form} {root}")).hexdigest()
@@ -1093,19 +1073,17 @@ def load_pictures(
         items = {file: file for file in files}
         if named:
             items = dict(enumerate(x for x, _ in open_named_set(data, flag)))
-        decode_to = partial(decode, f"{flag} {data}", root, items, form)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_cache(path, stamp, decode_to)
+            with replacing(path) as file:  # pixels as they are decoded, so no set is too large
+                values = decode(f"{flag} {data}", root, items, form, file.write)
+                with zipfile.ZipFile(file, "a") as archive:  # which readers find from the end
+                    archive.writestr("values", json.dumps(values | {"stamp": stamp}))
         except OSError as error:
-            print(f"{path}: {error.strerror}; not cached, each start decodes the pictures")
-            scratch = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
-            path = Path(scratch.name, "pixels")
-            write_cache(path, stamp, decode_to)
+            why = "decoded pictures must go somewhere; XDG_CACHE_HOME names another folder"
+            raise UserError(f"{path}: {error.strerror}; {why}") from error
         pictures = read_cache(path, stamp)
-        if not pictures:
-            raise UserError(f"{flag} {data}: has changed while it was read; start again")
-    print(f"{len(pictures.x):,} pictures in {data}{pictures.summary}")
+    print(f"{len(pictures.x):,} pictures in {data}{pictures.summary}{remarks(pictures, crop)}")
     parts = pictures.x.split(100)
     if channels is None and all((part == part[..., :1]).all() for part in parts):
         pictures.x = pictures.x[..., :1]

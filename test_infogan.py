@@ -908,9 +908,7 @@ def test_a_set_that_looks_empty_is_told(tmp_path, printed, levels, size, words):
 
 @mark.parametrize("suffix, words", table("""
     .zip | python -m zipfile -e
-    .tar.gz | python -m tarfile -e
-    .npz | write each picture in
-    .parquet | write each picture in"""))  # fmt: skip
+    .tar.gz | python -m tarfile -e"""))  # fmt: skip
 def test_an_archive_in_place_of_pictures_names_the_cure(tmp_path, out, capsys, suffix, words):
     folder = tmp_path / "my faces"
     (folder / "a").mkdir(parents=True)
@@ -940,15 +938,12 @@ def test_files_can_be_excluded(tmp_path, out, capsys):
 
 def test_linked_folders_are_followed_once(tmp_path, printed):
     real, far = four_pictures(tmp_path / "set/z"), four_pictures(tmp_path / "far/deep", 4)
-    (real.parent / "a").symlink_to(real)  # twice: it keeps the name that it has without the link
+    (real.parent / "z twice").symlink_to(real)
     (real.parent / "b.png").symlink_to(far.parent)
     (far / "round").symlink_to(far.parent)
-    (real / "up").symlink_to(tmp_path)  # around the set, which is not to be all of it
-    four_pictures(tmp_path / "beside", 8)
     (real.parent / "unmounted").symlink_to("nowhere")
     names = load(real.parent).names
-    told = printed()
-    assert told.startswith("8 pictures") and "unmounted (FileNotFoundError)" in told
+    assert "1 of no suffix\n8 pictures" in printed()
     folders = [f"{Path(name).relative_to(real.parent).parent}" for name in names]
     assert folders == ["b.png/deep"] * 4 + ["z"] * 4
     (tmp_path / "link").symlink_to(far)
@@ -991,10 +986,8 @@ def test_all_that_pillow_reads_safely_are_pictures(tmp_path, printed):
         kind = name.partition(".")[0]
         Image.new("RGB", (40, 40), (9 * i, 9, 9)).save(tmp_path / f"{i}-{name}", kind)
     shutil.copy(tmp_path / f"{i - 1}-EPS.eps", tmp_path / "eps.png")
-    Image.new("F", (40, 40), 0.5).save(tmp_path / "float.tif")
     pictures, told = load(tmp_path), printed()
-    for part in ("skipped: 2", "eps.png", "float.tif (NotImplementedError)",
-                 "1 of .png~", "1 of .eps", "1 of .pdf"):  # fmt: skip
+    for part in ("skipped: 1", "eps.png", "1 of .png~", "1 of .eps", "1 of .pdf"):
         assert part in told, told
     for name, x in zip(pictures.names, pictures.x.int(), strict=True):
         red = 9 * int(Path(name).name.partition("-")[0])
@@ -1105,65 +1098,32 @@ DAMAGE = {
 }
 
 
-@mark.parametrize("kind", [*DAMAGE, "folder"])
+@mark.parametrize("kind", DAMAGE)
 def test_a_damaged_cache_is_made_anew(few, own_cache, decoded, kind):
     first = load(few)
     whole = first.x.clone()
     (file,) = own_cache.iterdir()
     raw = file.read_bytes()
     file.unlink()  # not written to in place: `first` is a view of it
-    if kind == "folder":
-        file.mkdir()
-    else:
-        file.write_bytes(DAMAGE[kind](raw))
+    file.write_bytes(DAMAGE[kind](raw))
     assert load(few).x.equal(whole) and decoded.call_count > 6
-    if kind != "folder":
-        assert file.read_bytes() == raw and first.x.equal(whole)
+    assert file.read_bytes() == raw and first.x.equal(whole)
 
 
-@mark.parametrize("blocked", [True, False])
-def test_training_needs_no_cache(few, tmp_path, monkeypatch, printed, blocked):
-    file = tmp_path / "file"
-    file.touch()
-    monkeypatch.chdir(tmp_path)
-    if blocked:
-        monkeypatch.setenv("XDG_CACHE_HOME", str(file))
-    else:
-        monkeypatch.delenv("XDG_CACHE_HOME")
-        monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as for an unknown user
-    assert len(load("few").x) == 5
-    told = printed().splitlines()
-    assert len(told) == 2 and "not cached" in told[0] and "5 pictures" in told[1]
-    assert {*tmp_path.iterdir()} == {few, file}
-
-
-def test_a_disk_that_fills_while_pixels_are_written_costs_the_cache_only(
-    few, own_cache, monkeypatch, printed
-):
-    real, full = infogan.decode, True
+def test_where_no_cache_can_be_written_one_line_names_the_cure(few, tmp_path, out, capsys, change):
+    """Nothing is left, also of a disk that fills while pixels are written."""
 
     def decode(*args):
-        *rest, write = args
-        nonlocal full
-        if not full:
-            return real(*args)
-        real(*rest, lambda pixels: None)
-        full = False
-        write(b"half a picture")
+        args[-1](b"half a picture")
         raise OSError(errno.ENOSPC, "No space left")
 
-    whole = load(few).x
-    monkeypatch.setattr(infogan, "decode", decode)
-    few.joinpath("1.png").touch()  # another time: not the same set
-    assert load(few).x.equal(whole) and "No space left; not cached" in printed()
-    assert load(few).x.equal(whole) and "not cached" not in printed()
-    assert len([*own_cache.iterdir()]) == 1
-
-
-def test_a_set_that_changes_while_it_is_read_is_told(few, own_cache, monkeypatch):
-    monkeypatch.setattr(infogan, "read_cache", lambda *_: None)  # another process's set is there
-    with raises(UserError, match="--data .*few: has changed while it was read; start again"):
-        load(few)
+    (tmp_path / "file").touch()
+    for where, why in (("file", "Not a directory"), ("cache", "No space left")):
+        with patch.dict(os.environ, XDG_CACHE_HOME=str(tmp_path / where)):
+            train(few, out, code=2)
+        assert f"{why}; decoded pictures must go somewhere" in told_at_the_end(capsys)
+        change("decode", decode)
+    assert not out.exists() and not files_in(tmp_path / "cache")
 
 
 def cache_in(folder: Path) -> None:
