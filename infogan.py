@@ -59,7 +59,6 @@ from datetime import timedelta
 from fnmatch import fnmatch
 from functools import lru_cache, partial
 from hashlib import sha256
-from importlib import import_module
 from itertools import chain, cycle, pairwise
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -565,6 +564,7 @@ class State:
     changed: tuple[int, int] = (0, 0)  # the step and epoch from which per_epoch holds
     minutes: float = 0.0  # of training, over all starts
     sums: dict[str, Tensor] = field(default_factory=dict)  # of metrics, since the last row
+    rows: list[list[float]] = field(default_factory=list)  # of log.csv
 
     @property
     def place(self) -> tuple[int, int]:
@@ -1225,10 +1225,8 @@ def check_finite(step: int, metrics: dict[str, float]) -> None:
             raise Diverged(f"step {step}: {name} is {value}; {LOWER_LR}")
 
 
-def gather_checkpoint(
-    state: State, args: Namespace, fingerprint: str, rows: Sequence[Sequence[float]] = ()
-) -> dict:
-    """All that a run needs to resume bit for bit; rows are those of log.csv."""
+def gather_checkpoint(state: State, args: Namespace, fingerprint: str) -> dict:
+    """All that a run needs to resume bit for bit."""
     ckpt = {name: getattr(state, name).state_dict() for name in NETS + OPTIMISERS}
     weights = {
         f"the sum of {name}'s weights": sum(map(torch.sum, ckpt[name].values())) for name in NETS
@@ -1240,7 +1238,7 @@ def gather_checkpoint(
         "args": vars(args),
         "fingerprint": fingerprint,
         "rng": state.rng.get_state(),
-        "rows": torch.tensor(rows, dtype=torch.float64),
+        "rows": torch.tensor(state.rows, dtype=torch.float64),
     }
 
 
@@ -1258,8 +1256,8 @@ def restore(state: State, ckpt: dict, weights_only: bool = False) -> None:
         for name in COUNTS:
             setattr(state, name, ckpt.get(name, getattr(state, name)))
         state.sums = tree_map(lambda value: value.to(state.device), state.sums)
-        rows, columns = ckpt["rows"], log_columns(state.spec)
-        if (len(rows) and rows.shape[1] != len(columns)) or not {*state.sums} <= {*columns}:
+        state.rows, columns = ckpt["rows"].tolist(), log_columns(state.spec)
+        if {*map(len, state.rows)} - {len(columns)} or not {*state.sums} <= {*columns}:
             raise ValueError("METRICS has changed")  # log.csv would lose rows
         state.rng.set_state(ckpt["rng"].clone())  # torch reads a wrong part of a view
     except Exception as error:  # of any kind here too
@@ -1380,7 +1378,6 @@ def caught_signals() -> Iterator[list[int]]:
 
 
 # display ------------------------------------------------------------------------------------------
-# Recorder.after_step: what is shown and saved when. Log: log.csv, curves.png, TensorBoard.
 
 
 def to_image(x: Tensor) -> Image.Image:
@@ -1389,12 +1386,14 @@ def to_image(x: Tensor) -> Image.Image:
     return Image.fromarray(x.squeeze(2).numpy())  # grey has no third dimension
 
 
-def make_grid(x: Tensor) -> Tensor:
-    """Pictures (n, channels, h, w) as one (channels, H, W), in rows of 8, black between them."""
-    columns = min(8, len(x))
-    x = F.pad(x, (2, 0, 2, 0, 0, 0, 0, -len(x) % columns), value=-1.0)
-    rows = x.unflatten(0, (-1, columns)).permute(2, 0, 3, 1, 4)
-    return F.pad(rows.flatten(3).flatten(1, 2), (0, 2, 0, 2), value=-1.0)
+def make_grid(x: Tensor) -> Image.Image:
+    """Pictures (n, channels, size, size) in rows of 8, black between them."""
+    images, cell = [*map(to_image, x)], x.shape[3] + 2
+    columns, rows = min(8, len(x)), math.ceil(len(x) / 8)
+    grid = Image.new(images[0].mode, (2 + cell * columns, 2 + cell * rows))
+    for i, image in enumerate(images):
+        grid.paste(image, (2 + cell * (i % 8), 2 + cell * (i // 8)))
+    return grid
 
 
 def save_picture(path: Path, image: Image.Image, **options: object) -> None:
@@ -1405,16 +1404,16 @@ def save_picture(path: Path, image: Image.Image, **options: object) -> None:
 
 def save_animation(out: Path) -> None:
     """training.gif: at most 60 of the run's grids with their epochs; the last stays longer."""
-    paths = [p for p in out.glob("samples/epoch_*.png") if p.stem[6:].isdecimal()]
-    paths, frames = sorted(paths, key=lambda p: int(p.stem[6:])), []
-    for i in torch.linspace(0, len(paths) - 1, min(len(paths), 60)).round().int():
-        grid = ImageOps.contain(Image.open(paths[i]).convert("RGB"), (530, 530))
-        frame, font = ImageOps.expand(grid, (0, 28, 0, 0), "white"), ImageFont.load_default(16)
-        ImageDraw.Draw(frame).text((6, 4), f"epoch {int(paths[i].stem[6:])}", "black", font)
+    epochs, frames = sorted(int(p.stem[6:]) for p in out.glob("samples/epoch_*.png")), []
+    for i in torch.linspace(0, len(epochs) - 1, min(len(epochs), 60)).round().int():
+        grid = Image.open(out / f"samples/epoch_{epochs[i]:04d}.png").convert("RGB")
+        frame = ImageOps.expand(ImageOps.contain(grid, (530, 530)), (0, 28, 0, 0), "white")
+        font = ImageFont.load_default(16)
+        ImageDraw.Draw(frame).text((6, 4), f"epoch {epochs[i]}", "black", font)
         frames.append(frame.quantize(256))  # a palette for each: few shades would show as steps
     if len(frames) > 1:
-        duration = [250] * (len(frames) - 1) + [2000]  # milliseconds
-        rest = {"save_all": True, "append_images": frames[1:], "loop": 0, "duration": duration}
+        rest = {"save_all": True, "append_images": frames[1:], "loop": 0}
+        rest["duration"] = [250] * (len(frames) - 1) + [2000]  # milliseconds
         save_picture(out / "training.gif", frames[0], **rest)
 
 
@@ -1434,14 +1433,69 @@ def log_columns(spec: CodeSpec) -> list[str]:
     return ["step", "epoch", "minutes", *METRICS, *spec.names, "told_apart"]
 
 
-class Log:
-    """log.csv, curves.png and TensorBoard's events of a run, from its rows."""
+def draw_panel(
+    title: str, epochs: Sequence[float], lines: list[Sequence[float]], top: float
+) -> Image.Image:
+    """A chart of 640x200 that shows zero, `top` and all but the most extreme 2% of the values."""
+    colours = cycle(("#1f77b4", "#d62728", "#2ca02c", "#ff7f0e", "#9467bd", "#8c564b", "#e377c2"))
+    values, panel = sorted(chain(*lines)), Image.new("RGB", (640, 200), "white")
+    pen, font = ImageDraw.Draw(panel), ImageFont.load_default(13)
+    few, first, last = len(values) // 50, epochs[0], epochs[-1]
+    low, high = min(0.0, values[few]), max(top, values[-1 - few])
 
-    def __init__(self, out: Path, spec: CodeSpec, rows: list[list[float]], step: int):
-        self.columns = log_columns(spec)
-        self.out, self.spec, self.rows, self.failed = out, spec, rows, set()
-        tb = self.attempt("TensorBoard", import_module, "torch.utils.tensorboard")
-        self.board = tb and self.attempt("TensorBoard", tb.SummaryWriter, str(out), "", step + 1)
+    def at(epoch: float, v: float) -> tuple[float, float]:
+        v = min(max(v, low), high)
+        return 50 + 570 * (epoch - first) / (last - first), 175 - 145 * (v - low) / (high - low)
+
+    pen.text((50, 8), title, "black", font)
+    for v in (0.0, high):
+        pen.line([at(first, v), at(last, v)], "#dddddd")
+        pen.text((44, at(first, v)[1]), f"{v:.2f}", "black", font, anchor="rm")
+    for line, colour in zip(lines, colours, strict=False):
+        pen.line([*map(at, epochs, line)], colour, 2)
+    for epoch in torch.linspace(first, last, 5).tolist():
+        text = f"epoch {epoch:.3g}"
+        pen.text((at(epoch, low)[0], 180), text, "black", font, anchor="ma")
+    return panel
+
+
+# what is saved when: last.pt each SAVE_SECONDS, with log.csv and samples/last.png; epoch_*.pt and
+# samples/epoch_*.png by --save-every and --sample-every; everything at the end of a start
+LOG_EVERY = R1_EVERY  # steps between two rows of log.csv, each with one R1
+SAVE_SECONDS = 60.0  # between two saves of last.pt
+SHOW_SECONDS = 30.0  # between two grids, two kept checkpoints, two lines of progress in a file
+EARLY = (1, 2, 5, 10, 20, 50)  # epochs with a grid, however soon they come
+N_COMPARED = 1000  # real and drawn pictures each that tell_apart gets
+
+
+class Recorder:
+    """What a run shows and saves while it trains: progress, log.csv, curves, grids, checkpoints."""
+
+    def __init__(
+        self, state: State, args: Namespace, pictures: Pictures, last_step: int, end: float
+    ):
+        self.state, self.args, self.fingerprint = state, args, pictures.fingerprint
+        self.out, self.last_step, self.end = Path(args.out), last_step, end
+        self.row, self.failed, self.in_terminal = {}, set(), sys.stderr.isatty()
+        self.told_apart = state.rows[-1][-1] if state.rows else 1.0
+        self.batch_size = min(args.batch_size, len(pictures.x))
+        self.began = time.monotonic()
+        self.first_step, self.minutes_before = state.step, state.minutes
+        self.last = {"progress": -math.inf}  # when what was done last, if not when this start began
+        self.compare_seconds = SHOW_SECONDS
+        self.grids, self.kept = (
+            (SHOW_SECONDS, usual) if given is AUTO else (0, given)
+            for given, usual in ((args.sample_every, 5), (args.save_every, 25))
+        )
+        rng = torch.Generator().manual_seed(args.seed)  # the same pictures and z at each start
+        chosen = pictures.order[torch.randperm(len(pictures.x), generator=rng)[:N_COMPARED]]
+        self.latents = state.spec.join(state.spec.sample(64, rng)).to(state.device)
+        self.more_latents = state.spec.join(state.spec.sample(len(chosen), rng)).to(state.device)
+        self.real = make_batch(pictures.x[chosen], False, rng, torch.device("cpu"))
+        self.save_grid("real", self.real[:64])
+        if state.step == 0:
+            self.save_grid("epoch_0000")
+        self.board = self.attempt("TensorBoard", self.open_board)
 
     def attempt(self, what: str, job: Callable, *args: object) -> object:
         """What job returns. A failure is told once, and training goes on, which is worth more."""
@@ -1453,182 +1507,68 @@ class Log:
                 print(f"{name or what}: {why or error}; training goes on", file=sys.stderr)
             self.failed.add(what)
 
-    def add(self, state: State, told_apart: float) -> dict[str, float]:
-        """The next row: the means of the metrics over LOG_EVERY steps, and the newest accuracy of
-        tell_apart. Returns it."""
-        means = torch.stack([*state.sums.values()]) / LOG_EVERY
-        self.rows.append([state.step, state.epochs, state.minutes, *means.tolist(), told_apart])
-        state.sums = {}
-        row = dict(zip(self.columns, self.rows[-1], strict=True))
-        if self.board:
-            self.attempt("TensorBoard", self.add_to_board, row)
-        return row
-
-    def add_to_board(self, row: dict[str, float]) -> None:
-        """One event for the whole row: one for each value takes as long as a GPU's step."""
-        from tensorboard.compat.proto.summary_pb2 import Summary
-
-        groups = {"GAN": [*METRICS, "told_apart"], "L_I": self.spec.names}
-        tags = [(f"{group}/{name}", name) for group, names in groups.items() for name in names]
-        values = [{"tag": tag, "simple_value": row[name]} for tag, name in tags]
-        self.board.file_writer.add_summary(Summary(value=values), row["step"])
-
-    def save(self) -> None:
-        rows = [[f"{round(value, 5):.12g}" for value in row] for row in self.rows]
-        text = "".join(",".join(row) + "\n" for row in [self.columns, *rows])
-        write_file(self.out / "log.csv", text.encode())
-
-    def draw(self) -> None:
-        """curves.png: losses, D's mean probabilities, and each code's L_I below its ceiling."""
-        rows = [row for row in self.rows if all(map(math.isfinite, row))]
-        rows = rows[:: 1 + len(rows) // 1000]  # the page has no pixels for more
-        if len(rows) < 2:
-            return
-        panels = [("losses of D (blue) and G (red)", ["loss_D", "loss_G"], 0.0)]
-        panels += [("D(x) (blue) and D(G(z, c)) (red)", ["D_real", "D_fake"], 1.0)]
-        panels += [("real or drawn, told right by nearest neighbours", ["told_apart"], 1.0)]
-        for kind, place in self.spec.kinds.items():
-            top = self.spec.ceilings[place][0]
-            panels.append((f"L_I of {kind}, nats, at most {top:.2f}", self.spec.names[place], top))
-        page = Image.new("RGB", (640, 200 * len(panels)), "white")
-        values = dict(zip(self.columns, zip(*rows, strict=True), strict=True))
-        for i, (title, names, top) in enumerate(panels):
-            lines = [values[name] for name in names]
-            page.paste(draw_panel(title, values["epoch"], lines, top), (0, 200 * i))
-        save_picture(self.out / "curves.png", page)
-
-    def close(self) -> None:
-        self.attempt("curves.png", self.draw)
-        self.attempt("log.csv", self.save)
-        if self.board:
-            self.attempt("TensorBoard", self.board.close)
-
-
-def draw_panel(
-    title: str, epochs: Sequence[float], lines: list[Sequence[float]], top: float
-) -> Image.Image:
-    """A chart of 640x200 that shows zero, `top` and all but the most extreme 2% of the values."""
-    colours = cycle(("#1f77b4", "#d62728", "#2ca02c", "#ff7f0e", "#9467bd", "#8c564b", "#e377c2"))
-    values, panel = sorted(chain(*lines)), Image.new("RGB", (640, 200), "white")
-    low, high = (values[i] for i in (len(values) // 50, -1 - len(values) // 50))
-    low, high, first = min(0.0, low), max(top, high), epochs[0]
-    pen, font = ImageDraw.Draw(panel), ImageFont.load_default(13)
-
-    def at(epoch: float, v: float) -> tuple[float, float]:
-        x, y = (epoch - first) / (epochs[-1] - first), (min(max(v, low), high) - low) / (high - low)
-        return 50 + 570 * x, 175 - 145 * y
-
-    pen.text((50, 8), title, "black", font)
-    for v in (0.0, high):
-        pen.line([at(first, v), at(epochs[-1], v)], "#dddddd")
-        pen.text((44, at(first, v)[1]), f"{v:.2f}", "black", font, anchor="rm")
-    for line, colour in zip(lines, colours, strict=False):
-        pen.line([*map(at, epochs, line)], colour, 2)
-    for k in range(5):
-        epoch = first + (epochs[-1] - first) * k / 4
-        text = f"{epoch:.3g}" if k else f"epoch {epoch:.3g}"
-        pen.text((at(epoch, low)[0], 180), text, "black", font, anchor="ma")
-    return panel
-
-
-def describe_row(spec: CodeSpec, row: dict[str, float]) -> str:
-    """Losses, and the mean L_I of each kind of code beside its ceiling."""
-    text = f"D {row['loss_D']:.2f}  G {row['loss_G']:.2f}"
-    for kind, place in spec.kinds.items():
-        L_I = [row[name] for name in spec.names[place]]
-        text += f"  L_I {kind} {sum(L_I) / len(L_I):.2f}/{spec.ceilings[place][0]:.2f}"
-    return text
-
-
-class Every:
-    """Says when something is due: at each n-th epoch, if so many seconds have passed."""
-
-    def __init__(self, seconds: float, epochs: int = 0):
-        self.seconds, self.epochs, self.last = seconds, epochs, time.monotonic()
-
-    def is_due(self, state: State) -> bool:
-        (epoch, steps), now = state.place, time.monotonic()
-        within = self.epochs and (steps or epoch % self.epochs)
-        if within or now - self.last < self.seconds:
+    def is_due(self, what: str, seconds: float, epochs: int = 0) -> bool:
+        """Whether so many seconds have passed since it last was; of epochs, after each n-th."""
+        (epoch, steps), now = self.state.place, time.monotonic()
+        within = epochs and (steps or epoch % epochs)
+        if within or now - self.last.get(what, self.began) < seconds:
             return False
-        self.last = now
+        self.last[what] = now
         return True
-
-
-# what is saved when: last.pt each SAVE_SECONDS, with log.csv and samples/last.png; epoch_*.pt and
-# samples/epoch_*.png by --save-every and --sample-every; everything at the end of a start
-LOG_EVERY = R1_EVERY  # steps between two rows of log.csv, each with one R1
-SAVE_SECONDS = 60.0  # between two saves of last.pt
-SHOW_SECONDS = 30.0  # between two grids, two kept checkpoints, two lines of progress in a file
-EARLY = (1, 2, 5, 10, 20, 50)  # epochs with a grid, however soon they come
-N_COMPARED = 1000  # real and drawn pictures each that tell_apart gets
-MOST_FAILED_SAVES = 5  # one after the other
-
-
-class Recorder:
-    """What a run shows and saves while it trains: progress, log.csv, grids, checkpoints."""
-
-    def __init__(
-        self,
-        state: State,
-        args: Namespace,
-        pictures: Pictures,
-        log: Log,
-        last_step: int,
-        end: float,
-    ):
-        self.state, self.args, self.fingerprint = state, args, pictures.fingerprint
-        self.log, self.last_step, self.end, self.row = log, last_step, end, {}
-        self.batch_size = min(args.batch_size, len(pictures.x))
-        rng = torch.Generator().manual_seed(args.seed)  # the same pictures and z at each start
-        chosen = pictures.order[torch.randperm(len(pictures.x), generator=rng)[:N_COMPARED]]
-        self.latents = state.spec.join(state.spec.sample(64, rng)).to(state.device)
-        self.more_latents = state.spec.join(state.spec.sample(len(chosen), rng)).to(state.device)
-        self.real = make_batch(pictures.x[chosen], False, rng, torch.device("cpu"))
-        self.save_grid("real", self.real[:64])
-        if state.step == 0:
-            self.save_grid("epoch_0000")
-        self.told_apart = log.rows[-1][-1] if log.rows else 1.0
-        self.in_terminal = bool(sys.stderr) and sys.stderr.isatty()
-        self.shown = Every(0.5 if self.in_terminal else SHOW_SECONDS)
-        self.saved, self.compared = Every(SAVE_SECONDS), Every(SHOW_SECONDS)
-        self.drawn, self.kept = (
-            Every(SHOW_SECONDS, epochs) if given is AUTO else Every(0, given)
-            for given, epochs in ((args.sample_every, 5), (args.save_every, 25))
-        )
-        self.began, self.failed_saves = time.monotonic(), 0
-        self.first_step, self.minutes_before = state.step, state.minutes
 
     def after_step(self, is_asked_to_stop: bool) -> bool:
         """Shows and saves what is due; returns whether the run stops here, with all saved."""
         state, now = self.state, time.monotonic()
         state.minutes = self.minutes_before + (now - self.began) / 60
-        finished = state.step == self.last_step
-        stops, is_first = finished or is_asked_to_stop or now > self.end, not self.row
-        n = state.step % LOG_EVERY
-        if self.compared.is_due(state):
+        stops = state.step == self.last_step or is_asked_to_stop or now > self.end
+        if self.is_due("told_apart", self.compare_seconds):
             self.compare()
-        if n == 0:
-            self.row = self.log.add(state, self.told_apart)
-            check_finite(state.step, self.row)
-        elif is_first:  # something to read soon, however slow the steps are
-            self.row = {name: value.item() / n for name, value in state.sums.items()}
-        if self.shown.is_due(state) or is_first or stops:
+        if state.step % LOG_EVERY == 0:
+            self.add_row()
+        if self.is_due("progress", 0.5 if self.in_terminal else SHOW_SECONDS) or stops:
             with suppress(OSError):  # whoever read this is gone
                 self.show(stops)
         epoch, steps = state.place
-        is_early = self.args.sample_every is AUTO and not steps and epoch in EARLY
-        if self.drawn.is_due(state) or is_early:
+        if self.is_due("grid", *self.grids) or (not steps and epoch in EARLY):
             self.save_grid(f"epoch_{epoch:04d}")
-            self.log.attempt("curves.png", self.log.draw)
-        if finished:  # before last.pt: a start that finds the run finished draws nothing
-            self.finish()
-        keeps = self.kept.is_due(state)
-        if self.saved.is_due(state) or keeps or stops:
+            self.attempt("curves.png", self.save_curves)
+        keeps = self.is_due("kept", *self.kept)
+        if self.is_due("last.pt", SAVE_SECONDS) or keeps or stops:
             self.save(keeps, stops)
-        if stops and not finished:  # after last.pt: a second signal may end us
-            self.finish()
+        if stops:  # after last.pt: a second signal may end us
+            self.save_grid("last")
+            self.attempt("training.gif", save_animation, self.out)
+            self.close()
         return stops
+
+    def add_row(self) -> None:
+        """The next row of log.csv, and of TensorBoard."""
+        state = self.state
+        self.row = {"step": state.step, "epoch": state.epochs, "minutes": state.minutes}
+        self.row |= self.means() | {"told_apart": self.told_apart}
+        state.rows.append([*self.row.values()])
+        state.sums = {}
+        if self.board:
+            self.attempt("TensorBoard", self.add_to_board)
+        check_finite(state.step, self.row)
+
+    def means(self) -> dict[str, float]:
+        """Of the metrics, since the last row."""
+        sums, n = self.state.sums, self.state.step % LOG_EVERY or LOG_EVERY
+        return dict(zip(sums, (torch.stack([*sums.values()]) / n).tolist(), strict=True))
+
+    def open_board(self) -> object:
+        from torch.utils.tensorboard import SummaryWriter  # which takes a second
+
+        return SummaryWriter(str(self.out), purge_step=self.state.step + 1)
+
+    def add_to_board(self) -> None:
+        """One event for the whole row: one for each value takes as long as a GPU's step."""
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        groups = {name: "L_I" if name in self.state.spec.names else "GAN" for name in self.row}
+        values = [{"tag": f"{groups[k]}/{k}", "simple_value": v} for k, v in self.row.items()]
+        self.board.file_writer.add_summary(Summary(value=values), self.state.step)
 
     def show(self, stops: bool) -> None:
         """The line of progress: in a terminal one that changes, in a file a new one."""
@@ -1636,7 +1576,12 @@ class Recorder:
         now, epochs = time.monotonic(), round(state.epochs + steps / state.per_epoch, 1)
         speed = (state.step - self.first_step) / (now - self.began)  # steps a second
         left = timedelta(seconds=max(0, round(min(steps / speed, self.end - now, 1e10))))
-        text = f"epoch {state.epochs:.1f}/{epochs:.12g}  {describe_row(state.spec, self.row)}"
+        row, spec = self.row or self.means(), state.spec  # soon, however slow the steps are
+        text = f"epoch {state.epochs:.1f}/{epochs:.12g}"
+        text += f"  D {row['loss_D']:.2f}  G {row['loss_G']:.2f}"
+        for kind, place in spec.kinds.items():  # the mean L_I, beside its ceiling
+            L_I = [row[name] for name in spec.names[place]]
+            text += f"  L_I {kind} {sum(L_I) / len(L_I):.2f}/{spec.ceilings[place][0]:.2f}"
         text += f"  {speed * self.batch_size:,.0f} img/s  eta {left}"
         if self.in_terminal:
             width = shutil.get_terminal_size().columns - 1
@@ -1645,52 +1590,68 @@ class Recorder:
 
     @torch.no_grad()
     def draw(self, latents: Tensor) -> Tensor:
-        """What G draws from latents, on the CPU; in parts, so that it takes no more memory than a
-        step."""
-        search, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
-        parts = latents.split(min(16, self.batch_size))
-        x = torch.cat([self.state.G_ema(part).cpu() for part in parts])
-        torch.backends.cudnn.benchmark = search  # for kernels, which pays only in training
-        return x
+        """What G draws from latents, on the CPU; in parts: it takes no more memory than a step."""
+        return torch.cat([self.state.G_ema(x).cpu() for x in latents.split(self.batch_size)])
 
     def compare(self) -> None:
         """Renews told_apart; takes at most 4% of the run's time."""
         began = time.monotonic()
         with torch.autocast(self.state.device.type, torch.bfloat16, enabled=self.args.amp):
             self.told_apart = tell_apart(self.real, self.draw(self.more_latents))
-        self.compared.seconds = max(SHOW_SECONDS, 25 * (time.monotonic() - began))
+        self.compare_seconds = max(SHOW_SECONDS, 25 * (time.monotonic() - began))
 
     def save_grid(self, name: str, x: Tensor | None = None) -> None:
         """Saves a grid of x, or of what G draws from the run's latents."""
-        grid = to_image(make_grid(self.draw(self.latents) if x is None else x))
-        path = self.log.out / f"samples/{name}.png"
-        grid = ImageOps.scale(grid, max(1, -(-512 // grid.width)), Image.Resampling.NEAREST)
-        self.log.attempt("samples", save_picture, path, grid)
+        grid = make_grid(self.draw(self.latents) if x is None else x)
+        grid = ImageOps.scale(grid, math.ceil(512 / grid.width), Image.Resampling.NEAREST)
+        self.attempt("samples", save_picture, self.out / f"samples/{name}.png", grid)
+
+    def save_curves(self) -> None:
+        """curves.png: losses, D's mean probabilities, and each code's L_I below its ceiling."""
+        rows, spec = (
+            [row for row in self.state.rows if all(map(math.isfinite, row))],
+            self.state.spec,
+        )
+        rows = rows[:: 1 + len(rows) // 1000]  # the page has no pixels for more
+        if len(rows) < 2:
+            return
+        panels = [("losses of D (blue) and G (red)", ["loss_D", "loss_G"], 0.0)]
+        panels += [("D(x) (blue) and D(G(z, c)) (red)", ["D_real", "D_fake"], 1.0)]
+        panels += [("real or drawn, told right by nearest neighbours", ["told_apart"], 1.0)]
+        for kind, place in spec.kinds.items():
+            top = spec.ceilings[place][0]
+            panels.append((f"L_I of {kind}, nats, at most {top:.2f}", spec.names[place], top))
+        page = Image.new("RGB", (640, 200 * len(panels)), "white")
+        values = dict(zip(log_columns(spec), zip(*rows, strict=True), strict=True))
+        for i, (title, names, top) in enumerate(panels):
+            panel = draw_panel(title, values["epoch"], [values[name] for name in names], top)
+            page.paste(panel, (0, 200 * i))
+        save_picture(self.out / "curves.png", page)
+
+    def save_log(self) -> None:
+        rows = [[f"{round(value, 5):.12g}" for value in row] for row in self.state.rows]
+        text = "".join(",".join(row) + "\n" for row in [log_columns(self.state.spec), *rows])
+        write_file(self.out / "log.csv", text.encode())
 
     def save(self, keeps: bool, stops: bool) -> None:
         """Saves last.pt, after a copy that is kept, so that no kill leaves out the copy."""
-        path, log = self.log.out / "last.pt", self.log
-        raw = to_bytes(gather_checkpoint(self.state, self.args, self.fingerprint, log.rows))
-        log.attempt("log.csv", log.save)
+        raw = to_bytes(gather_checkpoint(self.state, self.args, self.fingerprint))
+        self.attempt("log.csv", self.save_log)
         if keeps:
-            kept = path.with_name(f"epoch_{self.state.place[0]:04d}.pt")
-            log.attempt("checkpoint", write_file, kept, raw)
-        try:
-            write_file(path, raw)
-            self.failed_saves = 0
-        except OSError as error:
-            self.failed_saves += 1
-            if stops or self.failed_saves > MOST_FAILED_SAVES:
-                raise
-            print(f"{path}: {error.strerror}; training goes on and tries again", file=sys.stderr)
-        if not stops:
+            kept = self.out / f"epoch_{self.state.place[0]:04d}.pt"
+            self.attempt("checkpoint", write_file, kept, raw)
+        if stops:
+            write_file(self.out / "last.pt", raw)
+        else:
+            self.attempt("last.pt", write_file, self.out / "last.pt", raw)
             self.save_grid("last")
 
-    def finish(self) -> None:
-        """The last grid, training.gif, log.csv and curves.png."""
-        self.save_grid("last")
-        self.log.attempt("training.gif", save_animation, self.log.out)
-        self.log.close()
+    def close(self) -> None:
+        """The newest log.csv and curves.png; the end of TensorBoard's events."""
+        self.attempt("curves.png", self.save_curves)
+        self.attempt("log.csv", self.save_log)
+        if self.board:
+            self.attempt("TensorBoard", self.board.close)
 
 
 # train --------------------------------------------------------------------------------------------
@@ -1714,8 +1675,7 @@ def train(args: Namespace) -> int:
         describe(state, args, len(pictures.x), last_step)
         write_file(out / "args.json", json.dumps(vars(args), indent=2).encode() + b"\n")
         (out / "samples").mkdir(exist_ok=True)
-        log = Log(out, state.spec, ckpt["rows"].tolist() if ckpt else [], state.step)
-        recorder = Recorder(state, args, pictures, log, last_step, end)
+        recorder = Recorder(state, args, pictures, last_step, end)
         stopped_by = loop(state, args, pictures, recorder)
     return report(state, recorder, stopped_by)
 
@@ -1773,7 +1733,7 @@ def loop(state: State, args: Namespace, pictures: Pictures, recorder: Recorder) 
                 state.step += 1
                 stops = recorder.after_step(bool(caught))
     except Diverged:
-        recorder.log.close()  # it shows how it came to this
+        recorder.close()  # it shows how it came to this
         raise
     finally:
         if recorder.in_terminal and not stops:
@@ -1783,7 +1743,7 @@ def loop(state: State, args: Namespace, pictures: Pictures, recorder: Recorder) 
 
 def report(state: State, recorder: Recorder, stopped_by: int | None) -> int:
     """Prints how a start has ended; returns the exit code. Raises Diverged for a useless run."""
-    path, finished = recorder.log.out / "last.pt", state.step == recorder.last_step
+    path, finished = recorder.out / "last.pt", state.step == recorder.last_step
     steps = f"{state.step:,} steps, {state.epochs:.1f} epochs, {state.minutes:.1f} minutes in all"
     far_off = [
         f"{name} is {value:.0f}"
