@@ -961,7 +961,7 @@ def unusual(args: Namespace, usual_range: list[float]) -> str:
 def parse_args(argv: list[str] | None = None) -> Namespace:
     """The flags and the mode. Raises UserError for what is wrong or has no effect."""
     parser = infogan.Parser("generate.py", __doc__, FLAGS, MORE)
-    given = parser.given(argv)
+    given = vars(parser.parse_args(argv))
     args, given = Namespace(**parser.defaults | given), {f"--{name}" for name in given}
     args.mode = next((mode for mode in MODES if mode in given), "sheets")
     for flag in sorted(given - {"--ckpt", "--device", args.mode}):

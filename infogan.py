@@ -1200,8 +1200,6 @@ def load_net(path: str | Path | dict, key: str, device: str) -> Generator | Disc
         net.load_state_dict(ckpt[key], assign=True)
     except Exception as error:  # of any kind here too
         raise UserError(f"{ckpt['path']}: its {key} does not fit its own flags") from error
-    if not all(w.isfinite().all() for w in net.state_dict().values()):
-        raise UserError(f"{ckpt['path']}: its {key} has weights that are not finite")
     net = net.float().eval().requires_grad_(False)
     return net.to(device, memory_format=torch.contiguous_format)
 
@@ -1210,12 +1208,6 @@ def load_generator(path: str | Path | dict, device: str = "cpu") -> tuple[Genera
     """(G, spec) of a file or of load_checkpoint's dict: `x = G(spec.join(spec.sample(n, rng)))`."""
     G = load_net(path, "G_ema", device)
     return G, G.spec
-
-
-def load_encoder(path: str | Path | dict, device: str = "cpu") -> tuple[Callable, CodeSpec]:
-    """(Q, spec): Q reads codes from pictures in [-1, 1], see Discriminator.read."""
-    D = load_net(path, "D", device)
-    return D.read, D.spec
 
 
 def check_finite(step: int, metrics: dict[str, float]) -> None:
@@ -1279,8 +1271,7 @@ SIGNALS = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
 @contextmanager
 def locked(out: Path) -> Iterator[None]:
     """A run's folder, made if missing, for this process alone: the lock ends with the process."""
-    names = (path.name for path in out.glob("*"))
-    others = sorted(name for name in names if not re.fullmatch(IGNORED, name))
+    others = sorted(p.name for p in out.glob("*") if not re.fullmatch(IGNORED, p.name))
     if others and not any(re.fullmatch(r"args\.json|last\.pt|epoch_.*\.pt", n) for n in others):
         raise UserError(f"--out {out}: has {others[0]} but no run in it; give another folder")
     lock = FileLock(out / ".lock", timeout=0)
@@ -1307,7 +1298,7 @@ def differences(args: Namespace, before: dict, names: Collection[str]) -> list[s
     return [
         f"{as_typed(name, before[name])}, not {as_typed(name, new)}"
         for name, new in vars(args).items()
-        if name in names and name in before and new not in (None, AUTO, before[name])
+        if name in names and new not in (None, AUTO, before.get(name, new))
     ]
 
 
@@ -1337,11 +1328,6 @@ def find_checkpoint(args: Namespace) -> dict | None:
         except UserError as error:
             print(error, file=sys.stderr)
             continue
-        if "opt_G" not in ckpt:
-            why = (
-                "its checkpoint is for generate.py only (by --shrink); --init begins a run with it"
-            )
-            raise UserError(f"{path}: {why}, {NEW_RUN}")
         allowed = [] if args.allow_changes else ALLOWED
         refuse(args, differences(args, ckpt["args"], KEPT + allowed))
         print(f"resuming from {path}, step {ckpt['step']:,}")
@@ -1356,25 +1342,21 @@ def find_checkpoint(args: Namespace) -> dict | None:
 @contextmanager
 def caught_signals() -> Iterator[list[int]]:
     """Collects signals that ask a run to stop; a second INT, TERM or HUP stops it at once."""
-    before, caught = {number: signal.getsignal(number) for number in SIGNALS}, []
+    caught, before = [], {}
 
     def note(number: int, _frame: object) -> None:
         caught.append(number)
         if number in SIGNALS[:3]:
             signal.signal(number, before[number])
 
-    def handle(handlers: dict) -> None:
-        for number, handler in handlers.items():
-            # ignored: by nohup, or a shell for a job with &; None: a handler that is not Python's
-            if before[number] not in (signal.SIG_IGN, None):
-                with suppress(ValueError):  # in a thread of another program, which has its own
-                    signal.signal(number, handler)
-
-    handle(dict.fromkeys(SIGNALS, note))
+    for number in SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:  # by nohup, or a shell for a job with &
+            before[number] = signal.signal(number, note)
     try:
         yield caught
     finally:
-        handle(before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 # display ------------------------------------------------------------------------------------------
@@ -1664,15 +1646,25 @@ def train(args: Namespace) -> int:
     choose_precision(args, device)
     with locked(out):
         ckpt = find_checkpoint(args)
-        pictures = open_pictures(args, ckpt)
-        state = open_state(args, ckpt, device, len(pictures.x))
+        if ckpt:
+            args.channels = ckpt["args"]["channels"]
+            args.init = args.init or ckpt["args"].get("init")
+        form = args.image_size, args.channels, args.crop
+        pictures = load_pictures(args.data, *form, exclude=args.exclude or ())
+        if ckpt and not args.allow_changes and ckpt["fingerprint"] != pictures.fingerprint:
+            refuse(args, ["other pictures"])
+        n, args.channels = len(pictures.x), pictures.x.shape[3]
+        state = new_state(args, device)
+        state.per_epoch = n // min(args.batch_size, n)
+        if begin := ckpt or (args.init and load_checkpoint(args.init)):
+            restore(state, begin, weights_only=not ckpt)
         step, epoch = state.changed
         last_step = step + (args.epochs - epoch) * state.per_epoch
         last_step = min(last_step, args.max_steps or math.inf)
         if state.step >= last_step:
             print(f"{out} is finished, {state.step:,} steps; raise --epochs or --max-steps")
             return 0
-        describe(state, args, len(pictures.x), last_step)
+        describe(state, args, n, last_step)
         write_file(out / "args.json", json.dumps(vars(args), indent=2).encode() + b"\n")
         (out / "samples").mkdir(exist_ok=True)
         recorder = Recorder(state, args, pictures, last_step, end)
@@ -1680,33 +1672,8 @@ def train(args: Namespace) -> int:
     return report(state, recorder, stopped_by)
 
 
-def open_pictures(args: Namespace, ckpt: dict | None) -> Pictures:
-    """The run's pictures; sets args.channels. Raises UserError where they are not those of ckpt."""
-    channels = ckpt["args"]["channels"] if ckpt else args.channels
-    pictures = load_pictures(
-        args.data, args.image_size, channels, args.crop, exclude=args.exclude or ()
-    )
-    if ckpt and not args.allow_changes and ckpt["fingerprint"] != pictures.fingerprint:
-        refuse(args, ["other pictures"])
-    args.channels = pictures.x.shape[3]
-    return pictures
-
-
-def open_state(args: Namespace, ckpt: dict | None, device: torch.device, n: int) -> State:
-    """A new run's state for n pictures, or that of ckpt; --init begins with another's weights."""
-    begin = ckpt or (args.init and load_checkpoint(args.init))
-    args.init = args.init or (ckpt and ckpt["args"].get("init"))
-    state = new_state(args, device)
-    state.per_epoch = n // min(args.batch_size, n)
-    if begin:
-        restore(state, begin, weights_only=not ckpt)
-    return state
-
-
 def describe(state: State, args: Namespace, n: int, last_step: int) -> None:
     """Prints what the run works with, and what is unusual about it."""
-    if args.recipe == "notebook":
-        print("--recipe notebook: the notebook's settings and its defects, to compare with")
     if last_step < 1000 and not args.max_minutes:
         print(f"{last_step} steps are too few to learn from; raise --epochs or --max-steps")
     if n < 1000 and not args.init:
@@ -1880,7 +1847,9 @@ def spec_of(args: Namespace) -> CodeSpec:
 
 
 class Parser(ArgumentParser):
-    """Flags from a table like FLAGS, of every program here; errors in one line, without the usage.
+    """Flags from a table like FLAGS, of every program here; parse_args tells only the given ones.
+
+    Errors are one line, without the usage.
 
     more: argparse's own settings of some flags, by their names in args.
     """
@@ -1914,10 +1883,6 @@ class Parser(ArgumentParser):
         check_limits({name: text}, {name: kind})
         return text
 
-    def given(self, argv: list[str] | None) -> dict:
-        """Only the flags that argv has, by their names in args. Raises UserError for others."""
-        return vars(self.parse_args(argv))
-
     def error(self, message: str) -> None:
         raise UserError(f"{message}; see --help")
 
@@ -1928,11 +1893,10 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     --channels, --amp and --cuda-graph wait for pictures and device.
     """
     parser = Parser("infogan.py", __doc__.split("\nSections")[0], FLAGS, MORE)
-    given, shape = parser.given(argv), {}
+    given, shape = vars(parser.parse_args(argv)), {}
     if init := given.get("init"):
-        run = Path(given.get("out", ""), "last.pt")  # has them too, should the file be gone
-        before = load_checkpoint(run if "out" in given and not os.path.exists(init) else init)
-        shape = {name: before["args"][name] for name in LIMITS}
+        before = load_checkpoint(init)["args"]
+        shape = {name: before[name] for name in LIMITS}
         if other := differences(Namespace(**shape | given), shape, LIMITS):
             raise UserError(f"--init {init} has {', '.join(other)}; leave these flags out")
     data = given.get("data")
@@ -1978,12 +1942,8 @@ def run(
 
 def as_program(main: Callable[[], int]) -> None:
     """Runs main and ends the process, with streams that take any letter."""
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)
-        if getattr(stream, "closed", stream is None):  # in a service, or after >&-
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
-        with suppress(AttributeError, ValueError):  # those of a notebook have no reconfigure
-            stream.reconfigure(errors="backslashreplace")
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")
     sys.exit(main())
 
 

@@ -391,7 +391,7 @@ def test_no_run_goes_on_from_a_shrunken_checkpoint(ckpt, faces, tmp_path, capsys
     run("--ckpt", ckpt, "--shrink", last)
     refused(capsys, ["--ckpt", ckpt, "--shrink", last], "last.pt", "exists")
     assert infogan.main(tiny(faces, tmp_path, "--max-steps", 4, "--n-cont", 3)) == 2
-    said_one_line(capsys, "for generate.py only", "another --out")
+    said_one_line(capsys, "training cannot go on from it", "another --out")
 
 
 def test_codes_of_pictures_that_are_there_are_kept(here, capsys):
