@@ -559,10 +559,10 @@ def labelled(name: str, form: tuple[int, int, str]) -> tuple[Tensor, list[str], 
     """
     if os.path.isfile(name):
         raise UserError(f"--sort {name}: must be a folder; --read takes single pictures")
-    pictures = load_pictures(name, *form, flag="--sort")
+    pictures = load_pictures(name, *form)
     x, files = pictures.x, pictures.names
     if name in infogan.NAMED_SETS:
-        classes = [str(label) for _, label in infogan.open_named_set(name, "--sort")]
+        classes = [str(label) for _, label in infogan.open_named_set(name)]
         return x, files, [classes[int(number)] for number in files]
     files = [os.path.relpath(file, os.path.realpath(name)) for file in files]
     return x, files, [Path(file).parent.name for file in files]

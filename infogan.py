@@ -59,7 +59,7 @@ from datetime import timedelta
 from fnmatch import fnmatch
 from functools import lru_cache, partial
 from hashlib import sha256
-from itertools import chain, cycle, pairwise
+from itertools import cycle, pairwise
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -564,7 +564,7 @@ class State:
     changed: tuple[int, int] = (0, 0)  # the step and epoch from which per_epoch holds
     minutes: float = 0.0  # of training, over all starts
     sums: dict[str, Tensor] = field(default_factory=dict)  # of metrics, since the last row
-    rows: list[list[float]] = field(default_factory=list)  # of log.csv
+    rows: list[dict[str, float]] = field(default_factory=list)  # of log.csv
 
     @property
     def place(self) -> tuple[int, int]:
@@ -605,13 +605,6 @@ class Batch(NamedTuple):
 
 
 Metrics = dict[str, Tensor]  # by METRICS' names and the codes', each a number
-
-
-class Variant(NamedTuple):
-    """The kind of a step. There is a CUDA graph for each, because a graph has no branches."""
-
-    with_r1: bool
-    with_shifts: bool  # of the pictures that D sees
 
 
 # a new loss: its function under "objective", two lines in train_step (loss; values, in the same
@@ -671,10 +664,10 @@ def train_step(state: State, args: Namespace, batch: Batch) -> Metrics:
     return {k: v.detach() for k, v in zip([*METRICS, *spec.names], values, strict=True)}
 
 
-def variant(state: State, args: Namespace) -> Variant:
-    """The kind of step whose turn it is."""
+def variant(state: State, args: Namespace) -> tuple[bool, bool]:
+    """Whether the step whose turn it is has R1, and shifts: a CUDA graph has no branches."""
     with_r1 = args.r1 > 0 and state.epochs >= args.r1_from and state.step % R1_EVERY == 0
-    return Variant(with_r1, max_shift_at(state, args) > 0)
+    return with_r1, max_shift_at(state, args) > 0
 
 
 SHIFT_EPOCHS = 40  # D remembers only what it has seen often: shifts grow until then
@@ -887,30 +880,30 @@ def find_pictures(root: Path, exclude: Sequence[str] = ()) -> list[Path]:
             inside = file.relative_to(root).as_posix()
             if by := [pattern for pattern in exclude if fnmatch(inside, pattern)]:
                 passed_over[f"by --exclude {by[0]}"] += 1
-            elif suffix not in suffixes:
-                passed_over[f"of {suffix or 'no suffix'}"] += not file.name.startswith(".")
             elif file.name.startswith("."):
                 passed_over["hidden"] += 1
+            elif suffix not in suffixes:
+                passed_over[f"of {suffix or 'no suffix'}"] += 1
             else:
                 files.append(file)
-    most = [f"{n:,} {what}" for what, n in (+passed_over).most_common()]
+    most = [f"{n:,} {what}" for what, n in passed_over.most_common()]
     if most:
         print(f"passed over in {root}: {first_ten(most)}")
     return sorted(files)
 
 
-def open_named_set(name: str, flag: str) -> Collection[tuple]:
+def open_named_set(name: str) -> Collection[tuple]:
     """torchvision's (picture, label) pairs, downloaded where they are missing."""
     kind, file = NAMED_SETS[name]
     path = DATA / file
     try:
         from torchvision import datasets  # only here: few runs need it
 
-        return getattr(datasets, kind)(DATA, download=not path.exists())
+        return getattr(datasets, kind)(DATA, download=True)
     except Exception as error:  # of any kind: torchvision and scipy raise them
         why = f"torchvision cannot get it, or {path} is damaged or not all: delete it, and the same"
         why += f" command gets it again ({type(error).__name__}: {error})"
-        raise UserError(f"{flag} {name}: {why}") from error
+        raise UserError(f"{name}: {why}") from error
 
 
 def to_square(image: Image.Image, size: int, channels: int, crop: str) -> Image.Image:
@@ -971,11 +964,11 @@ def remarks(pictures: Pictures, crop: str) -> str:
     return text
 
 
-def decode(flag: str, root: Path, items: dict, form: tuple, write: Callable) -> dict:
+def decode(root: Path, items: dict, form: tuple, write: Callable) -> dict:
     """Decodes paths or pictures, by their names, and writes the bytes of each.
 
-    Returns the other values of Pictures, and the shape of its x. flag, with its value, names the
-    set, which is in root. form: size, channels, crop.
+    Returns the other values of Pictures, and the shape of its x. root: where the set is. form:
+    size, channels, crop.
     """
     kept, names, unreadable = {}, [], []  # kept: the size of each in its file, by its hash
     Image.init()  # loads Pillow's formats, which threads must not do at the same time
@@ -997,7 +990,7 @@ def decode(flag: str, root: Path, items: dict, form: tuple, write: Callable) -> 
     if unreadable:
         summary += f", unreadable files skipped: {len(unreadable):,} ({first_ten(unreadable)})"
     if n < 2:
-        raise UserError(f"{flag}: {n} pictures{summary}, at least 2 are needed; {hint(root)}")
+        raise UserError(f"{root}: {n} pictures{summary}, at least 2 are needed; {hint(root)}")
     size, channels, crop = form
     return {
         "shape": (n, size, size, channels),
@@ -1019,21 +1012,6 @@ def hint(root: Path) -> str:
     return "give a folder of pictures; `make data` downloads faces, `make demo` draws some"
 
 
-def cache_folder() -> Path:
-    """The user's own: a folder of pictures may be read-only, or shared."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "infogan")
-
-
-def stamp_of(files: list[Path]) -> str:
-    """Changes with every file's name, size and time."""
-    stamp = sha256()
-    for file in files:
-        stamp.update(os.fsencode(file))
-        with suppress(OSError):  # an unreadable one counts by its name
-            stamp.update(f" {file.stat().st_size} {file.stat().st_mtime_ns}\0".encode())
-    return stamp.hexdigest()
-
-
 def read_cache(path: Path, stamp: str) -> Pictures | None:
     """x is mapped into memory; None where the file is missing, damaged, or of other files."""
     with suppress(Exception), zipfile.ZipFile(path) as archive:
@@ -1049,39 +1027,44 @@ def load_pictures(
     size: int,
     channels: int | None = None,
     crop: str = "centre",
-    flag: str = "--data",
     exclude: Sequence[str] = (),
 ) -> Pictures:
     """A folder or a named set, decoded once: later starts map the cache's file into memory.
 
-    channels None takes what the set has: 1 when every picture is grey, else 3. crop: the "centre"
-    or the "top" of tall pictures. exclude: see find_pictures.
-    Exact copies and unreadable files are left out and counted.
-    Raises UserError, with the flag that names the set, when fewer than two remain.
+    channels None: 1 when every picture is grey, else 3. crop: the "centre" or the "top" of tall
+    pictures. exclude: see find_pictures. Exact copies and unreadable files are counted, left out.
+    Raises UserError when fewer than two remain.
     """
     named = data in NAMED_SETS
     root = DATA / NAMED_SETS[data][1] if named else Path(data)
     root, form = root.resolve(), (size, channels or 3, crop)  # one set, however its path is written
     if not named and not root.is_dir():
-        raise UserError(f"{flag} {data}: no such folder; {hint(root)}")
+        raise UserError(f"{data}: no such folder; {hint(root)}")
     files = [root] if named else find_pictures(root, exclude)
-    stamp = stamp_of(files)
     place = sha256(os.fsencode(f"{DECODER_VERSION} {form} {root}")).hexdigest()
-    path = cache_folder() / f"{place[:16]}.pixels"
+    stamp = sha256()  # changes with every file's name, size and time
+    for file in files:
+        stamp.update(os.fsencode(file))
+        with suppress(OSError):  # an unreadable one counts by its name
+            stamp.update(f" {file.stat().st_size} {file.stat().st_mtime_ns}\0".encode())
+    stamp = stamp.hexdigest()
+    # the user's own folder: one of pictures may be read-only, or shared
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "infogan")
+    path = folder / f"{place[:16]}.pixels"
     pictures = read_cache(path, stamp)
     if not pictures:
         items = {file: file for file in files}
         if named:
-            items = dict(enumerate(x for x, _ in open_named_set(data, flag)))
+            items = dict(enumerate(x for x, _ in open_named_set(data)))
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
             with replacing(path) as file:  # pixels as they are decoded, so no set is too large
-                values = decode(f"{flag} {data}", root, items, form, file.write)
+                values = decode(root, items, form, file.write)
                 with zipfile.ZipFile(file, "a") as archive:  # which readers find from the end
                     archive.writestr("values", json.dumps(values | {"stamp": stamp}))
         except OSError as error:
-            why = "decoded pictures must go somewhere; XDG_CACHE_HOME names another folder"
-            raise UserError(f"{path}: {error.strerror}; {why}") from error
+            cure = "decoded pictures must go somewhere: XDG_CACHE_HOME names another folder"
+            raise UserError(f"{error}; {cure}") from error
         pictures = read_cache(path, stamp)
     print(f"{len(pictures.x):,} pictures in {data}{pictures.summary}{remarks(pictures, crop)}")
     parts = pictures.x.split(100)
@@ -1112,8 +1095,8 @@ def next_batch(state: State, args: Namespace, pictures: Pictures) -> Batch:
     n, device, x = min(args.batch_size, len(pictures.x)), state.device, pictures.x
     epoch, i = state.place
     rows = pictures.order[shuffled(len(x), args.seed, epoch)[i * n : (i + 1) * n]]
-    rows = to_device(rows, x.device)
-    real = make_batch(x.index_select(0, rows), args.flip, state.rng, device)
+    real = x.index_select(0, to_device(rows, x.device))
+    real = make_batch(real, args.flip, state.rng, device)
     codes = state.spec.sample(n, state.rng)
     # what losses_of_change expects: neighbours that share their categories; a last quarter that are
     # the first with one code changed
@@ -1121,15 +1104,14 @@ def next_batch(state: State, args: Namespace, pictures: Pictures) -> Batch:
     if args.lam_local and state.spec.names:
         n_codes = state.spec.n_cat if args.local_to == "cat" else len(state.spec.names)
         codes = vary(codes, n_codes, state.rng)
-    codes = Codes(*(to_device(c, device) for c in codes))
-    u = to_device(torch.rand(n, N_U, generator=state.rng), device)
-    numbers = float(max_shift_at(state, args)), beta_at(state, args)
-    return Batch(real, codes, u, *(torch.full((), v, device=device) for v in numbers))
+    u = torch.rand(n, N_U, generator=state.rng)
+    numbers = torch.tensor([max_shift_at(state, args), beta_at(state, args)])
+    return tree_map(lambda t: to_device(t, device), Batch(real, codes, u, *numbers))
 
 
 # checkpoint ---------------------------------------------------------------------------------------
 # gather_checkpoint: all that a run needs to resume. restore: puts it back. find_checkpoint (run
-# folder): from which file, and whether the flags fit (KEPT, ALLOWED and PRINTED, below FLAGS).
+# folder): whether the flags fit (KEPT, ALLOWED and PRINTED, below FLAGS).
 
 FORMAT = 2
 LOWER_LR = "last.pt is the last good one, if saved. Lower --lr-g and --lr-d"
@@ -1186,7 +1168,7 @@ def load_checkpoint(path: str | Path) -> dict:
         check_limits(ckpt["args"], LIMITS)
     except Exception as error:  # of any kind: the file is at fault
         why = f"broken, or not a checkpoint of this infogan.py ({error!r:.99})"
-        raise UserError(f"{path}: {why}") from error
+        raise UserError(f"{path}: {why}; a copy of epoch_*.pt can take its place") from error
     return ckpt | {"path": str(path)}
 
 
@@ -1230,7 +1212,7 @@ def gather_checkpoint(state: State, args: Namespace, fingerprint: str) -> dict:
         "args": vars(args),
         "fingerprint": fingerprint,
         "rng": state.rng.get_state(),
-        "rows": torch.tensor(state.rows, dtype=torch.float64),
+        "rows": torch.tensor([[*row.values()] for row in state.rows], dtype=torch.float64),
     }
 
 
@@ -1248,9 +1230,8 @@ def restore(state: State, ckpt: dict, weights_only: bool = False) -> None:
         for name in COUNTS:
             setattr(state, name, ckpt.get(name, getattr(state, name)))
         state.sums = tree_map(lambda value: value.to(state.device), state.sums)
-        state.rows, columns = ckpt["rows"].tolist(), log_columns(state.spec)
-        if {*map(len, state.rows)} - {len(columns)} or not {*state.sums} <= {*columns}:
-            raise ValueError("METRICS has changed")  # log.csv would lose rows
+        columns = log_columns(state.spec)  # a run with other ones would lose rows
+        state.rows = [dict(zip(columns, row, strict=True)) for row in ckpt["rows"].tolist()]
         state.rng.set_state(ckpt["rng"].clone())  # torch reads a wrong part of a view
     except Exception as error:  # of any kind here too
         cure = "give another --init" if weights_only else NEW_RUN
@@ -1272,7 +1253,7 @@ SIGNALS = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
 def locked(out: Path) -> Iterator[None]:
     """A run's folder, made if missing, for this process alone: the lock ends with the process."""
     others = sorted(p.name for p in out.glob("*") if not re.fullmatch(IGNORED, p.name))
-    if others and not any(re.fullmatch(r"args\.json|last\.pt|epoch_.*\.pt", n) for n in others):
+    if others and {"args.json", "last.pt"}.isdisjoint(others):
         raise UserError(f"--out {out}: has {others[0]} but no run in it; give another folder")
     lock = FileLock(out / ".lock", timeout=0)
     out.mkdir(parents=True, exist_ok=True)
@@ -1318,25 +1299,17 @@ def refuse(args: Namespace, changes: list[str]) -> None:
 
 
 def find_checkpoint(args: Namespace) -> dict | None:
-    """last.pt of the run in args.out, else its newest that can be read; None in a new folder."""
-    out = Path(args.out)
-    kept = sorted(out.glob("epoch_*.pt"), key=lambda path: (len(path.name), path.name))
-    paths = [*out.glob("last.pt"), *reversed(kept)]
-    for path in paths:
-        try:
-            ckpt = load_checkpoint(path)
-        except UserError as error:
-            print(error, file=sys.stderr)
-            continue
-        allowed = [] if args.allow_changes else ALLOWED
-        refuse(args, differences(args, ckpt["args"], KEPT + allowed))
-        print(f"resuming from {path}, step {ckpt['step']:,}")
-        if changes := differences(args, ckpt["args"], PRINTED):
-            print(f"until now it had {', '.join(changes)}")
-        return ckpt
-    if paths:
-        raise UserError(f"{out}: none of its checkpoints can be read; {NEW_RUN}")
-    return None
+    """last.pt of the run in args.out, if it fits the flags; None in a new folder."""
+    path = Path(args.out, "last.pt")
+    if not path.exists():
+        return None
+    ckpt = load_checkpoint(path)
+    allowed = [] if args.allow_changes else ALLOWED
+    refuse(args, differences(args, ckpt["args"], KEPT + allowed))
+    print(f"resuming from {path}, step {ckpt['step']:,}")
+    if changes := differences(args, ckpt["args"], PRINTED):
+        print(f"until now it had {', '.join(changes)}")
+    return ckpt
 
 
 @contextmanager
@@ -1394,9 +1367,10 @@ def save_animation(out: Path) -> None:
         ImageDraw.Draw(frame).text((6, 4), f"epoch {epochs[i]}", "black", font)
         frames.append(frame.quantize(256))  # a palette for each: few shades would show as steps
     if len(frames) > 1:
-        rest = {"save_all": True, "append_images": frames[1:], "loop": 0}
-        rest["duration"] = [250] * (len(frames) - 1) + [2000]  # milliseconds
-        save_picture(out / "training.gif", frames[0], **rest)
+        duration = [250] * (len(frames) - 1) + [2000]  # milliseconds
+        first, *rest = frames
+        how = {"append_images": rest, "loop": 0, "duration": duration}
+        save_picture(out / "training.gif", first, save_all=True, **how)
 
 
 def tell_apart(x: Tensor, y: Tensor) -> float:
@@ -1415,29 +1389,25 @@ def log_columns(spec: CodeSpec) -> list[str]:
     return ["step", "epoch", "minutes", *METRICS, *spec.names, "told_apart"]
 
 
-def draw_panel(
-    title: str, epochs: Sequence[float], lines: list[Sequence[float]], top: float
-) -> Image.Image:
+def draw_panel(title: str, epochs: Tensor, lines: Tensor, top: float) -> Image.Image:
     """A chart of 640x200 that shows zero, `top` and all but the most extreme 2% of the values."""
     colours = cycle(("#1f77b4", "#d62728", "#2ca02c", "#ff7f0e", "#9467bd", "#8c564b", "#e377c2"))
-    values, panel = sorted(chain(*lines)), Image.new("RGB", (640, 200), "white")
+    panel = Image.new("RGB", (640, 200), "white")
     pen, font = ImageDraw.Draw(panel), ImageFont.load_default(13)
-    few, first, last = len(values) // 50, epochs[0], epochs[-1]
-    low, high = min(0.0, values[few]), max(top, values[-1 - few])
+    low, high = lines.quantile(0.02).clamp(max=0), lines.quantile(0.98).clamp(min=top)
 
-    def at(epoch: float, v: float) -> tuple[float, float]:
-        v = min(max(v, low), high)
-        return 50 + 570 * (epoch - first) / (last - first), 175 - 145 * (v - low) / (high - low)
+    def height(v: Tensor) -> list[float]:
+        return (175 - 145 * (v.clamp(low, high) - low) / (high - low)).tolist()
 
     pen.text((50, 8), title, "black", font)
-    for v in (0.0, high):
-        pen.line([at(first, v), at(last, v)], "#dddddd")
-        pen.text((44, at(first, v)[1]), f"{v:.2f}", "black", font, anchor="rm")
+    for v in (torch.zeros(()), high):
+        pen.line([(50, height(v)), (620, height(v))], "#dddddd")
+        pen.text((44, height(v)), f"{v:.2f}", "black", font, anchor="rm")
+    x = (50 + 570 * (epochs - epochs[0]) / (epochs[-1] - epochs[0])).tolist()
     for line, colour in zip(lines, colours, strict=False):
-        pen.line([*map(at, epochs, line)], colour, 2)
-    for epoch in torch.linspace(first, last, 5).tolist():
-        text = f"epoch {epoch:.3g}"
-        pen.text((at(epoch, low)[0], 180), text, "black", font, anchor="ma")
+        pen.line([*zip(x, height(line), strict=True)], colour, 2)
+    for k, epoch in enumerate(torch.linspace(epochs[0], epochs[-1], 5)):
+        pen.text((50 + 570 * k / 4, 180), f"epoch {epoch:.3g}", "black", font, anchor="ma")
     return panel
 
 
@@ -1458,8 +1428,8 @@ class Recorder:
     ):
         self.state, self.args, self.fingerprint = state, args, pictures.fingerprint
         self.out, self.last_step, self.end = Path(args.out), last_step, end
-        self.row, self.failed, self.in_terminal = {}, set(), sys.stderr.isatty()
-        self.told_apart = state.rows[-1][-1] if state.rows else 1.0
+        self.failed, self.in_terminal = set(), sys.stderr.isatty()
+        self.told_apart = state.rows[-1]["told_apart"] if state.rows else 1.0
         self.batch_size = min(args.batch_size, len(pictures.x))
         self.began = time.monotonic()
         self.first_step, self.minutes_before = state.step, state.minutes
@@ -1484,9 +1454,8 @@ class Recorder:
         try:
             return job(*args)
         except Exception as error:  # viewers, full disks, old packages raise anything
-            name, why = (getattr(error, name, None) for name in ("filename", "strerror"))
             if what not in self.failed:
-                print(f"{name or what}: {why or error}; training goes on", file=sys.stderr)
+                print(f"{what}: {error}; training goes on", file=sys.stderr)
             self.failed.add(what)
 
     def is_due(self, what: str, seconds: float, epochs: int = 0) -> bool:
@@ -1520,19 +1489,18 @@ class Recorder:
         if stops:  # after last.pt: a second signal may end us
             self.save_grid("last")
             self.attempt("training.gif", save_animation, self.out)
-            self.close()
         return stops
 
     def add_row(self) -> None:
         """The next row of log.csv, and of TensorBoard."""
         state = self.state
-        self.row = {"step": state.step, "epoch": state.epochs, "minutes": state.minutes}
-        self.row |= self.means() | {"told_apart": self.told_apart}
-        state.rows.append([*self.row.values()])
+        row = {"step": state.step, "epoch": state.epochs, "minutes": state.minutes}
+        row |= self.means() | {"told_apart": self.told_apart}
+        state.rows.append(row)
         state.sums = {}
         if self.board:
-            self.attempt("TensorBoard", self.add_to_board)
-        check_finite(state.step, self.row)
+            self.attempt("TensorBoard", self.add_to_board, row)
+        check_finite(state.step, row)
 
     def means(self) -> dict[str, float]:
         """Of the metrics, since the last row."""
@@ -1544,13 +1512,13 @@ class Recorder:
 
         return SummaryWriter(str(self.out), purge_step=self.state.step + 1)
 
-    def add_to_board(self) -> None:
+    def add_to_board(self, row: dict[str, float]) -> None:
         """One event for the whole row: one for each value takes as long as a GPU's step."""
         from tensorboard.compat.proto.summary_pb2 import Summary
 
-        groups = {name: "L_I" if name in self.state.spec.names else "GAN" for name in self.row}
-        values = [{"tag": f"{groups[k]}/{k}", "simple_value": v} for k, v in self.row.items()]
-        self.board.file_writer.add_summary(Summary(value=values), self.state.step)
+        groups = {name: "L_I" if name in self.state.spec.names else "GAN" for name in row}
+        values = [{"tag": f"{groups[name]}/{name}", "simple_value": row[name]} for name in row]
+        self.board.file_writer.add_summary(Summary(value=values), row["step"])
 
     def show(self, stops: bool) -> None:
         """The line of progress: in a terminal one that changes, in a file a new one."""
@@ -1558,7 +1526,7 @@ class Recorder:
         now, epochs = time.monotonic(), round(state.epochs + steps / state.per_epoch, 1)
         speed = (state.step - self.first_step) / (now - self.began)  # steps a second
         left = timedelta(seconds=max(0, round(min(steps / speed, self.end - now, 1e10))))
-        row, spec = self.row or self.means(), state.spec  # soon, however slow the steps are
+        row, spec = state.rows[-1] if state.rows else self.means(), state.spec
         text = f"epoch {state.epochs:.1f}/{epochs:.12g}"
         text += f"  D {row['loss_D']:.2f}  G {row['loss_G']:.2f}"
         for kind, place in spec.kinds.items():  # the mean L_I, beside its ceiling
@@ -1590,28 +1558,27 @@ class Recorder:
 
     def save_curves(self) -> None:
         """curves.png: losses, D's mean probabilities, and each code's L_I below its ceiling."""
-        rows, spec = (
-            [row for row in self.state.rows if all(map(math.isfinite, row))],
-            self.state.spec,
-        )
-        rows = rows[:: 1 + len(rows) // 1000]  # the page has no pixels for more
+        spec, columns = self.state.spec, log_columns(self.state.spec)
+        rows = torch.tensor([[*row.values()] for row in self.state.rows]).view(-1, len(columns))
+        rows = rows[rows.isfinite().all(1)][:: 1 + len(rows) // 1000]  # pixels show no more
         if len(rows) < 2:
             return
-        panels = [("losses of D (blue) and G (red)", ["loss_D", "loss_G"], 0.0)]
-        panels += [("D(x) (blue) and D(G(z, c)) (red)", ["D_real", "D_fake"], 1.0)]
-        panels += [("real or drawn, told right by nearest neighbours", ["told_apart"], 1.0)]
+        panels = {  # what they show, and what they reach up to
+            "losses of D (blue) and G (red)": (["loss_D", "loss_G"], 0.0),
+            "D(x) (blue) and D(G(z, c)) (red)": (["D_real", "D_fake"], 1.0),
+            "real or drawn, told right by nearest neighbours": (["told_apart"], 1.0),
+        }
         for kind, place in spec.kinds.items():
             top = spec.ceilings[place][0]
-            panels.append((f"L_I of {kind}, nats, at most {top:.2f}", spec.names[place], top))
+            panels[f"L_I of {kind}, nats, at most {top:.2f}"] = spec.names[place], top
         page = Image.new("RGB", (640, 200 * len(panels)), "white")
-        values = dict(zip(log_columns(spec), zip(*rows, strict=True), strict=True))
-        for i, (title, names, top) in enumerate(panels):
-            panel = draw_panel(title, values["epoch"], [values[name] for name in names], top)
-            page.paste(panel, (0, 200 * i))
+        for i, (title, (names, top)) in enumerate(panels.items()):
+            lines = rows.T[[columns.index(name) for name in names]]
+            page.paste(draw_panel(title, rows[:, 1], lines, top), (0, 200 * i))
         save_picture(self.out / "curves.png", page)
 
     def save_log(self) -> None:
-        rows = [[f"{round(value, 5):.12g}" for value in row] for row in self.state.rows]
+        rows = [[f"{round(v, 5):.12g}" for v in row.values()] for row in self.state.rows]
         text = "".join(",".join(row) + "\n" for row in [log_columns(self.state.spec), *rows])
         write_file(self.out / "log.csv", text.encode())
 
@@ -1699,27 +1666,17 @@ def loop(state: State, args: Namespace, pictures: Pictures, recorder: Recorder) 
                 state.add(step_once(state, args, next_batch(state, args, pictures)))
                 state.step += 1
                 stops = recorder.after_step(bool(caught))
-    except Diverged:
-        recorder.close()  # it shows how it came to this
-        raise
     finally:
         if recorder.in_terminal and not stops:
             print(file=sys.stderr)  # what is told next has its own line
+        recorder.close()  # which shows how it came to an error, too
     return next(iter(caught), None)
 
 
 def report(state: State, recorder: Recorder, stopped_by: int | None) -> int:
-    """Prints how a start has ended; returns the exit code. Raises Diverged for a useless run."""
+    """Prints how a start has ended; returns the exit code."""
     path, finished = recorder.out / "last.pt", state.step == recorder.last_step
     steps = f"{state.step:,} steps, {state.epochs:.1f} epochs, {state.minutes:.1f} minutes in all"
-    far_off = [
-        f"{name} is {value:.0f}"
-        for name, value in recorder.row.items()
-        if name.startswith(("loss", "cat", "cont")) and abs(value) > 50
-    ]
-    if finished and far_off:
-        cure = "it has learned nothing; give another --out, and smaller --lr-g and --lr-d"
-        raise Diverged(f"{steps}, but {far_off[0]}: {cure}")
     why, advice = "time is up", "the same command resumes"
     if finished:
         why, advice = "finished", f"see python generate.py --ckpt {shlex.quote(str(path))}"
@@ -1742,6 +1699,7 @@ RECIPES = {  # what differs from the defaults in FLAGS
 "mnist": dict(upsample="transposed", cont_at=4, width=32, batch_size=64, lr_g=1e-3, z_dim=16,
     r1=0.1, lam_identity=0.0, q_augment=1.0, lam_real=1.0, shift=0.0),
 }
+WEIGHT = (0.0, 1000.0)  # limits of a loss's
 FLAGS = {  # by group: flag, default, limits or choices or kind, meaning
 "pictures": [
     ("--data", "data/anime", "FOLDER", f"a folder, or {', '.join(NAMED_SETS)}"),
@@ -1766,23 +1724,23 @@ FLAGS = {  # by group: flag, default, limits or choices or kind, meaning
 ], "objective": [
     ("--recipe", AUTO, [*RECIPES], "default, mnist, or notebook: its settings and faults (default:"
      " by --data)"),
-    ("--lam-cat", 1.0, (0.0, 1000.0), "lambda of each categorical code's L_I"),
-    ("--lam-cont", AUTO, (0.0, 1000.0), "of each continuous code's (default 3 / n_cont, max 0.3)"),
+    ("--lam-cat", 1.0, WEIGHT, "lambda of each categorical code's L_I"),
+    ("--lam-cont", AUTO, WEIGHT, "of each continuous code's (default 3 / n_cont, max 0.3)"),
     ("--cap-cont", AUTO, (0.0, 3.0), "G is rewarded for a continuous code's L_I up to X nats"
      " (default 1.4; with up to 5 codes 3, more than a code can reach)"),
-    ("--lam-identity", 2.0, (0.0, 1000.0), "of the identity loss: pictures of the same categories"
+    ("--lam-identity", 2.0, WEIGHT, "of the identity loss: pictures of the same categories"
      " must have the same colours in the same places"),
-    ("--lam-local", 0.0, (0.0, 1000.0), "of the local loss: one code changes one part of the"
+    ("--lam-local", 0.0, WEIGHT, "of the local loss: one code changes one part of the"
      " picture; try 4"),
     ("--local-to", "all", ["all", "cat"], "the codes that have it: all, or the categorical ones"),
     ("--info-to", "trunk", ["trunk", "head"], "L_I trains Q with D's trunk, or its head alone"),
     ("--q-augment", 0.0, (0.0, 3.0), "how strongly pictures are moved, turned, blurred and relit"
      " before Q reads categorical codes; mnist 1"),
-    ("--lam-real", 0.0, (0.0, 1000.0), "how much a real picture must keep its category when it is"
+    ("--lam-real", 0.0, WEIGHT, "how much a real picture must keep its category when it is"
      " augmented, as strongly as --q-augment says; mnist 1"),
     ("--shift", AUTO, (0.0, 0.5), "D sees pictures shifted by up to this share of their width,"
      f" growing over {SHIFT_EPOCHS} epochs (default 0.125; below 64 pixels 0.0625)"),
-    ("--r1", AUTO, (0.0, 1e3), "D's gradient penalty (default 0.3; below 64 pixels 0.01)"),
+    ("--r1", AUTO, WEIGHT, "D's gradient penalty (default 0.3; below 64 pixels 0.01)"),
     ("--r1-from", AUTO, (0, 10**9), "the epoch from which it acts (default 0; below 64 pixels, if"
      " --r1 is not given, 75)"),
     ("--ema", 0.03, (0.0, 1.0), "half-life of G's average, as a share of its steps"),
@@ -1849,14 +1807,13 @@ def spec_of(args: Namespace) -> CodeSpec:
 class Parser(ArgumentParser):
     """Flags from a table like FLAGS, of every program here; parse_args tells only the given ones.
 
-    Errors are one line, without the usage.
-
     more: argparse's own settings of some flags, by their names in args.
     """
 
     def __init__(self, program: str, about: str, flags: dict, more: dict):
-        super().__init__(program, None, about, allow_abbrev=False, argument_default=SUPPRESS)
-        self.formatter_class, self.defaults = RawDescriptionHelpFormatter, {}
+        how = {"allow_abbrev": False, "argument_default": SUPPRESS}
+        super().__init__(program, None, about, formatter_class=RawDescriptionHelpFormatter, **how)
+        self.defaults = {}
         for title, rows in flags.items():
             group = self.add_argument_group(title)
             for flag, default, kind, meaning in rows:
@@ -1928,11 +1885,11 @@ def run(
     except UserError as error:
         text, code = str(error), error.code
     except OSError as error:
-        text, code = f"{error.filename or 'a file'}: {error.strerror or error}; fix this", 2
-        text += " or give another --out, and run it again; saved files are unchanged"
-    except (MemoryError, RuntimeError) as error:
+        cure = "fix this or give another --out, and run it again; saved files are unchanged"
+        text, code = f"{error}; {cure}", 2
+    except RuntimeError as error:
         text, code = f"out of memory; {if_out_of_memory}", 2
-        if isinstance(error, RuntimeError) and not re.search(NO_MEMORY, str(error)):
+        if not re.search(NO_MEMORY, str(error)):
             raise
     except KeyboardInterrupt:
         text, code = "stopped", 130
