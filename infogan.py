@@ -1015,11 +1015,10 @@ def hint(root: Path) -> str:
 def read_cache(path: Path, stamp: str) -> Pictures | None:
     """x is mapped into memory; None where the file is missing, damaged, or of other files."""
     with suppress(Exception), zipfile.ZipFile(path) as archive:
-        values = json.loads(archive.read("values"))
-        if values.pop("stamp") == stamp:
-            shape, order = values.pop("shape"), torch.tensor(values.pop("order"))
-            x = torch.from_file(str(path), size=math.prod(shape), dtype=torch.uint8)
-            return Pictures(x.view(shape), order=order, **values)
+        values = json.loads(archive.read(stamp))
+        shape, order = values.pop("shape"), torch.tensor(values.pop("order"))
+        x = torch.from_file(str(path), size=math.prod(shape), dtype=torch.uint8)
+        return Pictures(x.view(shape), order=order, **values)
 
 
 def load_pictures(
@@ -1061,7 +1060,7 @@ def load_pictures(
             with replacing(path) as file:  # pixels as they are decoded, so no set is too large
                 values = decode(root, items, form, file.write)
                 with zipfile.ZipFile(file, "a") as archive:  # which readers find from the end
-                    archive.writestr("values", json.dumps(values | {"stamp": stamp}))
+                    archive.writestr(stamp, json.dumps(values))
         except OSError as error:
             cure = "decoded pictures must go somewhere: XDG_CACHE_HOME names another folder"
             raise UserError(f"{error}; {cure}") from error
@@ -1114,7 +1113,6 @@ def next_batch(state: State, args: Namespace, pictures: Pictures) -> Batch:
 # folder): whether the flags fit (KEPT, ALLOWED and PRINTED, below FLAGS).
 
 FORMAT = 2
-LOWER_LR = "last.pt is the last good one, if saved. Lower --lr-g and --lr-d"
 NEW_RUN = "another --out starts a new run"
 
 
@@ -1196,7 +1194,8 @@ def check_finite(step: int, metrics: dict[str, float]) -> None:
     """Raises Diverged that names the first metric which is NaN or infinite."""
     for name, value in metrics.items():
         if not math.isfinite(value):
-            raise Diverged(f"step {step}: {name} is {value}; {LOWER_LR}")
+            cure = "last.pt is the last good one, if saved. Lower --lr-g and --lr-d"
+            raise Diverged(f"step {step}: {name} is {value}; {cure}")
 
 
 def gather_checkpoint(state: State, args: Namespace, fingerprint: str) -> dict:
@@ -1441,8 +1440,9 @@ class Recorder:
         )
         rng = torch.Generator().manual_seed(args.seed)  # the same pictures and z at each start
         chosen = pictures.order[torch.randperm(len(pictures.x), generator=rng)[:N_COMPARED]]
-        self.latents = state.spec.join(state.spec.sample(64, rng)).to(state.device)
-        self.more_latents = state.spec.join(state.spec.sample(len(chosen), rng)).to(state.device)
+        self.latents, self.more_latents = (
+            state.spec.join(state.spec.sample(n, rng)).to(state.device) for n in (64, len(chosen))
+        )
         self.real = make_batch(pictures.x[chosen], False, rng, torch.device("cpu"))
         self.save_grid("real", self.real[:64])
         if state.step == 0:
@@ -1487,7 +1487,6 @@ class Recorder:
         if self.is_due("last.pt", SAVE_SECONDS) or keeps or stops:
             self.save(keeps, stops)
         if stops:  # after last.pt: a second signal may end us
-            self.save_grid("last")
             self.attempt("training.gif", save_animation, self.out)
         return stops
 
@@ -1589,11 +1588,12 @@ class Recorder:
         if keeps:
             kept = self.out / f"epoch_{self.state.place[0]:04d}.pt"
             self.attempt("checkpoint", write_file, kept, raw)
+        last = self.out / "last.pt"
         if stops:
-            write_file(self.out / "last.pt", raw)
+            write_file(last, raw)
         else:
-            self.attempt("last.pt", write_file, self.out / "last.pt", raw)
-            self.save_grid("last")
+            self.attempt("last.pt", write_file, last, raw)
+        self.save_grid("last")
 
     def close(self) -> None:
         """The newest log.csv and curves.png; the end of TensorBoard's events."""
@@ -1615,7 +1615,6 @@ def train(args: Namespace) -> int:
         ckpt = find_checkpoint(args)
         if ckpt:
             args.channels = ckpt["args"]["channels"]
-            args.init = args.init or ckpt["args"].get("init")
         form = args.image_size, args.channels, args.crop
         pictures = load_pictures(args.data, *form, exclude=args.exclude or ())
         if ckpt and not args.allow_changes and ckpt["fingerprint"] != pictures.fingerprint:
@@ -1635,8 +1634,7 @@ def train(args: Namespace) -> int:
         write_file(out / "args.json", json.dumps(vars(args), indent=2).encode() + b"\n")
         (out / "samples").mkdir(exist_ok=True)
         recorder = Recorder(state, args, pictures, last_step, end)
-        stopped_by = loop(state, args, pictures, recorder)
-    return report(state, recorder, stopped_by)
+        return loop(state, args, pictures, recorder)
 
 
 def describe(state: State, args: Namespace, n: int, last_step: int) -> None:
@@ -1645,19 +1643,17 @@ def describe(state: State, args: Namespace, n: int, last_step: int) -> None:
         print(f"{last_step} steps are too few to learn from; raise --epochs or --max-steps")
     if n < 1000 and not args.init:
         print(f"{n} pictures are few: some thousands of one kind are needed, or begin with --init")
-    if args.batch_size > n:
-        print(f"--batch-size {args.batch_size}: there are only {n} pictures, so a batch is {n}")
     text = f"{state.device.type.upper()}, {torch.get_num_threads()} threads"
     if state.device.type == "cuda":
         text = torch.cuda.get_device_name(state.device)
     text += f", {'bfloat16' if args.amp else 'float32'}{', CUDA graph' * args.cuda_graph}"
     G, D = (sum(p.numel() for p in net.parameters()) / 1e6 for net in (state.G, state.D))
-    text += f"; G {G:.1f} M, D and Q {D:.1f} M parameters, {state.per_epoch:,} steps an epoch"
-    print(text)
+    text += f"; G {G:.1f} M, D and Q {D:.1f} M parameters; {state.per_epoch:,} steps an epoch, of"
+    print(f"{text} {min(args.batch_size, n)} pictures each")
 
 
-def loop(state: State, args: Namespace, pictures: Pictures, recorder: Recorder) -> int | None:
-    """Steps until the recorder says that the run stops; returns the signal that asked for it."""
+def loop(state: State, args: Namespace, pictures: Pictures, recorder: Recorder) -> int:
+    """Steps until the recorder says that the run stops; prints why, and returns the exit code."""
     step_once, stops = GraphedStep() if args.cuda_graph else train_step, False
     pictures.x = to_device_if_it_fits(pictures.x, state.device)
     try:
@@ -1670,20 +1666,15 @@ def loop(state: State, args: Namespace, pictures: Pictures, recorder: Recorder) 
         if recorder.in_terminal and not stops:
             print(file=sys.stderr)  # what is told next has its own line
         recorder.close()  # which shows how it came to an error, too
-    return next(iter(caught), None)
-
-
-def report(state: State, recorder: Recorder, stopped_by: int | None) -> int:
-    """Prints how a start has ended; returns the exit code."""
-    path, finished = recorder.out / "last.pt", state.step == recorder.last_step
-    steps = f"{state.step:,} steps, {state.epochs:.1f} epochs, {state.minutes:.1f} minutes in all"
+    path, code = recorder.out / "last.pt", 0
     why, advice = "time is up", "the same command resumes"
-    if finished:
+    if state.step == recorder.last_step:
         why, advice = "finished", f"see python generate.py --ckpt {shlex.quote(str(path))}"
-    elif stopped_by:
-        why = signal.Signals(stopped_by).name
+    elif caught:
+        why, code = signal.Signals(caught[0]).name, 128 + caught[0]
+    steps = f"{state.step:,} steps, {state.epochs:.1f} epochs, {state.minutes:.1f} minutes in all"
     print(f"{why}: {steps}. {path} is saved; {advice}")
-    return 128 + stopped_by if stopped_by and not finished else 0
+    return code
 
 
 # flags --------------------------------------------------------------------------------------------
@@ -1861,11 +1852,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     named = {"image_size": 32, "flip": False} if data in NAMED_SETS else {}
     flags = {**parser.defaults, **named, **RECIPES[recipe], **shape, **given, "recipe": recipe}
     flags |= {name: value for name, value in derived(flags).items() if flags[name] is AUTO}
-    args = Namespace(**flags)
-    spec_of(args)  # raises UserError for --z-dim 0 where it cannot be
-    if args.lam_local and args.local_to == "cat" and not args.n_cat:
-        raise UserError("--local-to cat: there are no categorical codes; leave it out")
-    return args
+    return Namespace(**flags)
 
 
 # program ------------------------------------------------------------------------------------------
