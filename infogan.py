@@ -1342,11 +1342,10 @@ def to_image(x: Tensor) -> Image.Image:
 
 def make_grid(x: Tensor) -> Image.Image:
     """Pictures (n, channels, size, size) in rows of 8, black between them."""
-    images, cell = [*map(to_image, x)], x.shape[3] + 2
-    columns, rows = min(8, len(x)), math.ceil(len(x) / 8)
-    grid = Image.new(images[0].mode, (2 + cell * columns, 2 + cell * rows))
-    for i, image in enumerate(images):
-        grid.paste(image, (2 + cell * (i % 8), 2 + cell * (i // 8)))
+    cell, columns, rows = x.shape[3] + 2, min(8, len(x)), math.ceil(len(x) / 8)
+    grid = Image.new("RGB", (2 + cell * columns, 2 + cell * rows))
+    for i, picture in enumerate(x):
+        grid.paste(to_image(picture), (2 + cell * (i % 8), 2 + cell * (i // 8)))
     return grid
 
 
@@ -1360,10 +1359,10 @@ def save_animation(out: Path) -> None:
     """training.gif: at most 60 of the run's grids with their epochs; the last stays longer."""
     epochs, frames = sorted(int(p.stem[6:]) for p in out.glob("samples/epoch_*.png")), []
     for i in torch.linspace(0, len(epochs) - 1, min(len(epochs), 60)).round().int():
-        grid = Image.open(out / f"samples/epoch_{epochs[i]:04d}.png").convert("RGB")
+        grid = Image.open(out / f"samples/epoch_{epochs[i]:04d}.png")
         frame = ImageOps.expand(ImageOps.contain(grid, (530, 530)), (0, 28, 0, 0), "white")
-        font = ImageFont.load_default(16)
-        ImageDraw.Draw(frame).text((6, 4), f"epoch {epochs[i]}", "black", font)
+        title = f"epoch {epochs[i]}"
+        ImageDraw.Draw(frame).text((6, 4), title, "black", ImageFont.load_default(16))
         frames.append(frame.quantize(256))  # a palette for each: few shades would show as steps
     if len(frames) > 1:
         duration = [250] * (len(frames) - 1) + [2000]  # milliseconds
