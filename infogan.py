@@ -1616,13 +1616,15 @@ def train(args: Namespace) -> int:
             args.channels = ckpt["args"]["channels"]
         form = args.image_size, args.channels, args.crop
         pictures = load_pictures(args.data, *form, exclude=args.exclude or ())
-        if ckpt and not args.allow_changes and ckpt["fingerprint"] != pictures.fingerprint:
-            refuse(args, ["other pictures"])
         n, args.channels = len(pictures.x), pictures.x.shape[3]
         state = new_state(args, device)
         state.per_epoch = n // min(args.batch_size, n)
-        if begin := ckpt or (args.init and load_checkpoint(args.init)):
-            restore(state, begin, weights_only=not ckpt)
+        if ckpt:
+            restore(state, ckpt)
+            if ckpt["fingerprint"] != pictures.fingerprint and not args.allow_changes:
+                refuse(args, ["other pictures"])
+        elif args.init:
+            restore(state, load_checkpoint(args.init), weights_only=True)
         step, epoch = state.changed
         last_step = step + (args.epochs - epoch) * state.per_epoch
         last_step = min(last_step, args.max_steps or math.inf)
