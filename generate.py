@@ -585,7 +585,7 @@ def sort(model: Model, args: Namespace) -> str:
     spec, steps, folder = model.spec, args.steps, args.sort
     if os.path.isfile(folder):
         raise UserError(f"--sort {folder}: must be a folder; --read takes single pictures")
-    pictures = load_pictures(folder, *model.form, flag="--sort")
+    pictures = load_pictures(folder, *model.form)
     x, files = pictures.x, pictures.names
     if folder in infogan.NAMED_SETS:
         classes = [str(label) for _, label in infogan.open_named_set(folder, "--sort")]
@@ -985,7 +985,7 @@ def unusual(args: Namespace, usual_range: list[float]) -> str:
 def parse_args(argv: list[str] | None = None) -> Namespace:
     """The flags and the mode. Raises UserError for what is wrong or has no effect."""
     parser = Parser("generate.py", __doc__, FLAGS, MORE)
-    given = parser.given(argv)
+    given = vars(parser.parse_args(argv))
     args, given = Namespace(**parser.defaults | given), {f"--{name}" for name in given}
     args.mode, *others = [mode for mode in MODES if mode in given] or ["sheets"]
     if others:

@@ -40,7 +40,6 @@ import shlex
 import shutil
 import signal
 import sys
-import tempfile
 import time
 import warnings
 import zipfile
@@ -60,8 +59,7 @@ from datetime import timedelta
 from fnmatch import fnmatch
 from functools import lru_cache, partial
 from hashlib import sha256
-from importlib import import_module
-from itertools import chain, cycle, pairwise, product, zip_longest
+from itertools import cycle, pairwise
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -70,7 +68,7 @@ import torch.nn.functional as F
 from filelock import FileLock, Timeout
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
 # errors -------------------------------------------------------------------------------------------
@@ -566,6 +564,7 @@ class State:
     changed: tuple[int, int] = (0, 0)  # the step and epoch from which per_epoch holds
     minutes: float = 0.0  # of training, over all starts
     sums: dict[str, Tensor] = field(default_factory=dict)  # of metrics, since the last row
+    rows: list[dict[str, float]] = field(default_factory=list)  # of log.csv
 
     @property
     def place(self) -> tuple[int, int]:
@@ -608,20 +607,13 @@ class Batch(NamedTuple):
 Metrics = dict[str, Tensor]  # by METRICS' names and the codes', each a number
 
 
-class Variant(NamedTuple):
-    """The kind of a step. There is a CUDA graph for each, because a graph has no branches."""
-
-    with_r1: bool
-    with_shifts: bool  # of the pictures that D sees
-
-
 # a new loss: its function under "objective", two lines in train_step (loss; values, in the same
 # place as its name here), and for its weight a row in FLAGS
 METRICS = ("loss_D", "loss_G", "D_real", "D_fake", "R1", "identity", "local")  # and each code's L_I
 
 
-def train_step(state: State, args: Namespace, batch: Batch, kind: Variant | None = None) -> Metrics:
-    """One step of D, then of G, of a kind (by default whose turn it is); returns the metrics.
+def train_step(state: State, args: Namespace, batch: Batch) -> Metrics:
+    """One step of D, then of G; returns the metrics.
 
     L_I always trains G. It trains Q together with D's trunk in D's step (args.info_to "trunk", as
     the paper's own code does), or Q's head alone in G's step ("head", the notebook).
@@ -629,7 +621,7 @@ def train_step(state: State, args: Namespace, batch: Batch, kind: Variant | None
     spec, G, D, to_trunk = state.spec, state.G, state.D, args.info_to == "trunk"
     x, codes, u, max_shift, beta = batch
     mixed = torch.autocast(x.device.type, torch.bfloat16, enabled=args.amp)
-    with_r1, with_shifts = kind or variant(state, args)
+    with_r1, with_shifts = variant(state, args)
     shift_real, shift_D, augment_D, shift_G, augment_G = u.split([2, 2, 8, 2, 8], 1)
     max_shift = max_shift if with_shifts else None
 
@@ -672,10 +664,10 @@ def train_step(state: State, args: Namespace, batch: Batch, kind: Variant | None
     return {k: v.detach() for k, v in zip([*METRICS, *spec.names], values, strict=True)}
 
 
-def variant(state: State, args: Namespace) -> Variant:
-    """The kind of step whose turn it is."""
+def variant(state: State, args: Namespace) -> tuple[bool, bool]:
+    """Whether the step whose turn it is has R1, and shifts: a CUDA graph has no branches."""
     with_r1 = args.r1 > 0 and state.epochs >= args.r1_from and state.step % R1_EVERY == 0
-    return Variant(with_r1, max_shift_at(state, args) > 0)
+    return with_r1, max_shift_at(state, args) > 0
 
 
 SHIFT_EPOCHS = 40  # D remembers only what it has seen often: shifts grow until then
@@ -728,7 +720,7 @@ def new_state(args: Namespace, device: torch.device) -> State:
     adam = {
         "betas": (0.5, 0.999),
         "fused": device.type in ("cpu", "cuda"),
-        "capturable": args.cuda_graph is True,
+        "capturable": device.type == "cuda",
     }
     opt_G = torch.optim.Adam(of_G, args.lr_g, **adam)
     opt_D = torch.optim.Adam(of_D, args.lr_d, **adam)
@@ -757,6 +749,7 @@ def speed_up(device: torch.device) -> bool:
     if device.type != "cuda":
         return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
     torch.cuda.set_device(device)
+    torch.cuda.set_stream(torch.cuda.Stream())  # no graph can be captured on the default stream
     try:
         torch.ones(1, device=device).add_(1).item()  # a GPU that is too old fails here
     except RuntimeError as error:
@@ -767,16 +760,11 @@ def speed_up(device: torch.device) -> bool:
 
 
 def choose_precision(args: Namespace, device: torch.device) -> None:
-    """Sets args.amp and args.cuda_graph where they are AUTO. Raises UserError if impossible."""
+    """Settles args.amp and args.cuda_graph."""
     fast_bfloat16, on_cuda = speed_up(device), device.type == "cuda"
-    if args.cuda_graph is AUTO:
-        args.cuda_graph = on_cuda
-    if args.cuda_graph and not on_cuda:
-        raise UserError("--cuda-graph: needs a CUDA device; leave it out")
+    args.cuda_graph = on_cuda and args.cuda_graph
     if args.amp is AUTO:  # on a GPU its casts are kernels too, which only a graph makes cheap
         args.amp = fast_bfloat16 and (args.cuda_graph or not on_cuda)
-    if args.amp and on_cuda and not fast_bfloat16:
-        raise UserError("--amp: this GPU has no fast bfloat16; leave it out")
 
 
 def to_device_if_it_fits(x: Tensor, device: torch.device) -> Tensor:
@@ -791,69 +779,42 @@ def to_device(x: Tensor, device: torch.device) -> Tensor:
     return pinned.to(device, non_blocking=True)
 
 
-def tensors_of(state: State) -> list[Tensor]:
-    """All weights, batch norm's averages, then what the optimisers keep."""
-    nets = [getattr(state, name).state_dict() for name in NETS]
-    return tree_leaves([nets, state.opt_G.state, state.opt_D.state])
-
-
 class GraphedStep:
     """train_step as CUDA graphs, so that the GPU never waits for Python: the same arguments.
 
-    The first call captures every variant of the step and puts all weights back. So memory is taken
-    and errors come at once, and no result changes. If a capture fails, steps go on one by one.
+    Of each variant the first three steps are eager: they let cuDNN search for kernels, which no
+    graph can hold. Then it is captured, which runs nothing, and from there on replayed. Where a
+    capture fails, steps go on one by one.
     """
 
     def __init__(self) -> None:
-        self.batch = None  # the tensors that all graphs read
+        self.batch = self.pool = None  # the tensors that all graphs read; the memory they share
         self.graphs = {}  # variant: the graph, and the metrics that it fills
+        self.seen = Counter()  # steps of each variant
 
     def __call__(self, state: State, args: Namespace, batch: Batch) -> Metrics:
-        if self.batch is None:
-            self.batch = tree_map(torch.clone, batch)
-            self.capture_all(state, args)
-        key = variant(state, args)
-        if key not in self.graphs:
+        kind = variant(state, args)
+        self.seen[kind] += 1
+        if self.seen[kind] == 4:
+            self.batch = self.batch or tree_map(torch.clone, batch)
+            try:
+                self.graphs[kind] = self.capture(state, args)
+            except RuntimeError as error:
+                why = str(error).splitlines()[0]
+                print(f"no CUDA graph: {why}; slower steps do the same", file=sys.stderr)
+        if kind not in self.graphs:
             return train_step(state, args, batch)
         tree_map(Tensor.copy_, self.batch, batch)
-        graph, metrics = self.graphs[key]
+        graph, metrics = self.graphs[kind]
         graph.replay()
         return metrics
 
-    def capture_all(self, state: State, args: Namespace) -> None:
-        """Captures each variant that the run can come to, and undoes the steps that this takes."""
-        before = [t.clone() for t in tensors_of(state)]
-        shifts = [False, True] if int(args.shift * args.image_size) else [False]
-        try:
-            for key in product([False, True] if args.r1 else [False], shifts):
-                self.graphs[key] = self.capture(state, args, Variant(*key))
-        except RuntimeError as error:
-            self.graphs.clear()
-            while error.__context__:  # a capture that was broken off hides why
-                error = error.__context__
-            why = str(error).splitlines()[0]
-            print(f"no CUDA graph: {why}; slower steps do the same", file=sys.stderr)
-        with torch.no_grad():
-            for now, old in zip_longest(tensors_of(state), before):
-                now.zero_() if old is None else now.copy_(old)  # Adam's begin as zeros
-
-    def capture(self, state: State, args: Namespace, kind: Variant) -> tuple[object, dict]:
-        """The graph of one variant, which runs nothing yet, and the metrics that it will fill."""
-        if not self.graphs:
-            self.stream, self.pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
-        usual = torch.cuda.current_stream()
-        self.stream.wait_stream(usual)
-        try:
-            with torch.cuda.stream(self.stream):
-                for _ in range(3):  # cuDNN searches for kernels, which no graph can hold
-                    train_step(state, args, self.batch, kind)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, self.pool, self.stream):
-                metrics = train_step(state, args, self.batch, kind)
-        finally:
-            torch.cuda.set_stream(usual)  # torch.cuda.graph does not where a capture fails
-            usual.wait_stream(self.stream)
-        return graph, metrics
+    def capture(self, state: State, args: Namespace) -> tuple[object, Metrics]:
+        """The graph of the step whose turn it is, and the metrics that it will fill."""
+        self.pool = self.pool or torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, self.pool, torch.cuda.current_stream()):
+            return graph, train_step(state, args, self.batch)
 
 
 # pictures -----------------------------------------------------------------------------------------
@@ -862,8 +823,7 @@ class GraphedStep:
 
 FORMATS = ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "JPEG2000", "PPM", "ICO", "PCX", "SGI"]
 FORMATS += ["QOI", "TGA", "AVIF"]  # not all that Pillow knows: for EPS it starts a program
-MAX_PIXELS = 2**30 // 12  # of one file, Pillow's own limit: decoding takes up to 16 bytes for each
-DECODE_THREADS = 8  # what is larger than their share of MAX_PIXELS is decoded alone
+DECODE_THREADS = 8  # so many pictures are in memory at once
 DECODER_VERSION = 8  # counts up whenever decode changes its result
 CROPS = {"centre": 0.5, "top": 0.0}  # how much of what a tall picture loses lies above the square
 HIDDEN = r"(?is)\..*|@eadir|[@#$]recycle(\.bin)?|recycler|#snapshot|__macosx|lost\+found|lost\.dir"
@@ -886,6 +846,7 @@ class Pictures:
     fingerprint: str  # of the files' bytes, whatever their names, and the crop: a run keeps it
     names: list[str]  # paths, or numbers in a named set
     order: Tensor  # int64 (N,), the order that runs take them in: by their hashes
+    sizes: list[tuple[int, int]]  # of the pictures in their files
     summary: str  # what was left out, in words
 
 
@@ -900,58 +861,54 @@ def find_pictures(root: Path, exclude: Sequence[str] = ()) -> list[Path]:
     exclude: patterns such as "*_mask.png" or "small/*" for paths within root.
     Linked folders are followed, each once; what cannot be opened counts as a file.
     """
-    files, passed_over, visited = [], Counter(), {*root.resolve().parents}
+    files, passed_over, visited = [], Counter(), set()
     suffixes = {end for end, name in Image.registered_extensions().items() if name in FORMATS}
     walk = os.walk(root, onerror=lambda e: files.append(Path(e.filename)), followlinks=True)
     for here, folders, names in walk:
-        folder, real = Path(here), Path(here).resolve()
-        is_ours = folder != root and not OURS.isdisjoint(names)
-        passed_over[f"folder {folder.name} (a run, or by generate.py)"] += is_ours
-        if is_ours or real in visited:  # a link to a folder that was seen, or upwards
+        folder = Path(here)
+        hidden = {name for name in folders if re.fullmatch(HIDDEN, name)}
+        folders[:] = sorted({*folders} - hidden)
+        if is_ours := folder != root and not OURS.isdisjoint(names):
+            passed_over[f"folder {folder.name} (a run, or by generate.py)"] += 1
+        if is_ours or folder.resolve() in visited:  # by a link
             folders.clear()
             continue
-        visited.add(real)
-        hidden = {name for name in folders if re.fullmatch(HIDDEN, name)}
+        visited.add(folder.resolve())
         passed_over.update(f"folder {name}" for name in hidden)
-        folders[:] = sorted(
-            {*folders} - hidden, key=lambda name: ((folder / name).is_symlink(), name)
-        )
         for file in map(folder.joinpath, names):
             suffix = re.split("[?:_]", file.suffix.lower())[0]  # .jpg?w=400 and .jpg_large too
             inside = file.relative_to(root).as_posix()
             if by := [pattern for pattern in exclude if fnmatch(inside, pattern)]:
                 passed_over[f"by --exclude {by[0]}"] += 1
             elif file.name.startswith("."):
-                passed_over["hidden"] += suffix in suffixes
-            elif suffix in suffixes or not file.exists():
-                files.append(file)
-            else:
+                passed_over["hidden"] += 1
+            elif suffix not in suffixes:
                 passed_over[f"of {suffix or 'no suffix'}"] += 1
-    most = [f"{n:,} {what}" for what, n in (+passed_over).most_common()]
+            else:
+                files.append(file)
+    most = [f"{n:,} {what}" for what, n in passed_over.most_common()]
     if most:
         print(f"passed over in {root}: {first_ten(most)}")
     return sorted(files)
 
 
-def open_named_set(name: str, flag: str) -> Collection[tuple]:
+def open_named_set(name: str) -> Collection[tuple]:
     """torchvision's (picture, label) pairs, downloaded where they are missing."""
     kind, file = NAMED_SETS[name]
     path = DATA / file
     try:
         from torchvision import datasets  # only here: few runs need it
 
-        return getattr(datasets, kind)(DATA, download=not path.exists())
+        return getattr(datasets, kind)(DATA, download=True)
     except Exception as error:  # of any kind: torchvision and scipy raise them
         why = f"torchvision cannot get it, or {path} is damaged or not all: delete it, and the same"
         why += f" command gets it again ({type(error).__name__}: {error})"
-        raise UserError(f"{flag} {name}: {why}") from error
+        raise UserError(f"{name}: {why}") from error
 
 
 def to_square(image: Image.Image, size: int, channels: int, crop: str) -> Image.Image:
     """Any picture as (size, size) in 1 or 3 channels: upright, on white, cropped, scaled."""
     ImageOps.exif_transpose(image, in_place=True)
-    if image.mode == "F":
-        raise NotImplementedError("floats have no known white")
     if image.mode.startswith("I"):  # 16 bit, which convert() would clip instead of scale
         image = image.convert("I").point(lambda v: v / 257 + 1e-6).convert("L")  # it rounds down
     if image.has_transparency_data:
@@ -966,41 +923,33 @@ class Decoded(NamedTuple):
 
     hash: str = ""  # of the file's bytes
     pixels: bytes = b""  # (size, size, channels)
-    whole: tuple = ()  # the size of the file's picture
+    whole: tuple = ()  # the size of the picture in its file
     error: Exception | None = None
 
 
 def read_picture(
-    item: Path | Image.Image, size: int, channels: int, crop: str = "centre", most: int = MAX_PIXELS
+    item: Path | Image.Image, size: int, channels: int, crop: str = "centre"
 ) -> Decoded:
-    """Decodes a file of up to `most` pixels, or a picture."""
+    """Decodes a file, or takes a picture."""
     try:
         if isinstance(item, Image.Image):
             raw, image = item.tobytes(), item
-        elif not item.is_file():  # a pipe would never end
-            raise FileNotFoundError
-        elif item.stat().st_size > 4 * most:
-            raise Image.DecompressionBombError
         else:
             raw = item.read_bytes()
             image = Image.open(io.BytesIO(raw), formats=FORMATS)  # decodes nothing yet
         whole = image.size
         image.draft(None, (2 * size, 2 * size))  # a JPEG is decoded at 1/2, 1/4 or 1/8
-        if math.prod(whole if "progressive" in image.info else image.size) > most:
-            raise Image.DecompressionBombError
         pixels = to_square(image, size, channels, crop).tobytes()
         return Decoded(sha256(raw).hexdigest(), pixels, whole)
     except Exception as error:  # decoders raise anything
         return Decoded(error=error)
 
 
-def remarks(some: Tensor, sizes: list[tuple], form: tuple) -> str:
-    """Lines on a set that a user should see before a long training.
-
-    some: bytes (n, size size channels) of some of its pictures. sizes: of all of its files.
-    """
-    size, _, crop = form
-    text, cut = "", sum(3 * min(sides) <= 2 * max(sides) for sides in sizes)
+def remarks(pictures: Pictures, crop: str) -> str:
+    """Lines on a set that a user should see before a long training."""
+    some = pictures.x[:: 1 + len(pictures.x) // 200].flatten(1)
+    text, sizes, size = "", pictures.sizes, pictures.x.shape[1]
+    cut = sum(3 * min(sides) <= 2 * max(sides) for sides in sizes)
     if crop == "centre" and cut > len(sizes) / 10:
         text += f"\n{cut:,} of them lose a third of their area or more: their middle is taken;"
         text += " infogan.py --crop top takes the upper part of tall ones"
@@ -1015,30 +964,25 @@ def remarks(some: Tensor, sizes: list[tuple], form: tuple) -> str:
     return text
 
 
-def decode(flag: str, root: Path, items: dict, form: tuple, write: Callable) -> dict:
+def decode(root: Path, items: dict, form: tuple, write: Callable) -> dict:
     """Decodes paths or pictures, by their names, and writes the bytes of each.
 
-    Returns the other values of Pictures, and the shape of its x. flag, with its value, names the
-    set, which is in root. form: size, channels, crop.
+    Returns the other values of Pictures, and the shape of its x. root: where the set is. form:
+    size, channels, crop.
     """
-    kept, names, unreadable, some = {}, [], [], bytearray()  # kept: by hash, without their pixels
+    kept, names, unreadable = {}, [], []  # kept: the size of each in its file, by its hash
     Image.init()  # loads Pillow's formats, which threads must not do at the same time
     with warnings.catch_warnings(), ThreadPoolExecutor(DECODE_THREADS) as pool:
         warnings.simplefilter("ignore")  # Pillow's, about files that it can read all the same
-        most = MAX_PIXELS // DECODE_THREADS
-        read = pool.map(lambda item: read_picture(item, *form, most), items.values())
-        hidden = None if sys.stderr else True  # None: where it is no terminal
-        read = tqdm(read, "pictures", len(items), leave=False, disable=hidden)
-        for (name, item), picture in zip(items.items(), read, strict=True):
-            if isinstance(picture.error, Image.DecompressionBombError):  # too large for eight
-                picture = read_picture(item, *form)
+        warnings.simplefilter("error", Image.DecompressionBombWarning)  # of over 89 megapixels
+        read = pool.map(lambda item: read_picture(item, *form), items.values())
+        read = tqdm(read, "pictures", len(items), leave=False, disable=None)
+        for name, picture in zip(items, read, strict=True):
             if picture.error:
                 unreadable.append(f"{name} ({type(picture.error).__name__})")
             elif picture.hash not in kept:
                 write(picture.pixels)
-                if len(kept) % (len(items) // 200 + 1) == 0:
-                    some += picture.pixels
-                kept[picture.hash] = picture._replace(pixels=b"")
+                kept[picture.hash] = picture.whole
                 names.append(str(name))
     n, hashes, summary = len(kept), [*kept], ""
     if copies := len(items) - len(unreadable) - n:
@@ -1046,62 +990,35 @@ def decode(flag: str, root: Path, items: dict, form: tuple, write: Callable) -> 
     if unreadable:
         summary += f", unreadable files skipped: {len(unreadable):,} ({first_ten(unreadable)})"
     if n < 2:
-        raise UserError(f"{flag}: {n} pictures{summary}, at least 2 are needed; {hint(root)}")
+        raise UserError(f"{root}: {n} pictures{summary}, at least 2 are needed; {hint(root)}")
     size, channels, crop = form
-    some = torch.frombuffer(some, dtype=torch.uint8).view(-1, size * size * channels)
     return {
         "shape": (n, size, size, channels),
         "fingerprint": sha256("".join([crop, *sorted(hashes)]).encode()).hexdigest()[:16],
         "names": names,
         "order": sorted(range(n), key=hashes.__getitem__),
-        "summary": summary + remarks(some, [p.whole for p in kept.values()], form),
+        "sizes": [*kept.values()],
+        "summary": summary,
     }
 
 
 def hint(root: Path) -> str:
     """What helps where there are no pictures: to unpack an archive, root or one below it."""
-    tools = {".zip": "zipfile", ".tar": "tarfile", ".gz": "tarfile", ".tgz": "tarfile"}
-    for path in [root] if root.is_file() else sorted(root.rglob("*")):
-        suffix, name = path.suffix.lower(), shlex.quote(str(path))
-        if suffix in tools:
-            return f"unpack it: python -m {tools[suffix]} -e {name} {name}-unpacked"
-        if suffix in (".npz", ".parquet"):
-            return f"unpack it: write each picture in {name} as a file, such as a PNG"
+    for path in [root, *sorted(root.rglob("*"))]:
+        name, suffix = shlex.quote(str(path)), path.suffix.lower()
+        if suffix in (".zip", ".tar", ".gz", ".tgz"):
+            tool = "zipfile" if suffix == ".zip" else "tarfile"
+            return f"unpack it: python -m {tool} -e {name} {name}-unpacked"
     return "give a folder of pictures; `make data` downloads faces, `make demo` draws some"
-
-
-def cache_folder() -> Path:
-    """The user's own: a folder of pictures may be read-only, or shared."""
-    path = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(os.devnull if path.startswith("~") else path, "infogan")  # no home: no cache
-
-
-def stamp_of(files: list[Path]) -> str:
-    """Changes with every file's name, size and time."""
-    stamp = sha256()
-    for file in files:
-        stamp.update(os.fsencode(file))
-        with suppress(OSError):  # an unreadable one counts by its name
-            stamp.update(f" {file.stat().st_size} {file.stat().st_mtime_ns}\0".encode())
-    return stamp.hexdigest()
 
 
 def read_cache(path: Path, stamp: str) -> Pictures | None:
     """x is mapped into memory; None where the file is missing, damaged, or of other files."""
     with suppress(Exception), zipfile.ZipFile(path) as archive:
-        values = json.loads(archive.read("values"))
-        if values.pop("stamp") == stamp:
-            shape, order = values.pop("shape"), torch.tensor(values.pop("order"))
-            x = torch.from_file(str(path), size=math.prod(shape), dtype=torch.uint8)
-            return Pictures(x.view(shape), order=order, **values)
-
-
-def write_cache(path: Path, stamp: str, decode_to: Callable) -> None:
-    """Pixels as they are decoded, so that no set is too large; then a zip file of the rest."""
-    with replacing(path) as file:
-        values = decode_to(file.write) | {"stamp": stamp}
-        with zipfile.ZipFile(file, "a") as archive:  # which readers find from the end
-            archive.writestr("values", json.dumps(values))
+        values = json.loads(archive.read(stamp))
+        shape, order = values.pop("shape"), torch.tensor(values.pop("order"))
+        x = torch.from_file(str(path), size=math.prod(shape), dtype=torch.uint8)
+        return Pictures(x.view(shape), order=order, **values)
 
 
 def load_pictures(
@@ -1109,44 +1026,46 @@ def load_pictures(
     size: int,
     channels: int | None = None,
     crop: str = "centre",
-    flag: str = "--data",
     exclude: Sequence[str] = (),
 ) -> Pictures:
     """A folder or a named set, decoded once: later starts map the cache's file into memory.
 
-    channels None takes what the set has: 1 when every picture is grey, else 3. crop: the "centre"
-    or the "top" of tall pictures. exclude: see find_pictures.
-    Exact copies and unreadable files are left out and counted.
-    Raises UserError, with the flag that names the set, when fewer than two remain.
+    channels None: 1 when every picture is grey, else 3. crop: the "centre" or the "top" of tall
+    pictures. exclude: see find_pictures. Exact copies and unreadable files are counted, left out.
+    Raises UserError when fewer than two remain.
     """
     named = data in NAMED_SETS
     root = DATA / NAMED_SETS[data][1] if named else Path(data)
     root, form = root.resolve(), (size, channels or 3, crop)  # one set, however its path is written
     if not named and not root.is_dir():
-        why = "is not a folder" if root.exists() else "no such folder"
-        raise UserError(f"{flag} {data}: {why}; {hint(root)}")
+        raise UserError(f"{data}: no such folder; {hint(root)}")
     files = [root] if named else find_pictures(root, exclude)
-    stamp = stamp_of(files)
     place = sha256(os.fsencode(f"{DECODER_VERSION} {form} {root}")).hexdigest()
-    path = cache_folder() / f"{place[:16]}.pixels"
+    stamp = sha256()  # changes with every file's name, size and time
+    for file in files:
+        stamp.update(os.fsencode(file))
+        with suppress(OSError):  # an unreadable one counts by its name
+            stamp.update(f" {file.stat().st_size} {file.stat().st_mtime_ns}\0".encode())
+    stamp = stamp.hexdigest()
+    # the user's own folder: one of pictures may be read-only, or shared
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "infogan")
+    path = folder / f"{place[:16]}.pixels"
     pictures = read_cache(path, stamp)
     if not pictures:
         items = {file: file for file in files}
         if named:
-            items = dict(enumerate(x for x, _ in open_named_set(data, flag)))
-        decode_to = partial(decode, f"{flag} {data}", root, items, form)
+            items = dict(enumerate(x for x, _ in open_named_set(data)))
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_cache(path, stamp, decode_to)
+            folder.mkdir(parents=True, exist_ok=True)
+            with replacing(path) as file:  # pixels as they are decoded, so no set is too large
+                values = decode(root, items, form, file.write)
+                with zipfile.ZipFile(file, "a") as archive:  # which readers find from the end
+                    archive.writestr(stamp, json.dumps(values))
         except OSError as error:
-            print(f"{path}: {error.strerror}; not cached, each start decodes the pictures")
-            scratch = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
-            path = Path(scratch.name, "pixels")
-            write_cache(path, stamp, decode_to)
+            cure = "decoded pictures must go somewhere: XDG_CACHE_HOME names another folder"
+            raise UserError(f"{error}; {cure}") from error
         pictures = read_cache(path, stamp)
-        if not pictures:
-            raise UserError(f"{flag} {data}: has changed while it was read; start again")
-    print(f"{len(pictures.x):,} pictures in {data}{pictures.summary}")
+    print(f"{len(pictures.x):,} pictures in {data}{pictures.summary}{remarks(pictures, crop)}")
     parts = pictures.x.split(100)
     if channels is None and all((part == part[..., :1]).all() for part in parts):
         pictures.x = pictures.x[..., :1]
@@ -1175,8 +1094,8 @@ def next_batch(state: State, args: Namespace, pictures: Pictures) -> Batch:
     n, device, x = min(args.batch_size, len(pictures.x)), state.device, pictures.x
     epoch, i = state.place
     rows = pictures.order[shuffled(len(x), args.seed, epoch)[i * n : (i + 1) * n]]
-    rows = to_device(rows, x.device)
-    real = make_batch(x.index_select(0, rows), args.flip, state.rng, device)
+    real = x.index_select(0, to_device(rows, x.device))
+    real = make_batch(real, args.flip, state.rng, device)
     codes = state.spec.sample(n, state.rng)
     # what losses_of_change expects: neighbours that share their categories; a last quarter that are
     # the first with one code changed
@@ -1184,18 +1103,16 @@ def next_batch(state: State, args: Namespace, pictures: Pictures) -> Batch:
     if args.lam_local and state.spec.names:
         n_codes = state.spec.n_cat if args.local_to == "cat" else len(state.spec.names)
         codes = vary(codes, n_codes, state.rng)
-    codes = Codes(*(to_device(c, device) for c in codes))
-    u = to_device(torch.rand(n, N_U, generator=state.rng), device)
-    numbers = float(max_shift_at(state, args)), beta_at(state, args)
-    return Batch(real, codes, u, *(torch.full((), v, device=device) for v in numbers))
+    u = torch.rand(n, N_U, generator=state.rng)
+    numbers = torch.tensor([max_shift_at(state, args), beta_at(state, args)])
+    return tree_map(lambda t: to_device(t, device), Batch(real, codes, u, *numbers))
 
 
 # checkpoint ---------------------------------------------------------------------------------------
 # gather_checkpoint: all that a run needs to resume. restore: puts it back. find_checkpoint (run
-# folder): from which file, and whether the flags fit (KEPT, ALLOWED and PRINTED, below FLAGS).
+# folder): whether the flags fit (KEPT, ALLOWED and PRINTED, below FLAGS).
 
 FORMAT = 2
-LOWER_LR = "last.pt is the last good one, if saved. Lower --lr-g and --lr-d"
 NEW_RUN = "another --out starts a new run"
 
 
@@ -1249,7 +1166,7 @@ def load_checkpoint(path: str | Path) -> dict:
         check_limits(ckpt["args"], LIMITS)
     except Exception as error:  # of any kind: the file is at fault
         why = f"broken, or not a checkpoint of this infogan.py ({error!r:.99})"
-        raise UserError(f"{path}: {why}") from error
+        raise UserError(f"{path}: {why}; a copy of epoch_*.pt can take its place") from error
     return ckpt | {"path": str(path)}
 
 
@@ -1263,8 +1180,6 @@ def load_net(path: str | Path | dict, key: str, device: str) -> Generator | Disc
         net.load_state_dict(ckpt[key], assign=True)
     except Exception as error:  # of any kind here too
         raise UserError(f"{ckpt['path']}: its {key} does not fit its own flags") from error
-    if not all(w.isfinite().all() for w in net.state_dict().values()):
-        raise UserError(f"{ckpt['path']}: its {key} has weights that are not finite")
     net = net.float().eval().requires_grad_(False)
     return net.to(device, memory_format=torch.contiguous_format)
 
@@ -1275,23 +1190,16 @@ def load_generator(path: str | Path | dict, device: str = "cpu") -> tuple[Genera
     return G, G.spec
 
 
-def load_encoder(path: str | Path | dict, device: str = "cpu") -> tuple[Callable, CodeSpec]:
-    """(Q, spec): Q reads codes from pictures in [-1, 1], see Discriminator.read."""
-    D = load_net(path, "D", device)
-    return D.read, D.spec
-
-
 def check_finite(step: int, metrics: dict[str, float]) -> None:
     """Raises Diverged that names the first metric which is NaN or infinite."""
     for name, value in metrics.items():
         if not math.isfinite(value):
-            raise Diverged(f"step {step}: {name} is {value}; {LOWER_LR}")
+            cure = "last.pt is the last good one, if saved. Lower --lr-g and --lr-d"
+            raise Diverged(f"step {step}: {name} is {value}; {cure}")
 
 
-def gather_checkpoint(
-    state: State, args: Namespace, fingerprint: str, rows: Sequence[Sequence[float]] = ()
-) -> dict:
-    """All that a run needs to resume bit for bit; rows are those of log.csv."""
+def gather_checkpoint(state: State, args: Namespace, fingerprint: str) -> dict:
+    """All that a run needs to resume bit for bit."""
     ckpt = {name: getattr(state, name).state_dict() for name in NETS + OPTIMISERS}
     weights = {
         f"the sum of {name}'s weights": sum(map(torch.sum, ckpt[name].values())) for name in NETS
@@ -1303,7 +1211,7 @@ def gather_checkpoint(
         "args": vars(args),
         "fingerprint": fingerprint,
         "rng": state.rng.get_state(),
-        "rows": torch.tensor(rows, dtype=torch.float64),
+        "rows": torch.tensor([[*row.values()] for row in state.rows], dtype=torch.float64),
     }
 
 
@@ -1321,9 +1229,8 @@ def restore(state: State, ckpt: dict, weights_only: bool = False) -> None:
         for name in COUNTS:
             setattr(state, name, ckpt.get(name, getattr(state, name)))
         state.sums = tree_map(lambda value: value.to(state.device), state.sums)
-        rows, columns = ckpt["rows"], log_columns(state.spec)
-        if (len(rows) and rows.shape[1] != len(columns)) or not {*state.sums} <= {*columns}:
-            raise ValueError("METRICS has changed")  # log.csv would lose rows
+        columns = log_columns(state.spec)  # a run with other ones would lose rows
+        state.rows = [dict(zip(columns, row, strict=True)) for row in ckpt["rows"].tolist()]
         state.rng.set_state(ckpt["rng"].clone())  # torch reads a wrong part of a view
     except Exception as error:  # of any kind here too
         cure = "give another --init" if weights_only else NEW_RUN
@@ -1344,9 +1251,8 @@ SIGNALS = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
 @contextmanager
 def locked(out: Path) -> Iterator[None]:
     """A run's folder, made if missing, for this process alone: the lock ends with the process."""
-    names = (path.name for path in out.glob("*"))
-    others = sorted(name for name in names if not re.fullmatch(IGNORED, name))
-    if others and not any(re.fullmatch(r"args\.json|last\.pt|epoch_.*\.pt", n) for n in others):
+    others = sorted(p.name for p in out.glob("*") if not re.fullmatch(IGNORED, p.name))
+    if others and {"args.json", "last.pt"}.isdisjoint(others):
         raise UserError(f"--out {out}: has {others[0]} but no run in it; give another folder")
     lock = FileLock(out / ".lock", timeout=0)
     out.mkdir(parents=True, exist_ok=True)
@@ -1372,7 +1278,7 @@ def differences(args: Namespace, before: dict, names: Collection[str]) -> list[s
     return [
         f"{as_typed(name, before[name])}, not {as_typed(name, new)}"
         for name, new in vars(args).items()
-        if name in names and name in before and new not in (None, AUTO, before[name])
+        if name in names and new not in (None, AUTO, before.get(name, new))
     ]
 
 
@@ -1392,58 +1298,40 @@ def refuse(args: Namespace, changes: list[str]) -> None:
 
 
 def find_checkpoint(args: Namespace) -> dict | None:
-    """last.pt of the run in args.out, else its newest that can be read; None in a new folder."""
-    out = Path(args.out)
-    kept = sorted(out.glob("epoch_*.pt"), key=lambda path: (len(path.name), path.name))
-    paths = [*out.glob("last.pt"), *reversed(kept)]
-    for path in paths:
-        try:
-            ckpt = load_checkpoint(path)
-        except UserError as error:
-            print(error, file=sys.stderr)
-            continue
-        if "opt_G" not in ckpt:
-            why = (
-                "its checkpoint is for generate.py only (by --shrink); --init begins a run with it"
-            )
-            raise UserError(f"{path}: {why}, {NEW_RUN}")
-        allowed = [] if args.allow_changes else ALLOWED
-        refuse(args, differences(args, ckpt["args"], KEPT + allowed))
-        print(f"resuming from {path}, step {ckpt['step']:,}")
-        if changes := differences(args, ckpt["args"], PRINTED):
-            print(f"until now it had {', '.join(changes)}")
-        return ckpt
-    if paths:
-        raise UserError(f"{out}: none of its checkpoints can be read; {NEW_RUN}")
-    return None
+    """last.pt of the run in args.out, if it fits the flags; None in a new folder."""
+    path = Path(args.out, "last.pt")
+    if not path.exists():
+        return None
+    ckpt = load_checkpoint(path)
+    allowed = [] if args.allow_changes else ALLOWED
+    refuse(args, differences(args, ckpt["args"], KEPT + allowed))
+    print(f"resuming from {path}, step {ckpt['step']:,}")
+    if changes := differences(args, ckpt["args"], PRINTED):
+        print(f"until now it had {', '.join(changes)}")
+    return ckpt
 
 
 @contextmanager
 def caught_signals() -> Iterator[list[int]]:
     """Collects signals that ask a run to stop; a second INT, TERM or HUP stops it at once."""
-    before, caught = {number: signal.getsignal(number) for number in SIGNALS}, []
+    caught, before = [], {}
 
     def note(number: int, _frame: object) -> None:
         caught.append(number)
         if number in SIGNALS[:3]:
             signal.signal(number, before[number])
 
-    def handle(handlers: dict) -> None:
-        for number, handler in handlers.items():
-            # ignored: by nohup, or a shell for a job with &; None: a handler that is not Python's
-            if before[number] not in (signal.SIG_IGN, None):
-                with suppress(ValueError):  # in a thread of another program, which has its own
-                    signal.signal(number, handler)
-
-    handle(dict.fromkeys(SIGNALS, note))
+    for number in SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:  # by nohup, or a shell for a job with &
+            before[number] = signal.signal(number, note)
     try:
         yield caught
     finally:
-        handle(before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 # display ------------------------------------------------------------------------------------------
-# Recorder.after_step: what is shown and saved when. Log: log.csv, curves.png, TensorBoard.
 
 
 def to_image(x: Tensor) -> Image.Image:
@@ -1452,12 +1340,13 @@ def to_image(x: Tensor) -> Image.Image:
     return Image.fromarray(x.squeeze(2).numpy())  # grey has no third dimension
 
 
-def make_grid(x: Tensor) -> Tensor:
-    """Pictures (n, channels, h, w) as one (channels, H, W), in rows of 8, black between them."""
-    columns = min(8, len(x))
-    x = F.pad(x, (2, 0, 2, 0, 0, 0, 0, -len(x) % columns), value=-1.0)
-    rows = x.unflatten(0, (-1, columns)).permute(2, 0, 3, 1, 4)
-    return F.pad(rows.flatten(3).flatten(1, 2), (0, 2, 0, 2), value=-1.0)
+def make_grid(x: Tensor) -> Image.Image:
+    """Pictures (n, channels, size, size) in rows of 8, black between them."""
+    cell, columns, rows = x.shape[3] + 2, min(8, len(x)), math.ceil(len(x) / 8)
+    grid = Image.new("RGB", (2 + cell * columns, 2 + cell * rows))
+    for i, picture in enumerate(x):
+        grid.paste(to_image(picture), (2 + cell * (i % 8), 2 + cell * (i // 8)))
+    return grid
 
 
 def save_picture(path: Path, image: Image.Image, **options: object) -> None:
@@ -1468,17 +1357,18 @@ def save_picture(path: Path, image: Image.Image, **options: object) -> None:
 
 def save_animation(out: Path) -> None:
     """training.gif: at most 60 of the run's grids with their epochs; the last stays longer."""
-    paths = [p for p in out.glob("samples/epoch_*.png") if p.stem[6:].isdecimal()]
-    paths, frames = sorted(paths, key=lambda p: int(p.stem[6:])), []
-    for i in torch.linspace(0, len(paths) - 1, min(len(paths), 60)).round().int():
-        grid = ImageOps.contain(Image.open(paths[i]).convert("RGB"), (530, 530))
-        frame, font = ImageOps.expand(grid, (0, 28, 0, 0), "white"), ImageFont.load_default(16)
-        ImageDraw.Draw(frame).text((6, 4), f"epoch {int(paths[i].stem[6:])}", "black", font)
+    epochs, frames = sorted(int(p.stem[6:]) for p in out.glob("samples/epoch_*.png")), []
+    for i in torch.linspace(0, len(epochs) - 1, min(len(epochs), 60)).round().int():
+        grid = Image.open(out / f"samples/epoch_{epochs[i]:04d}.png")
+        frame = ImageOps.expand(ImageOps.contain(grid, (530, 530)), (0, 28, 0, 0), "white")
+        title = f"epoch {epochs[i]}"
+        ImageDraw.Draw(frame).text((6, 4), title, "black", ImageFont.load_default(16))
         frames.append(frame.quantize(256))  # a palette for each: few shades would show as steps
     if len(frames) > 1:
         duration = [250] * (len(frames) - 1) + [2000]  # milliseconds
-        rest = {"save_all": True, "append_images": frames[1:], "loop": 0, "duration": duration}
-        save_picture(out / "training.gif", frames[0], **rest)
+        first, *rest = frames
+        how = {"append_images": rest, "loop": 0, "duration": duration}
+        save_picture(out / "training.gif", first, save_all=True, **how)
 
 
 def tell_apart(x: Tensor, y: Tensor) -> float:
@@ -1497,125 +1387,26 @@ def log_columns(spec: CodeSpec) -> list[str]:
     return ["step", "epoch", "minutes", *METRICS, *spec.names, "told_apart"]
 
 
-class Log:
-    """log.csv, curves.png and TensorBoard's events of a run, from its rows."""
-
-    def __init__(self, out: Path, spec: CodeSpec, rows: list[list[float]], step: int):
-        self.columns = log_columns(spec)
-        self.out, self.spec, self.rows, self.failed = out, spec, rows, set()
-        tb = self.attempt("TensorBoard", import_module, "torch.utils.tensorboard")
-        self.board = tb and self.attempt("TensorBoard", tb.SummaryWriter, str(out), "", step + 1)
-
-    def attempt(self, what: str, job: Callable, *args: object) -> object:
-        """What job returns. A failure is told once, and training goes on, which is worth more."""
-        try:
-            return job(*args)
-        except Exception as error:  # viewers, full disks, old packages raise anything
-            name, why = (getattr(error, name, None) for name in ("filename", "strerror"))
-            if what not in self.failed:
-                print(f"{name or what}: {why or error}; training goes on", file=sys.stderr)
-            self.failed.add(what)
-
-    def add(self, state: State, told_apart: float) -> dict[str, float]:
-        """The next row: the means of the metrics over LOG_EVERY steps, and the newest accuracy of
-        tell_apart. Returns it."""
-        means = torch.stack([*state.sums.values()]) / LOG_EVERY
-        self.rows.append([state.step, state.epochs, state.minutes, *means.tolist(), told_apart])
-        state.sums = {}
-        row = dict(zip(self.columns, self.rows[-1], strict=True))
-        if self.board:
-            self.attempt("TensorBoard", self.add_to_board, row)
-        return row
-
-    def add_to_board(self, row: dict[str, float]) -> None:
-        """One event for the whole row: one for each value takes as long as a GPU's step."""
-        from tensorboard.compat.proto.summary_pb2 import Summary
-
-        groups = {"GAN": [*METRICS, "told_apart"], "L_I": self.spec.names}
-        tags = [(f"{group}/{name}", name) for group, names in groups.items() for name in names]
-        values = [{"tag": tag, "simple_value": row[name]} for tag, name in tags]
-        self.board.file_writer.add_summary(Summary(value=values), row["step"])
-
-    def save(self) -> None:
-        rows = [[f"{round(value, 5):.12g}" for value in row] for row in self.rows]
-        text = "".join(",".join(row) + "\n" for row in [self.columns, *rows])
-        write_file(self.out / "log.csv", text.encode())
-
-    def draw(self) -> None:
-        """curves.png: losses, D's mean probabilities, and each code's L_I below its ceiling."""
-        rows = [row for row in self.rows if all(map(math.isfinite, row))]
-        rows = rows[:: 1 + len(rows) // 1000]  # the page has no pixels for more
-        if len(rows) < 2:
-            return
-        panels = [("losses of D (blue) and G (red)", ["loss_D", "loss_G"], 0.0)]
-        panels += [("D(x) (blue) and D(G(z, c)) (red)", ["D_real", "D_fake"], 1.0)]
-        panels += [("real or drawn, told right by nearest neighbours", ["told_apart"], 1.0)]
-        for kind, place in self.spec.kinds.items():
-            top = self.spec.ceilings[place][0]
-            panels.append((f"L_I of {kind}, nats, at most {top:.2f}", self.spec.names[place], top))
-        page = Image.new("RGB", (640, 200 * len(panels)), "white")
-        values = dict(zip(self.columns, zip(*rows, strict=True), strict=True))
-        for i, (title, names, top) in enumerate(panels):
-            lines = [values[name] for name in names]
-            page.paste(draw_panel(title, values["epoch"], lines, top), (0, 200 * i))
-        save_picture(self.out / "curves.png", page)
-
-    def close(self) -> None:
-        self.attempt("curves.png", self.draw)
-        self.attempt("log.csv", self.save)
-        if self.board:
-            self.attempt("TensorBoard", self.board.close)
-
-
-def draw_panel(
-    title: str, epochs: Sequence[float], lines: list[Sequence[float]], top: float
-) -> Image.Image:
+def draw_panel(title: str, epochs: Tensor, lines: Tensor, top: float) -> Image.Image:
     """A chart of 640x200 that shows zero, `top` and all but the most extreme 2% of the values."""
     colours = cycle(("#1f77b4", "#d62728", "#2ca02c", "#ff7f0e", "#9467bd", "#8c564b", "#e377c2"))
-    values, panel = sorted(chain(*lines)), Image.new("RGB", (640, 200), "white")
-    low, high = (values[i] for i in (len(values) // 50, -1 - len(values) // 50))
-    low, high, first = min(0.0, low), max(top, high), epochs[0]
+    panel = Image.new("RGB", (640, 200), "white")
     pen, font = ImageDraw.Draw(panel), ImageFont.load_default(13)
+    low, high = lines.quantile(0.02).clamp(max=0), lines.quantile(0.98).clamp(min=top)
 
-    def at(epoch: float, v: float) -> tuple[float, float]:
-        x, y = (epoch - first) / (epochs[-1] - first), (min(max(v, low), high) - low) / (high - low)
-        return 50 + 570 * x, 175 - 145 * y
+    def height(v: Tensor) -> list[float]:
+        return (175 - 145 * (v.clamp(low, high) - low) / (high - low)).tolist()
 
     pen.text((50, 8), title, "black", font)
-    for v in (0.0, high):
-        pen.line([at(first, v), at(epochs[-1], v)], "#dddddd")
-        pen.text((44, at(first, v)[1]), f"{v:.2f}", "black", font, anchor="rm")
+    for v in (torch.zeros(()), high):
+        pen.line([(50, height(v)), (620, height(v))], "#dddddd")
+        pen.text((44, height(v)), f"{v:.2f}", "black", font, anchor="rm")
+    x = (50 + 570 * (epochs - epochs[0]) / (epochs[-1] - epochs[0])).tolist()
     for line, colour in zip(lines, colours, strict=False):
-        pen.line([*map(at, epochs, line)], colour, 2)
-    for k in range(5):
-        epoch = first + (epochs[-1] - first) * k / 4
-        text = f"{epoch:.3g}" if k else f"epoch {epoch:.3g}"
-        pen.text((at(epoch, low)[0], 180), text, "black", font, anchor="ma")
+        pen.line([*zip(x, height(line), strict=True)], colour, 2)
+    for k, epoch in enumerate(torch.linspace(epochs[0], epochs[-1], 5)):
+        pen.text((50 + 570 * k / 4, 180), f"epoch {epoch:.3g}", "black", font, anchor="ma")
     return panel
-
-
-def describe_row(spec: CodeSpec, row: dict[str, float]) -> str:
-    """Losses, and the mean L_I of each kind of code beside its ceiling."""
-    text = f"D {row['loss_D']:.2f}  G {row['loss_G']:.2f}"
-    for kind, place in spec.kinds.items():
-        L_I = [row[name] for name in spec.names[place]]
-        text += f"  L_I {kind} {sum(L_I) / len(L_I):.2f}/{spec.ceilings[place][0]:.2f}"
-    return text
-
-
-class Every:
-    """Says when something is due: at each n-th epoch, if so many seconds have passed."""
-
-    def __init__(self, seconds: float, epochs: int = 0):
-        self.seconds, self.epochs, self.last = seconds, epochs, time.monotonic()
-
-    def is_due(self, state: State) -> bool:
-        (epoch, steps), now = state.place, time.monotonic()
-        within = self.epochs and (steps or epoch % self.epochs)
-        if within or now - self.last < self.seconds:
-            return False
-        self.last = now
-        return True
 
 
 # what is saved when: last.pt each SAVE_SECONDS, with log.csv and samples/last.png; epoch_*.pt and
@@ -1625,73 +1416,107 @@ SAVE_SECONDS = 60.0  # between two saves of last.pt
 SHOW_SECONDS = 30.0  # between two grids, two kept checkpoints, two lines of progress in a file
 EARLY = (1, 2, 5, 10, 20, 50)  # epochs with a grid, however soon they come
 N_COMPARED = 1000  # real and drawn pictures each that tell_apart gets
-MOST_FAILED_SAVES = 5  # one after the other
 
 
 class Recorder:
-    """What a run shows and saves while it trains: progress, log.csv, grids, checkpoints."""
+    """What a run shows and saves while it trains: progress, log.csv, curves, grids, checkpoints."""
 
     def __init__(
-        self,
-        state: State,
-        args: Namespace,
-        pictures: Pictures,
-        log: Log,
-        last_step: int,
-        end: float,
+        self, state: State, args: Namespace, pictures: Pictures, last_step: int, end: float
     ):
         self.state, self.args, self.fingerprint = state, args, pictures.fingerprint
-        self.log, self.last_step, self.end, self.row = log, last_step, end, {}
+        self.out, self.last_step, self.end = Path(args.out), last_step, end
+        self.failed, self.in_terminal = set(), sys.stderr.isatty()
+        self.told_apart = state.rows[-1]["told_apart"] if state.rows else 1.0
         self.batch_size = min(args.batch_size, len(pictures.x))
+        self.began = time.monotonic()
+        self.first_step, self.minutes_before = state.step, state.minutes
+        self.last = {"progress": -math.inf}  # when what was done last, if not when this start began
+        self.compare_seconds = SHOW_SECONDS
+        self.grids, self.kept = (
+            (SHOW_SECONDS, usual) if given is AUTO else (0, given)
+            for given, usual in ((args.sample_every, 5), (args.save_every, 25))
+        )
         rng = torch.Generator().manual_seed(args.seed)  # the same pictures and z at each start
         chosen = pictures.order[torch.randperm(len(pictures.x), generator=rng)[:N_COMPARED]]
-        self.latents = state.spec.join(state.spec.sample(64, rng)).to(state.device)
-        self.more_latents = state.spec.join(state.spec.sample(len(chosen), rng)).to(state.device)
+        self.latents, self.more_latents = (
+            state.spec.join(state.spec.sample(n, rng)).to(state.device) for n in (64, len(chosen))
+        )
         self.real = make_batch(pictures.x[chosen], False, rng, torch.device("cpu"))
         self.save_grid("real", self.real[:64])
         if state.step == 0:
             self.save_grid("epoch_0000")
-        self.told_apart = log.rows[-1][-1] if log.rows else 1.0
-        self.in_terminal = bool(sys.stderr) and sys.stderr.isatty()
-        self.shown = Every(0.5 if self.in_terminal else SHOW_SECONDS)
-        self.saved, self.compared = Every(SAVE_SECONDS), Every(SHOW_SECONDS)
-        self.drawn, self.kept = (
-            Every(SHOW_SECONDS, epochs) if given is AUTO else Every(0, given)
-            for given, epochs in ((args.sample_every, 5), (args.save_every, 25))
-        )
-        self.began, self.failed_saves = time.monotonic(), 0
-        self.first_step, self.minutes_before = state.step, state.minutes
+        self.board = self.attempt("TensorBoard", self.open_board)
+
+    def attempt(self, what: str, job: Callable, *args: object) -> object:
+        """What job returns. A failure is told once, and training goes on, which is worth more."""
+        try:
+            return job(*args)
+        except Exception as error:  # viewers, full disks, old packages raise anything
+            if what not in self.failed:
+                print(f"{what}: {error}; training goes on", file=sys.stderr)
+            self.failed.add(what)
+
+    def is_due(self, what: str, seconds: float, epochs: int = 0) -> bool:
+        """Whether so many seconds have passed since it last was; of epochs, after each n-th."""
+        (epoch, steps), now = self.state.place, time.monotonic()
+        within = epochs and (steps or epoch % epochs)
+        if within or now - self.last.get(what, self.began) < seconds:
+            return False
+        self.last[what] = now
+        return True
 
     def after_step(self, is_asked_to_stop: bool) -> bool:
         """Shows and saves what is due; returns whether the run stops here, with all saved."""
         state, now = self.state, time.monotonic()
         state.minutes = self.minutes_before + (now - self.began) / 60
-        finished = state.step == self.last_step
-        stops, is_first = finished or is_asked_to_stop or now > self.end, not self.row
-        n = state.step % LOG_EVERY
-        if self.compared.is_due(state):
+        stops = state.step == self.last_step or is_asked_to_stop or now > self.end
+        if self.is_due("told_apart", self.compare_seconds):
             self.compare()
-        if n == 0:
-            self.row = self.log.add(state, self.told_apart)
-            check_finite(state.step, self.row)
-        elif is_first:  # something to read soon, however slow the steps are
-            self.row = {name: value.item() / n for name, value in state.sums.items()}
-        if self.shown.is_due(state) or is_first or stops:
+        if state.step % LOG_EVERY == 0:
+            self.add_row()
+        if self.is_due("progress", 0.5 if self.in_terminal else SHOW_SECONDS) or stops:
             with suppress(OSError):  # whoever read this is gone
                 self.show(stops)
         epoch, steps = state.place
-        is_early = self.args.sample_every is AUTO and not steps and epoch in EARLY
-        if self.drawn.is_due(state) or is_early:
+        if self.is_due("grid", *self.grids) or (not steps and epoch in EARLY):
             self.save_grid(f"epoch_{epoch:04d}")
-            self.log.attempt("curves.png", self.log.draw)
-        if finished:  # before last.pt: a start that finds the run finished draws nothing
-            self.finish()
-        keeps = self.kept.is_due(state)
-        if self.saved.is_due(state) or keeps or stops:
+            self.attempt("curves.png", self.save_curves)
+        keeps = self.is_due("kept", *self.kept)
+        if self.is_due("last.pt", SAVE_SECONDS) or keeps or stops:
             self.save(keeps, stops)
-        if stops and not finished:  # after last.pt: a second signal may end us
-            self.finish()
+        if stops:  # after last.pt: a second signal may end us
+            self.attempt("training.gif", save_animation, self.out)
         return stops
+
+    def add_row(self) -> None:
+        """The next row of log.csv, and of TensorBoard."""
+        state = self.state
+        row = {"step": state.step, "epoch": state.epochs, "minutes": state.minutes}
+        row |= self.means() | {"told_apart": self.told_apart}
+        state.rows.append(row)
+        state.sums = {}
+        if self.board:
+            self.attempt("TensorBoard", self.add_to_board, row)
+        check_finite(state.step, row)
+
+    def means(self) -> dict[str, float]:
+        """Of the metrics, since the last row."""
+        sums, n = self.state.sums, self.state.step % LOG_EVERY or LOG_EVERY
+        return dict(zip(sums, (torch.stack([*sums.values()]) / n).tolist(), strict=True))
+
+    def open_board(self) -> object:
+        from torch.utils.tensorboard import SummaryWriter  # which takes a second
+
+        return SummaryWriter(str(self.out), purge_step=self.state.step + 1)
+
+    def add_to_board(self, row: dict[str, float]) -> None:
+        """One event for the whole row: one for each value takes as long as a GPU's step."""
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        groups = {name: "L_I" if name in self.state.spec.names else "GAN" for name in row}
+        values = [{"tag": f"{groups[name]}/{name}", "simple_value": row[name]} for name in row]
+        self.board.file_writer.add_summary(Summary(value=values), row["step"])
 
     def show(self, stops: bool) -> None:
         """The line of progress: in a terminal one that changes, in a file a new one."""
@@ -1699,7 +1524,12 @@ class Recorder:
         now, epochs = time.monotonic(), round(state.epochs + steps / state.per_epoch, 1)
         speed = (state.step - self.first_step) / (now - self.began)  # steps a second
         left = timedelta(seconds=max(0, round(min(steps / speed, self.end - now, 1e10))))
-        text = f"epoch {state.epochs:.1f}/{epochs:.12g}  {describe_row(state.spec, self.row)}"
+        row, spec = state.rows[-1] if state.rows else self.means(), state.spec
+        text = f"epoch {state.epochs:.1f}/{epochs:.12g}"
+        text += f"  D {row['loss_D']:.2f}  G {row['loss_G']:.2f}"
+        for kind, place in spec.kinds.items():  # the mean L_I, beside its ceiling
+            L_I = [row[name] for name in spec.names[place]]
+            text += f"  L_I {kind} {sum(L_I) / len(L_I):.2f}/{spec.ceilings[place][0]:.2f}"
         text += f"  {speed * self.batch_size:,.0f} img/s  eta {left}"
         if self.in_terminal:
             width = shutil.get_terminal_size().columns - 1
@@ -1708,52 +1538,68 @@ class Recorder:
 
     @torch.no_grad()
     def draw(self, latents: Tensor) -> Tensor:
-        """What G draws from latents, on the CPU; in parts, so that it takes no more memory than a
-        step."""
-        search, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
-        parts = latents.split(min(16, self.batch_size))
-        x = torch.cat([self.state.G_ema(part).cpu() for part in parts])
-        torch.backends.cudnn.benchmark = search  # for kernels, which pays only in training
-        return x
+        """What G draws from latents, on the CPU; in parts: it takes no more memory than a step."""
+        return torch.cat([self.state.G_ema(x).cpu() for x in latents.split(self.batch_size)])
 
     def compare(self) -> None:
         """Renews told_apart; takes at most 4% of the run's time."""
         began = time.monotonic()
         with torch.autocast(self.state.device.type, torch.bfloat16, enabled=self.args.amp):
             self.told_apart = tell_apart(self.real, self.draw(self.more_latents))
-        self.compared.seconds = max(SHOW_SECONDS, 25 * (time.monotonic() - began))
+        self.compare_seconds = max(SHOW_SECONDS, 25 * (time.monotonic() - began))
 
     def save_grid(self, name: str, x: Tensor | None = None) -> None:
         """Saves a grid of x, or of what G draws from the run's latents."""
-        grid = to_image(make_grid(self.draw(self.latents) if x is None else x))
-        path = self.log.out / f"samples/{name}.png"
-        grid = ImageOps.scale(grid, max(1, -(-512 // grid.width)), Image.Resampling.NEAREST)
-        self.log.attempt("samples", save_picture, path, grid)
+        grid = make_grid(self.draw(self.latents) if x is None else x)
+        grid = ImageOps.scale(grid, math.ceil(512 / grid.width), Image.Resampling.NEAREST)
+        self.attempt("samples", save_picture, self.out / f"samples/{name}.png", grid)
+
+    def save_curves(self) -> None:
+        """curves.png: losses, D's mean probabilities, and each code's L_I below its ceiling."""
+        spec, columns = self.state.spec, log_columns(self.state.spec)
+        rows = torch.tensor([[*row.values()] for row in self.state.rows]).view(-1, len(columns))
+        rows = rows[rows.isfinite().all(1)][:: 1 + len(rows) // 1000]  # pixels show no more
+        if len(rows) < 2:
+            return
+        panels = {  # what they show, and what they reach up to
+            "losses of D (blue) and G (red)": (["loss_D", "loss_G"], 0.0),
+            "D(x) (blue) and D(G(z, c)) (red)": (["D_real", "D_fake"], 1.0),
+            "real or drawn, told right by nearest neighbours": (["told_apart"], 1.0),
+        }
+        for kind, place in spec.kinds.items():
+            top = spec.ceilings[place][0]
+            panels[f"L_I of {kind}, nats, at most {top:.2f}"] = spec.names[place], top
+        page = Image.new("RGB", (640, 200 * len(panels)), "white")
+        for i, (title, (names, top)) in enumerate(panels.items()):
+            lines = rows.T[[columns.index(name) for name in names]]
+            page.paste(draw_panel(title, rows[:, 1], lines, top), (0, 200 * i))
+        save_picture(self.out / "curves.png", page)
+
+    def save_log(self) -> None:
+        rows = [[f"{round(v, 5):.12g}" for v in row.values()] for row in self.state.rows]
+        text = "".join(",".join(row) + "\n" for row in [log_columns(self.state.spec), *rows])
+        write_file(self.out / "log.csv", text.encode())
 
     def save(self, keeps: bool, stops: bool) -> None:
         """Saves last.pt, after a copy that is kept, so that no kill leaves out the copy."""
-        path, log = self.log.out / "last.pt", self.log
-        raw = to_bytes(gather_checkpoint(self.state, self.args, self.fingerprint, log.rows))
-        log.attempt("log.csv", log.save)
+        raw = to_bytes(gather_checkpoint(self.state, self.args, self.fingerprint))
+        self.attempt("log.csv", self.save_log)
         if keeps:
-            kept = path.with_name(f"epoch_{self.state.place[0]:04d}.pt")
-            log.attempt("checkpoint", write_file, kept, raw)
-        try:
-            write_file(path, raw)
-            self.failed_saves = 0
-        except OSError as error:
-            self.failed_saves += 1
-            if stops or self.failed_saves > MOST_FAILED_SAVES:
-                raise
-            print(f"{path}: {error.strerror}; training goes on and tries again", file=sys.stderr)
-        if not stops:
-            self.save_grid("last")
-
-    def finish(self) -> None:
-        """The last grid, training.gif, log.csv and curves.png."""
+            kept = self.out / f"epoch_{self.state.place[0]:04d}.pt"
+            self.attempt("checkpoint", write_file, kept, raw)
+        last = self.out / "last.pt"
+        if stops:
+            write_file(last, raw)
+        else:
+            self.attempt("last.pt", write_file, last, raw)
         self.save_grid("last")
-        self.log.attempt("training.gif", save_animation, self.log.out)
-        self.log.close()
+
+    def close(self) -> None:
+        """The newest log.csv and curves.png; the end of TensorBoard's events."""
+        self.attempt("curves.png", self.save_curves)
+        self.attempt("log.csv", self.save_log)
+        if self.board:
+            self.attempt("TensorBoard", self.board.close)
 
 
 # train --------------------------------------------------------------------------------------------
@@ -1766,67 +1612,49 @@ def train(args: Namespace) -> int:
     choose_precision(args, device)
     with locked(out):
         ckpt = find_checkpoint(args)
-        pictures = open_pictures(args, ckpt)
-        state = open_state(args, ckpt, device, len(pictures.x))
+        if ckpt:
+            args.channels = ckpt["args"]["channels"]
+        form = args.image_size, args.channels, args.crop
+        pictures = load_pictures(args.data, *form, exclude=args.exclude or ())
+        n, args.channels = len(pictures.x), pictures.x.shape[3]
+        state = new_state(args, device)
+        state.per_epoch = n // min(args.batch_size, n)
+        if ckpt:
+            restore(state, ckpt)
+            if ckpt["fingerprint"] != pictures.fingerprint and not args.allow_changes:
+                refuse(args, ["other pictures"])
+        elif args.init:
+            restore(state, load_checkpoint(args.init), weights_only=True)
         step, epoch = state.changed
         last_step = step + (args.epochs - epoch) * state.per_epoch
         last_step = min(last_step, args.max_steps or math.inf)
         if state.step >= last_step:
             print(f"{out} is finished, {state.step:,} steps; raise --epochs or --max-steps")
             return 0
-        describe(state, args, len(pictures.x), last_step)
+        describe(state, args, n, last_step)
         write_file(out / "args.json", json.dumps(vars(args), indent=2).encode() + b"\n")
         (out / "samples").mkdir(exist_ok=True)
-        log = Log(out, state.spec, ckpt["rows"].tolist() if ckpt else [], state.step)
-        recorder = Recorder(state, args, pictures, log, last_step, end)
-        stopped_by = loop(state, args, pictures, recorder)
-    return report(state, recorder, stopped_by)
-
-
-def open_pictures(args: Namespace, ckpt: dict | None) -> Pictures:
-    """The run's pictures; sets args.channels. Raises UserError where they are not those of ckpt."""
-    channels = ckpt["args"]["channels"] if ckpt else args.channels
-    pictures = load_pictures(
-        args.data, args.image_size, channels, args.crop, exclude=args.exclude or ()
-    )
-    if ckpt and not args.allow_changes and ckpt["fingerprint"] != pictures.fingerprint:
-        refuse(args, ["other pictures"])
-    args.channels = pictures.x.shape[3]
-    return pictures
-
-
-def open_state(args: Namespace, ckpt: dict | None, device: torch.device, n: int) -> State:
-    """A new run's state for n pictures, or that of ckpt; --init begins with another's weights."""
-    begin = ckpt or (args.init and load_checkpoint(args.init))
-    args.init = args.init or (ckpt and ckpt["args"].get("init"))
-    state = new_state(args, device)
-    state.per_epoch = n // min(args.batch_size, n)
-    if begin:
-        restore(state, begin, weights_only=not ckpt)
-    return state
+        recorder = Recorder(state, args, pictures, last_step, end)
+        return loop(state, args, pictures, recorder)
 
 
 def describe(state: State, args: Namespace, n: int, last_step: int) -> None:
     """Prints what the run works with, and what is unusual about it."""
-    if args.recipe == "notebook":
-        print("--recipe notebook: the notebook's settings and its defects, to compare with")
     if last_step < 1000 and not args.max_minutes:
         print(f"{last_step} steps are too few to learn from; raise --epochs or --max-steps")
     if n < 1000 and not args.init:
         print(f"{n} pictures are few: some thousands of one kind are needed, or begin with --init")
-    if args.batch_size > n:
-        print(f"--batch-size {args.batch_size}: there are only {n} pictures, so a batch is {n}")
     text = f"{state.device.type.upper()}, {torch.get_num_threads()} threads"
     if state.device.type == "cuda":
         text = torch.cuda.get_device_name(state.device)
     text += f", {'bfloat16' if args.amp else 'float32'}{', CUDA graph' * args.cuda_graph}"
     G, D = (sum(p.numel() for p in net.parameters()) / 1e6 for net in (state.G, state.D))
-    text += f"; G {G:.1f} M, D and Q {D:.1f} M parameters, {state.per_epoch:,} steps an epoch"
-    print(text)
+    text += f"; G {G:.1f} M, D and Q {D:.1f} M parameters; {state.per_epoch:,} steps an epoch, of"
+    print(f"{text} {min(args.batch_size, n)} pictures each")
 
 
-def loop(state: State, args: Namespace, pictures: Pictures, recorder: Recorder) -> int | None:
-    """Steps until the recorder says that the run stops; returns the signal that asked for it."""
+def loop(state: State, args: Namespace, pictures: Pictures, recorder: Recorder) -> int:
+    """Steps until the recorder says that the run stops; prints why, and returns the exit code."""
     step_once, stops = GraphedStep() if args.cuda_graph else train_step, False
     pictures.x = to_device_if_it_fits(pictures.x, state.device)
     try:
@@ -1835,34 +1663,19 @@ def loop(state: State, args: Namespace, pictures: Pictures, recorder: Recorder) 
                 state.add(step_once(state, args, next_batch(state, args, pictures)))
                 state.step += 1
                 stops = recorder.after_step(bool(caught))
-    except Diverged:
-        recorder.log.close()  # it shows how it came to this
-        raise
     finally:
         if recorder.in_terminal and not stops:
             print(file=sys.stderr)  # what is told next has its own line
-    return next(iter(caught), None)
-
-
-def report(state: State, recorder: Recorder, stopped_by: int | None) -> int:
-    """Prints how a start has ended; returns the exit code. Raises Diverged for a useless run."""
-    path, finished = recorder.log.out / "last.pt", state.step == recorder.last_step
-    steps = f"{state.step:,} steps, {state.epochs:.1f} epochs, {state.minutes:.1f} minutes in all"
-    far_off = [
-        f"{name} is {value:.0f}"
-        for name, value in recorder.row.items()
-        if name.startswith(("loss", "cat", "cont")) and abs(value) > 50
-    ]
-    if finished and far_off:
-        cure = "it has learned nothing; give another --out, and smaller --lr-g and --lr-d"
-        raise Diverged(f"{steps}, but {far_off[0]}: {cure}")
+        recorder.close()  # which shows how it came to an error, too
+    path, code = recorder.out / "last.pt", 0
     why, advice = "time is up", "the same command resumes"
-    if finished:
+    if state.step == recorder.last_step:
         why, advice = "finished", f"see python generate.py --ckpt {shlex.quote(str(path))}"
-    elif stopped_by:
-        why = signal.Signals(stopped_by).name
+    elif caught:
+        why, code = signal.Signals(caught[0]).name, 128 + caught[0]
+    steps = f"{state.step:,} steps, {state.epochs:.1f} epochs, {state.minutes:.1f} minutes in all"
     print(f"{why}: {steps}. {path} is saved; {advice}")
-    return 128 + stopped_by if stopped_by and not finished else 0
+    return code
 
 
 # flags --------------------------------------------------------------------------------------------
@@ -1878,6 +1691,7 @@ RECIPES = {  # what differs from the defaults in FLAGS
 "mnist": dict(upsample="transposed", cont_at=4, width=32, batch_size=64, lr_g=1e-3, z_dim=16,
     r1=0.1, lam_identity=0.0, q_augment=1.0, lam_real=1.0, shift=0.0),
 }
+WEIGHT = (0.0, 1000.0)  # limits of a loss's
 FLAGS = {  # by group: flag, default, limits or choices or kind, meaning
 "pictures": [
     ("--data", "data/anime", "FOLDER", f"a folder, or {', '.join(NAMED_SETS)}"),
@@ -1902,23 +1716,23 @@ FLAGS = {  # by group: flag, default, limits or choices or kind, meaning
 ], "objective": [
     ("--recipe", AUTO, [*RECIPES], "default, mnist, or notebook: its settings and faults (default:"
      " by --data)"),
-    ("--lam-cat", 1.0, (0.0, 1000.0), "lambda of each categorical code's L_I"),
-    ("--lam-cont", AUTO, (0.0, 1000.0), "of each continuous code's (default 3 / n_cont, max 0.3)"),
+    ("--lam-cat", 1.0, WEIGHT, "lambda of each categorical code's L_I"),
+    ("--lam-cont", AUTO, WEIGHT, "of each continuous code's (default 3 / n_cont, max 0.3)"),
     ("--cap-cont", AUTO, (0.0, 3.0), "G is rewarded for a continuous code's L_I up to X nats"
      " (default 1.4; with up to 5 codes 3, more than a code can reach)"),
-    ("--lam-identity", 2.0, (0.0, 1000.0), "of the identity loss: pictures of the same categories"
+    ("--lam-identity", 2.0, WEIGHT, "of the identity loss: pictures of the same categories"
      " must have the same colours in the same places"),
-    ("--lam-local", 0.0, (0.0, 1000.0), "of the local loss: one code changes one part of the"
+    ("--lam-local", 0.0, WEIGHT, "of the local loss: one code changes one part of the"
      " picture; try 4"),
     ("--local-to", "all", ["all", "cat"], "the codes that have it: all, or the categorical ones"),
     ("--info-to", "trunk", ["trunk", "head"], "L_I trains Q with D's trunk, or its head alone"),
     ("--q-augment", 0.0, (0.0, 3.0), "how strongly pictures are moved, turned, blurred and relit"
      " before Q reads categorical codes; mnist 1"),
-    ("--lam-real", 0.0, (0.0, 1000.0), "how much a real picture must keep its category when it is"
+    ("--lam-real", 0.0, WEIGHT, "how much a real picture must keep its category when it is"
      " augmented, as strongly as --q-augment says; mnist 1"),
     ("--shift", AUTO, (0.0, 0.5), "D sees pictures shifted by up to this share of their width,"
      f" growing over {SHIFT_EPOCHS} epochs (default 0.125; below 64 pixels 0.0625)"),
-    ("--r1", AUTO, (0.0, 1e3), "D's gradient penalty (default 0.3; below 64 pixels 0.01)"),
+    ("--r1", AUTO, WEIGHT, "D's gradient penalty (default 0.3; below 64 pixels 0.01)"),
     ("--r1-from", AUTO, (0, 10**9), "the epoch from which it acts (default 0; below 64 pixels, if"
      " --r1 is not given, 75)"),
     ("--ema", 0.03, (0.0, 1.0), "half-life of G's average, as a share of its steps"),
@@ -1934,8 +1748,8 @@ FLAGS = {  # by group: flag, default, limits or choices or kind, meaning
     ("--max-minutes", None, (0.001, 1e7), "stop this call after X minutes; repeat it to resume"),
     ("--device", "auto", "DEVICE", "cpu, cuda, cuda:1, mps; auto takes the fastest"),
     ("--amp", AUTO, bool, "bfloat16 convolutions (default: where they are faster)"),
-    ("--cuda-graph", AUTO, bool, "replay the step as a CUDA graph, so that a GPU never waits for"
-     " Python (default: on CUDA)"),
+    ("--cuda-graph", True, bool, "on CUDA, replay the step as a graph, so that a GPU never waits"
+     " for Python"),
     ("--out", AUTO, "FOLDER", "the run's folder (default checkpoint/cat1-cont2, by its codes)"),
     ("--save-every", AUTO, (1, 10**9), "epochs between checkpoints that are kept (default 25, and"
      " at least 30 seconds)"),
@@ -1983,14 +1797,15 @@ def spec_of(args: Namespace) -> CodeSpec:
 
 
 class Parser(ArgumentParser):
-    """Flags from a table like FLAGS, of every program here; errors in one line, without the usage.
+    """Flags from a table like FLAGS, of every program here; parse_args tells only the given ones.
 
     more: argparse's own settings of some flags, by their names in args.
     """
 
     def __init__(self, program: str, about: str, flags: dict, more: dict):
-        super().__init__(program, None, about, allow_abbrev=False, argument_default=SUPPRESS)
-        self.formatter_class, self.defaults = RawDescriptionHelpFormatter, {}
+        how = {"allow_abbrev": False, "argument_default": SUPPRESS}
+        super().__init__(program, None, about, formatter_class=RawDescriptionHelpFormatter, **how)
+        self.defaults = {}
         for title, rows in flags.items():
             group = self.add_argument_group(title)
             for flag, default, kind, meaning in rows:
@@ -2017,10 +1832,6 @@ class Parser(ArgumentParser):
         check_limits({name: text}, {name: kind})
         return text
 
-    def given(self, argv: list[str] | None) -> dict:
-        """Only the flags that argv has, by their names in args. Raises UserError for others."""
-        return vars(self.parse_args(argv))
-
     def error(self, message: str) -> None:
         raise UserError(f"{message}; see --help")
 
@@ -2031,11 +1842,10 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     --channels, --amp and --cuda-graph wait for pictures and device.
     """
     parser = Parser("infogan.py", __doc__.split("\nSections")[0], FLAGS, MORE)
-    given, shape = parser.given(argv), {}
+    given, shape = vars(parser.parse_args(argv)), {}
     if init := given.get("init"):
-        run = Path(given.get("out", ""), "last.pt")  # has them too, should the file be gone
-        before = load_checkpoint(run if "out" in given and not os.path.exists(init) else init)
-        shape = {name: before["args"][name] for name in LIMITS}
+        before = load_checkpoint(init)["args"]
+        shape = {name: before[name] for name in LIMITS}
         if other := differences(Namespace(**shape | given), shape, LIMITS):
             raise UserError(f"--init {init} has {', '.join(other)}; leave these flags out")
     data = given.get("data")
@@ -2043,11 +1853,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     named = {"image_size": 32, "flip": False} if data in NAMED_SETS else {}
     flags = {**parser.defaults, **named, **RECIPES[recipe], **shape, **given, "recipe": recipe}
     flags |= {name: value for name, value in derived(flags).items() if flags[name] is AUTO}
-    args = Namespace(**flags)
-    spec_of(args)  # raises UserError for --z-dim 0 where it cannot be
-    if args.lam_local and args.local_to == "cat" and not args.n_cat:
-        raise UserError("--local-to cat: there are no categorical codes; leave it out")
-    return args
+    return Namespace(**flags)
 
 
 # program ------------------------------------------------------------------------------------------
@@ -2067,11 +1873,11 @@ def run(
     except UserError as error:
         text, code = str(error), error.code
     except OSError as error:
-        text, code = f"{error.filename or 'a file'}: {error.strerror or error}; fix this", 2
-        text += " or give another --out, and run it again; saved files are unchanged"
-    except (MemoryError, RuntimeError) as error:
+        cure = "fix this or give another --out, and run it again; saved files are unchanged"
+        text, code = f"{error}; {cure}", 2
+    except RuntimeError as error:
         text, code = f"out of memory; {if_out_of_memory}", 2
-        if isinstance(error, RuntimeError) and not re.search(NO_MEMORY, str(error)):
+        if not re.search(NO_MEMORY, str(error)):
             raise
     except KeyboardInterrupt:
         text, code = "stopped", 130
@@ -2081,12 +1887,8 @@ def run(
 
 def as_program(main: Callable[[], int]) -> None:
     """Runs main and ends the process, with streams that take any letter."""
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)
-        if getattr(stream, "closed", stream is None):  # in a service, or after >&-
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
-        with suppress(AttributeError, ValueError):  # those of a notebook have no reconfigure
-            stream.reconfigure(errors="backslashreplace")
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")
     sys.exit(main())
 
 

@@ -22,11 +22,9 @@ import socket
 import struct
 import subprocess
 import sys
-import threading
 import time
 import zipfile
 from argparse import Namespace
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -59,7 +57,7 @@ def seeded(seed: int = 0) -> torch.Generator:
 def cache(tmp_path_factory) -> Path:
     """Decoded pictures go here, also by the processes that tests start, not into the user's."""
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.getbasetemp())
-    return infogan.cache_folder()
+    return tmp_path_factory.getbasetemp() / "infogan"
 
 
 @fixture(scope="session")
@@ -734,7 +732,7 @@ def test_r1_is_the_squared_slope_and_comes_lazily():
         state, args = tiny_state(flags)
         state.per_epoch = 16
         for state.step in steps:
-            comes.append(int(infogan.variant(state, args).with_r1))
+            comes.append(int(infogan.variant(state, args)[0]))
     assert comes == [1, 0, 0, 1, 0, 0, 1, 0, 1]
 
 
@@ -844,17 +842,13 @@ def put_rubbish(folder: Path) -> int:
     (folder / "zero.png").touch()
     (folder / "page.jpg").write_text("<!doctype html><title>404</title>")
     Image.new("L", (9460, 9460)).save(folder / "bomb.png")  # decodes, and is too large
-    with open(folder / "vast.bmp", "wb") as file:
-        file.truncate(2**29)
     if os.name == "posix":
         (folder / os.fsdecode(b"sur\xffrogate.jpg")).write_bytes(b"no")
         for link, target in table("""
             broken.png | nowhere.png
             loop.png | loop.png
-            round | .
-            device.jpg | /dev/zero"""):  # fmt: skip
+            round | ."""):  # fmt: skip
             (folder / link).symlink_to(target)
-        os.mkfifo(folder / "pipe.png")
     return sum(p.suffix != "" for p in folder.iterdir())
 
 
@@ -874,7 +868,9 @@ def test_rubbish_among_pictures_is_told_and_the_rest_trains(tmp_path, out, capsy
     train(folder, out, "--max-steps 2")
     told = capsys.readouterr().out
     assert f"4 pictures in {folder}" in told and f"unreadable files skipped: {bad + 1} (" in told
-    assert "bomb.png (DecompressionBombError)" in told and "broken.png (FileNotFoundError)" in told
+    assert (
+        "bomb.png (DecompressionBombWarning)" in told and "broken.png (FileNotFoundError)" in told
+    )
 
 
 @mark.parametrize("data, words", table("""
@@ -883,14 +879,12 @@ def test_rubbish_among_pictures_is_told_and_the_rest_trains(tmp_path, out, capsy
     mnist | torchvision cannot get it
     fashion-mnist | torchvision cannot get it
     svhn | torchvision cannot get it"""))  # fmt: skip
-def test_what_is_wrong_with_pictures_names_the_flag_that_asked_for_them(
-    tmp_path, monkeypatch, data, words
-):
+def test_what_is_wrong_with_pictures_names_the_set(tmp_path, monkeypatch, data, words):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("urllib.request.urlopen", lambda *a, **k: 1 / 0)
     (tmp_path / "one").mkdir()
-    with raises(UserError, match=f"^--sort {data}: {words}"):
-        load(data, flag="--sort")
+    with raises(UserError, match=f"{data}: {words}"):
+        load(data)
 
 
 @mark.parametrize("levels, size, words", [
@@ -911,9 +905,7 @@ def test_a_set_that_looks_empty_is_told(tmp_path, printed, levels, size, words):
 
 @mark.parametrize("suffix, words", table("""
     .zip | python -m zipfile -e
-    .tar.gz | python -m tarfile -e
-    .npz | write each picture in
-    .parquet | write each picture in"""))  # fmt: skip
+    .tar.gz | python -m tarfile -e"""))  # fmt: skip
 def test_an_archive_in_place_of_pictures_names_the_cure(tmp_path, out, capsys, suffix, words):
     folder = tmp_path / "my faces"
     (folder / "a").mkdir(parents=True)
@@ -943,15 +935,12 @@ def test_files_can_be_excluded(tmp_path, out, capsys):
 
 def test_linked_folders_are_followed_once(tmp_path, printed):
     real, far = four_pictures(tmp_path / "set/z"), four_pictures(tmp_path / "far/deep", 4)
-    (real.parent / "a").symlink_to(real)  # twice: it keeps the name that it has without the link
+    (real.parent / "z twice").symlink_to(real)
     (real.parent / "b.png").symlink_to(far.parent)
     (far / "round").symlink_to(far.parent)
-    (real / "up").symlink_to(tmp_path)  # around the set, which is not to be all of it
-    four_pictures(tmp_path / "beside", 8)
     (real.parent / "unmounted").symlink_to("nowhere")
     names = load(real.parent).names
-    told = printed()
-    assert told.startswith("8 pictures") and "unmounted (FileNotFoundError)" in told
+    assert "1 of no suffix\n8 pictures" in printed()
     folders = [f"{Path(name).relative_to(real.parent).parent}" for name in names]
     assert folders == ["b.png/deep"] * 4 + ["z"] * 4
     (tmp_path / "link").symlink_to(far)
@@ -975,7 +964,7 @@ def test_what_is_passed_over_is_told_with_the_reason(tmp_path, printed):
     assert len(load(folder).x) == 4
     (line, *_) = printed().splitlines()
     assert ", 2 of .heic, " in line and "DS_Store" not in line
-    told = [f"folder {name}" for name in hidden] + ["1 of .txt", "1 of no suffix", "1 hidden"]
+    told = [f"folder {name}" for name in hidden] + ["1 of .txt", "1 of no suffix", "2 hidden"]
     for part in (*told, "5 folder ours (a run, or by generate.py)"):
         assert part in line, line
 
@@ -994,10 +983,8 @@ def test_all_that_pillow_reads_safely_are_pictures(tmp_path, printed):
         kind = name.partition(".")[0]
         Image.new("RGB", (40, 40), (9 * i, 9, 9)).save(tmp_path / f"{i}-{name}", kind)
     shutil.copy(tmp_path / f"{i - 1}-EPS.eps", tmp_path / "eps.png")
-    Image.new("F", (40, 40), 0.5).save(tmp_path / "float.tif")
     pictures, told = load(tmp_path), printed()
-    for part in ("skipped: 2", "eps.png", "float.tif (NotImplementedError)",
-                 "1 of .png~", "1 of .eps", "1 of .pdf"):  # fmt: skip
+    for part in ("skipped: 1", "eps.png", "1 of .png~", "1 of .eps", "1 of .pdf"):
         assert part in told, told
     for name, x in zip(pictures.names, pictures.x.int(), strict=True):
         red = 9 * int(Path(name).name.partition("-")[0])
@@ -1007,34 +994,12 @@ def test_all_that_pillow_reads_safely_are_pictures(tmp_path, printed):
 
 def test_photos_are_decoded_small_and_look_the_same(tmp_path):
     noise = Image.frombytes("RGB", (12, 8), random.Random(0).randbytes(288)).resize((1200, 800))
-    file, few = tmp_path / "x.jpg", 1200 * 800 // 3  # a quarter of both sides: 1/16
-    for progressive in (False, True):  # which is decoded whole
-        noise.save(file, quality=95, progressive=progressive)
-        picture = infogan.read_picture(file, 64, 3)
-        assert picture.whole == (1200, 800) and not picture.error
-        small, whole = Image.frombytes("RGB", (64, 64), picture.pixels), Image.open(file)
-        difference = ImageChops.difference(small, infogan.to_square(whole, 64, 3, "centre"))
-        assert max(high for _, high in difference.getextrema()) < 8
-        too_large = infogan.read_picture(file, 64, 3, most=few)
-        assert isinstance(too_large.error, Image.DecompressionBombError) == progressive
-        assert bool(too_large.pixels) != progressive
-
-
-def test_memory_of_decoding_is_bounded(tmp_path, change):
-    """By the number of threads; what is too large for eight at once is decoded alone."""
-    for i in range(40):
-        Image.new("L", (99, 99), i).save(tmp_path / f"{i}.png")
-    Image.new("L", (4000, 3000)).save(tmp_path / "photo.png")
-    threads, real = {99: set(), 4000: set()}, infogan.to_square
-
-    def slow(image: Image.Image, *how: object) -> Image.Image:
-        threads[image.width].add(threading.current_thread())
-        time.sleep(0.01)  # so that one thread does not do it all
-        return real(image, *how)
-
-    change("to_square", slow)
-    assert len(load(tmp_path).x) == 41 and threads[4000] == {threading.main_thread()}
-    assert 2 < len(threads[99]) <= infogan.DECODE_THREADS
+    noise.save(tmp_path / "x.jpg", quality=95)
+    picture = infogan.read_picture(tmp_path / "x.jpg", 64, 3)
+    assert picture.whole == (1200, 800) and not picture.error
+    small, whole = Image.frombytes("RGB", (64, 64), picture.pixels), Image.open(tmp_path / "x.jpg")
+    difference = ImageChops.difference(small, infogan.to_square(whole, 64, 3, "centre"))
+    assert max(high for _, high in difference.getextrema()) < 8
 
 
 def test_a_batch_is_from_minus_one_to_one_and_flip_mirrors_half_of_it():
@@ -1082,7 +1047,7 @@ def test_a_damaged_file_of_a_named_set_is_one_line(tmp_path, monkeypatch, capsys
 def own_cache(tmp_path, monkeypatch) -> Path:
     """The cache of this test alone."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return infogan.cache_folder()
+    return tmp_path / "cache/infogan"
 
 
 @mark.parametrize("mode, channels", [("RGB", 3), ("L", 1)])
@@ -1130,65 +1095,33 @@ DAMAGE = {
 }
 
 
-@mark.parametrize("kind", [*DAMAGE, "folder"])
+@mark.parametrize("kind", DAMAGE)
 def test_a_damaged_cache_is_made_anew(few, own_cache, decoded, kind):
     first = load(few)
     whole = first.x.clone()
     (file,) = own_cache.iterdir()
     raw = file.read_bytes()
     file.unlink()  # not written to in place: `first` is a view of it
-    if kind == "folder":
-        file.mkdir()
-    else:
-        file.write_bytes(DAMAGE[kind](raw))
+    file.write_bytes(DAMAGE[kind](raw))
     assert load(few).x.equal(whole) and decoded.call_count > 6
-    if kind != "folder":
-        assert file.read_bytes() == raw and first.x.equal(whole)
+    assert file.read_bytes() == raw and first.x.equal(whole)
 
 
-@mark.parametrize("blocked", [True, False])
-def test_training_needs_no_cache(few, tmp_path, monkeypatch, printed, blocked):
-    file = tmp_path / "file"
-    file.touch()
-    monkeypatch.chdir(tmp_path)
-    if blocked:
-        monkeypatch.setenv("XDG_CACHE_HOME", str(file))
-    else:
-        monkeypatch.delenv("XDG_CACHE_HOME")
-        monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as for an unknown user
-    assert len(load("few").x) == 5
-    told = printed().splitlines()
-    assert len(told) == 2 and "not cached" in told[0] and "5 pictures" in told[1]
-    assert {*tmp_path.iterdir()} == {few, file}
-
-
-def test_a_disk_that_fills_while_pixels_are_written_costs_the_cache_only(
-    few, own_cache, monkeypatch, printed
-):
-    real, full = infogan.decode, True
+def test_where_no_cache_can_be_written_one_line_names_the_cure(few, tmp_path, out, capsys, change):
+    """Nothing is left, also of a disk that fills while pixels are written."""
 
     def decode(*args):
-        *rest, write = args
-        nonlocal full
-        if not full:
-            return real(*args)
-        real(*rest, lambda pixels: None)
-        full = False
-        write(b"half a picture")
+        args[-1](b"half a picture")
         raise OSError(errno.ENOSPC, "No space left")
 
-    whole = load(few).x
-    monkeypatch.setattr(infogan, "decode", decode)
-    few.joinpath("1.png").touch()  # another time: not the same set
-    assert load(few).x.equal(whole) and "No space left; not cached" in printed()
-    assert load(few).x.equal(whole) and "not cached" not in printed()
-    assert len([*own_cache.iterdir()]) == 1
-
-
-def test_a_set_that_changes_while_it_is_read_is_told(few, own_cache, monkeypatch):
-    monkeypatch.setattr(infogan, "read_cache", lambda *_: None)  # another process's set is there
-    with raises(UserError, match="--data .*few: has changed while it was read; start again"):
-        load(few)
+    (tmp_path / "file").touch()
+    for where, why in (("file", "Not a directory"), ("cache", "No space left")):
+        with patch.dict(os.environ, XDG_CACHE_HOME=str(tmp_path / where)):
+            train(few, out, code=2)
+        told = told_at_the_end(capsys)
+        assert why in told and "decoded pictures must go somewhere" in told
+        change("decode", decode)
+    assert not out.exists() and not files_in(tmp_path / "cache")
 
 
 def cache_in(folder: Path) -> None:
@@ -1220,26 +1153,8 @@ def test_a_full_disk_is_one_line_and_costs_nothing(run_to, trained, out, monkeyp
 
     monkeypatch.setattr(os, "fsync", fsync)
     run_to(20, code=2)
-    assert f"{last}: No space left; fix this" in told_at_the_end(capsys)
+    assert f"No space left: '{last}'; fix this" in told_at_the_end(capsys)
     assert last.read_bytes() == good and not list(out.rglob(".*"))
-
-
-def test_a_save_that_fails_for_too_long_ends_the_run(run_to, out, change, capsys):
-    """In the middle of it, at the sixth failure; what was saved stays."""
-    tried, real = [], infogan.write_file
-
-    def write_file(path, raw):
-        if path.name == "last.pt":
-            tried.append(path)
-            if len(tried) > 1:
-                raise OSError(errno.EIO, "I/O error", str(path))
-        real(path, raw)
-
-    change("write_file", write_file)
-    change("SAVE_SECONDS", 0.0)  # after each step
-    run_to(10**6, code=2)
-    assert f"{out / 'last.pt'}: I/O error; fix this" in told_at_the_end(capsys)
-    assert len(tried) == 7 and step_of(out) == 1
 
 
 def test_a_folder_that_is_away_for_a_while_misses_nothing(
@@ -1253,8 +1168,8 @@ def test_a_folder_that_is_away_for_a_while_misses_nothing(
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # its thread would complain
     run_to(20, "--sample-every 1")
     said = capsys.readouterr().err
-    assert said.count("last.pt: No such file or directory; training goes on and tries again") == 3
-    assert said.count(f"{out / 'log.csv'}: No such file or directory; training goes on") == 1
+    for name in ("last.pt", "log.csv"):
+        assert said.count(f"No such file or directory: '{out / name}'; training goes on") == 1
     assert [row["step"] for row in logged(out)] == ["16"] and step_of(out) == 20
     assert not list(out.rglob(".*")) and not away.exists()
 
@@ -1315,13 +1230,6 @@ def test_nan_stops_the_run_and_never_reaches_a_checkpoint(
     assert same(out, trained / f"epoch_000{good}.pt")
 
 
-def test_a_finished_run_that_is_far_off_says_so(run_to, out, capsys):
-    run_to(32, "--lr-g 1 --lr-d 1 --no-amp", code=1)
-    line = told_at_the_end(capsys)
-    assert re.search(r"32 steps, .*, but (loss_[DG]|cat\d|cont\d) is -?\d+: it has learned", line)
-    assert "--lr-g" in line and step_of(out) == 32
-
-
 class Attack:
     def __reduce__(self):
         return os.system, ("touch pwned",)
@@ -1332,7 +1240,6 @@ HOSTILE = {
     "shape": lambda c: c["args"].update(width=1024, n_cat=64, cat_dim=1000),
     "missing": lambda c: c["G_ema"].popitem(),
     "none": lambda c: c.pop("G_ema"),
-    "nan": lambda c: c["G_ema"]["layers.0.weight"].fill_(math.nan),
     "newer": lambda c: c.update(format=99),
     "flags": lambda c: c.pop("args"),
     "object": lambda c: c["G_ema"].update(x=3),
@@ -1404,7 +1311,7 @@ def test_a_folder_with_logs_or_a_lone_checkpoint_becomes_a_run(run_to, trained, 
     samples/real.png | samples
     log.csv | log.csv
     best.pt | best.pt
-    last.pt | none of its checkpoints"""))  # fmt: skip
+    last.pt | broken"""))  # fmt: skip
 def test_a_folder_with_anything_else_is_refused(faces, out, capsys, name, words):
     mine = out / name
     mine.parent.mkdir(parents=True)
@@ -1488,13 +1395,8 @@ def test_a_new_run_begins_with_another_s_weights(ckpt, faces, tmp_path, capsys, 
     assert json.loads((out / "args.json").read_text())["init"] == "before"
     assert step_of(out) == 1
 
-    shutil.rmtree(before)  # its codes are not known now, so neither is the run's default folder
-    capsys.readouterr()
-    begin(before, faces, "--max-steps", 2, code=2)
-    said_one_line(capsys, "before: no such checkpoint")
-    begin(before, faces, "--max-steps", 2, "--out", out)
-    assert step_of(out) == 2
     begin(ckpt, faces, "--max-steps", 3, "--out", out)
+    assert step_of(out) == 3
     told = f"until now it had --init before, not --init {shlex.quote(str(ckpt))}"
     assert told in capsys.readouterr().out
 
@@ -1512,30 +1414,21 @@ def test_an_init_may_be_shrunken_and_must_fit(ckpt, faces, tmp_path, out, capsys
     assert not (tmp_path / "new").exists()
 
 
-def test_a_broken_last_pt_falls_back_on_the_newest_by_number_that_loads(
-    run_to, trained, out, capsys
-):
+def test_a_kept_checkpoint_takes_the_place_of_a_broken_last_pt(run_to, trained, out, capsys):
     last = copied(trained, out) / "last.pt"
-    good = last.read_bytes()
-    last.write_bytes(good[: len(good) // 2])
-    (out / "epoch_0002.pt").rename(out / "epoch_10000.pt")  # after 9999
-    (out / "epoch_0003.pt").rename(out / "epoch_9999.pt")
-    (out / "epoch_10001.pt").write_bytes(b"")
+    last.write_bytes(last.read_bytes()[:9999])
+    run_to(54, EACH, code=2)
+    said_one_line(capsys, "broken, or not a checkpoint", "a copy of epoch_*.pt can take its place")
+    shutil.copy(out / "epoch_0002.pt", last)
     run_to(54, EACH)
-    said = capsys.readouterr()
-    assert "resuming from" in said.out and "epoch_10000.pt, step 36" in said.out
-    assert said.err.count("broken, or not a checkpoint") == 2
-    assert same(out, trained)
+    unchanged(trained, out)
 
 
-@mark.parametrize("change", [
-    lambda c: c.update(rows=torch.ones(2, 9)), lambda c: c["sums"].update(loss_X=torch.ones(())),
-])  # fmt: skip
-def test_a_run_with_other_metrics_is_refused(faces, trained, out, capsys, change):
+def test_a_run_with_other_metrics_is_refused(faces, trained, out, capsys):
     last = copied(trained, out) / "last.pt"
-    rewritten(last, last, change)
+    rewritten(last, last, lambda c: c.update(rows=torch.ones(2, 9)))
     train(faces, out, "--epochs 4", code=2)
-    said_one_line(capsys, "training cannot go on", "METRICS has changed", "another --out")
+    said_one_line(capsys, "training cannot go on", "another --out")
 
 
 def nobody() -> None:
@@ -1602,18 +1495,6 @@ def test_what_nohup_ignores_is_ignored(run_to, change):
     assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
 
 
-def test_a_thread_of_another_program_trains_and_leaves_signals_and_streams_alone(run_to):
-    def theirs() -> list:
-        return [sys.stdout, sys.stderr, *map(signal.getsignal, infogan.SIGNALS)]
-
-    before = theirs()
-    with ThreadPoolExecutor(1) as pool:
-        pool.submit(run_to, 2).result()
-    assert theirs() == before
-    run_to(3)
-    assert theirs() == before
-
-
 @unix
 @mark.parametrize("number", infogan.SIGNALS[:3])
 def test_a_second_signal_leaves_at_once_and_saves_nothing(faces, tmp_path, out, number):
@@ -1628,11 +1509,12 @@ def test_a_second_signal_leaves_at_once_and_saves_nothing(faces, tmp_path, out, 
 
 
 def test_grids_are_laid_out_in_rows():
-    x, expected = torch.rand(10, 3, 4, 4, generator=seeded()), torch.full((3, 14, 50), -1.0)
+    x = torch.randint(256, (10, 3, 4, 4), generator=seeded()) / 127.5 - 1
+    expected = torch.full((3, 14, 50), -1.0)
     for i, picture in enumerate(x):
         top, left = 2 + 6 * (i // 8), 2 + 6 * (i % 8)
         expected[:, top : top + 4, left : left + 4] = picture
-    assert infogan.make_grid(x).equal(expected)
+    assert infogan.make_grid(x).tobytes() == infogan.to_image(expected).tobytes()
     image = infogan.to_image(torch.tensor([-1.0, 0.0, 1.0, 9.0]).expand(3, 1, 4))
     assert [image.getpixel((i, 0)) for i in range(4)] == [(v,) * 3 for v in (0, 128, 255, 255)]
 
@@ -1643,7 +1525,6 @@ def test_grids_are_laid_out_in_rows():
 def test_the_animation_names_each_epoch_and_rests_on_the_last(out, size, epochs):
     """Of a long run it has 60, the first and the last among them."""
     (out / "samples").mkdir(parents=True)
-    (out / "samples/epoch_0005 copy.png").touch()
     shades = [240 * i // len(epochs) for i in range(len(epochs))]
     for epoch, shade in zip(epochs, shades, strict=True):
         Image.new("L", size, shade).save(out / f"samples/epoch_{epoch:04d}.png")
@@ -1690,8 +1571,8 @@ def test_training_goes_on_without_what_it_can_do_without(run_to, out, monkeypatc
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     run_to(48, EACH)
     said = [line for line in capsys.readouterr().err.splitlines() if "training goes on" in line]
-    names = "log.csv: ", "epoch_0001.pt: ", "curves.png: ", "samples/real.png: "
-    for words in ("TensorBoard: ", *(f"{out / name}" for name in names)):
+    names = "log.csv", "epoch_0001.pt", "curves.png", "samples/real.png"
+    for words in ("TensorBoard: ", *(f"denied: '{out / name}'" for name in names)):
         assert sum(words in line for line in said) == 1, said
     assert len(said) == 5, said  # without a grid there is no animation
     assert [row["step"] for row in logged(out)] == ["16", "32", "48"]
@@ -1748,7 +1629,7 @@ def test_few_grey_pictures_and_no_codes_train_and_draw(tmp_path, printed):
     train(few, out, "--max-steps 33 --n-cat 0 --n-cont 0")
     said = printed()
     assert "5 pictures are few: some thousands" in said
-    assert "only 5 pictures, so a batch is 5" in said
+    assert "1 steps an epoch, of 5 pictures each" in said
     assert f"--ckpt '{out}/last.pt'" in said  # can be pasted
     assert step_of(out) == 33 and (out / "curves.png").exists()
     assert generate.main(["--ckpt", str(out), "--samples", "3"]) == 0
@@ -1805,7 +1686,7 @@ def test_progress_in_a_file_is_a_line_each_half_minute(
     run_to(20)
     said = capsys.readouterr().err
     epochs = re.findall(r"epoch ([\d.]+)/1.1 ", said)
-    steps = range(1, 21) if columns else [1, 5, 10, 15, 20]  # 30 seconds or more later
+    steps = range(1, 21) if columns else [1, 6, 11, 16, 20]  # 30 seconds or more later
     assert epochs == [f"{step / 18:.1f}" for step in steps]
     assert said.count("\n") == (1 if columns else 5)
     if columns:
@@ -1841,34 +1722,6 @@ def test_a_grid_is_drawn_in_parts_no_larger_than_a_batch(few, out, monkeypatch):
     assert max(at_once) == 3
 
 
-def closed_stream() -> io.StringIO:
-    stream = io.StringIO()
-    stream.close()
-    return stream
-
-
-class NotebookStream(io.StringIO):
-    """As in a notebook: it has letters of any kind, and nothing to set."""
-
-    reconfigure = property()
-
-
-@mark.parametrize("kind, as_program", [
-    (NotebookStream, True), (closed_stream, True), (type(None), True), (type(None), False),
-])  # fmt: skip
-def test_any_streams_or_none_are_no_reason_to_stop(few, out, monkeypatch, kind, as_program):
-    """Where there are none also in another program, as in a service that calls main() by itself."""
-    argv = tiny(few, out, "--max-steps 1")
-    for name in ("stdout", "stderr"):
-        monkeypatch.setattr(sys, name, kind())
-    if as_program:
-        with raises(SystemExit, match="^0$"):
-            infogan.as_program(lambda: infogan.main(argv))
-    else:
-        assert infogan.main(argv) == 0
-    assert step_of(out) == 1
-
-
 # flags --------------------------------------------------------------------------------------------
 
 
@@ -1878,7 +1731,7 @@ DEFAULTS = [  # flags, and what args then are
         "",
         "n_cat=1 cat_dim=10 n_cont=2 z_dim=100 lam_cat=1.0 lam_cont=0.3 q_augment=0.0 seed=0 "
         "lam_identity=2.0 data=data/anime epochs=150 out=checkpoint/cat1-cont2 lr_g=0.0002 "
-        "lr_d=0.0002 upsample=nearest shift=0.125 crop=centre cuda_graph=auto cap_cont=3.0 "
+        "lr_d=0.0002 upsample=nearest shift=0.125 crop=centre cuda_graph=True cap_cont=3.0 "
         "cont_at=8 lam_local=0.0",
     ),
     (
@@ -1918,16 +1771,13 @@ def test_defaults_follow_the_recipe_and_the_set_and_a_flag_wins(monkeypatch, fla
 
 @mark.parametrize("flags, words", table("""
     --image-size 48 | --image-size 48: must be one of 64
-    --n-cat 0 --n-cont 0 --z-dim 0 | --z-dim
     --bogus | --bogus --help
-    --n-cat 0 --lam-local 4 --local-to cat | --local-to cat: there are no categorical codes
     --epoch 3 | unrecognized arguments: --epoch 3; see --help
     --batchsize=3 | unrecognized arguments: --batchsize=3; see --help
     --data= | --data empty
-    --data nowhere | nowhere make demo
+    --data nowhere | nowhere: make demo
     --data . | at least 2
     --device tpu | --device tpu: not available
-    --device cpu --cuda-graph | --cuda-graph: needs CUDA
     --upsample bilinear | --upsample nearest transposed"""))  # fmt: skip
 def test_bad_flags_get_one_line(tmp_path, monkeypatch, capsys, flags, words):
     monkeypatch.chdir(tmp_path)
