@@ -588,7 +588,7 @@ def sort(model: Model, args: Namespace) -> str:
     pictures = load_pictures(folder, *model.form)
     x, files = pictures.x, pictures.names
     if folder in infogan.NAMED_SETS:
-        classes = [str(label) for _, label in infogan.open_named_set(folder, "--sort")]
+        classes = [str(label) for _, label in infogan.open_named_set(folder)]
         labels = [classes[int(number)] for number in files]
     else:
         files = [os.path.relpath(file, os.path.realpath(folder)) for file in files]

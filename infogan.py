@@ -59,7 +59,7 @@ from datetime import timedelta
 from fnmatch import fnmatch
 from functools import lru_cache, partial
 from hashlib import sha256
-from itertools import cycle, pairwise
+from itertools import cycle, pairwise, product, zip_longest
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -68,7 +68,7 @@ import torch.nn.functional as F
 from filelock import FileLock, Timeout
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 from tqdm import tqdm
 
 # errors -------------------------------------------------------------------------------------------
@@ -605,6 +605,7 @@ class Batch(NamedTuple):
 
 
 Metrics = dict[str, Tensor]  # by METRICS' names and the codes', each a number
+Variant = tuple[bool, bool]  # of a step: with R1, with shifts; a CUDA graph has no branches
 
 
 # a new loss: its function under "objective", two lines in train_step (loss; values, in the same
@@ -612,8 +613,8 @@ Metrics = dict[str, Tensor]  # by METRICS' names and the codes', each a number
 METRICS = ("loss_D", "loss_G", "D_real", "D_fake", "R1", "identity", "local")  # and each code's L_I
 
 
-def train_step(state: State, args: Namespace, batch: Batch) -> Metrics:
-    """One step of D, then of G; returns the metrics.
+def train_step(state: State, args: Namespace, batch: Batch, kind: Variant | None = None) -> Metrics:
+    """One step of D, then of G, of a kind (by default whose turn it is); returns the metrics.
 
     L_I always trains G. It trains Q together with D's trunk in D's step (args.info_to "trunk", as
     the paper's own code does), or Q's head alone in G's step ("head", the notebook).
@@ -621,7 +622,7 @@ def train_step(state: State, args: Namespace, batch: Batch) -> Metrics:
     spec, G, D, to_trunk = state.spec, state.G, state.D, args.info_to == "trunk"
     x, codes, u, max_shift, beta = batch
     mixed = torch.autocast(x.device.type, torch.bfloat16, enabled=args.amp)
-    with_r1, with_shifts = variant(state, args)
+    with_r1, with_shifts = kind or variant(state, args)
     shift_real, shift_D, augment_D, shift_G, augment_G = u.split([2, 2, 8, 2, 8], 1)
     max_shift = max_shift if with_shifts else None
 
@@ -664,8 +665,8 @@ def train_step(state: State, args: Namespace, batch: Batch) -> Metrics:
     return {k: v.detach() for k, v in zip([*METRICS, *spec.names], values, strict=True)}
 
 
-def variant(state: State, args: Namespace) -> tuple[bool, bool]:
-    """Whether the step whose turn it is has R1, and shifts: a CUDA graph has no branches."""
+def variant(state: State, args: Namespace) -> Variant:
+    """Of the step whose turn it is."""
     with_r1 = args.r1 > 0 and state.epochs >= args.r1_from and state.step % R1_EVERY == 0
     return with_r1, max_shift_at(state, args) > 0
 
@@ -720,7 +721,7 @@ def new_state(args: Namespace, device: torch.device) -> State:
     adam = {
         "betas": (0.5, 0.999),
         "fused": device.type in ("cpu", "cuda"),
-        "capturable": device.type == "cuda",
+        "capturable": args.cuda_graph is True,
     }
     opt_G = torch.optim.Adam(of_G, args.lr_g, **adam)
     opt_D = torch.optim.Adam(of_D, args.lr_d, **adam)
@@ -749,7 +750,6 @@ def speed_up(device: torch.device) -> bool:
     if device.type != "cuda":
         return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
     torch.cuda.set_device(device)
-    torch.cuda.set_stream(torch.cuda.Stream())  # no graph can be captured on the default stream
     try:
         torch.ones(1, device=device).add_(1).item()  # a GPU that is too old fails here
     except RuntimeError as error:
@@ -760,11 +760,16 @@ def speed_up(device: torch.device) -> bool:
 
 
 def choose_precision(args: Namespace, device: torch.device) -> None:
-    """Settles args.amp and args.cuda_graph."""
+    """Sets args.amp and args.cuda_graph where they are AUTO. Raises UserError if impossible."""
     fast_bfloat16, on_cuda = speed_up(device), device.type == "cuda"
-    args.cuda_graph = on_cuda and args.cuda_graph
+    if args.cuda_graph is AUTO:
+        args.cuda_graph = on_cuda
+    if args.cuda_graph and not on_cuda:
+        raise UserError("--cuda-graph: needs a CUDA device; leave it out")
     if args.amp is AUTO:  # on a GPU its casts are kernels too, which only a graph makes cheap
         args.amp = fast_bfloat16 and (args.cuda_graph or not on_cuda)
+    if args.amp and on_cuda and not fast_bfloat16:
+        raise UserError("--amp: this GPU has no fast bfloat16; leave it out")
 
 
 def to_device_if_it_fits(x: Tensor, device: torch.device) -> Tensor:
@@ -779,42 +784,69 @@ def to_device(x: Tensor, device: torch.device) -> Tensor:
     return pinned.to(device, non_blocking=True)
 
 
+def tensors_of(state: State) -> list[Tensor]:
+    """All weights, batch norm's averages, then what the optimisers keep."""
+    nets = [getattr(state, name).state_dict() for name in NETS]
+    return tree_leaves([nets, state.opt_G.state, state.opt_D.state])
+
+
 class GraphedStep:
     """train_step as CUDA graphs, so that the GPU never waits for Python: the same arguments.
 
-    Of each variant the first three steps are eager: they let cuDNN search for kernels, which no
-    graph can hold. Then it is captured, which runs nothing, and from there on replayed. Where a
-    capture fails, steps go on one by one.
+    The first call captures every variant of the step and puts all weights back. So memory is taken
+    and errors come at once, and no result changes. If a capture fails, steps go on one by one.
     """
 
     def __init__(self) -> None:
-        self.batch = self.pool = None  # the tensors that all graphs read; the memory they share
+        self.batch = None  # the tensors that all graphs read
         self.graphs = {}  # variant: the graph, and the metrics that it fills
-        self.seen = Counter()  # steps of each variant
 
     def __call__(self, state: State, args: Namespace, batch: Batch) -> Metrics:
-        kind = variant(state, args)
-        self.seen[kind] += 1
-        if self.seen[kind] == 4:
-            self.batch = self.batch or tree_map(torch.clone, batch)
-            try:
-                self.graphs[kind] = self.capture(state, args)
-            except RuntimeError as error:
-                why = str(error).splitlines()[0]
-                print(f"no CUDA graph: {why}; slower steps do the same", file=sys.stderr)
-        if kind not in self.graphs:
+        if self.batch is None:
+            self.batch = tree_map(torch.clone, batch)
+            self.capture_all(state, args)
+        key = variant(state, args)
+        if key not in self.graphs:
             return train_step(state, args, batch)
         tree_map(Tensor.copy_, self.batch, batch)
-        graph, metrics = self.graphs[kind]
+        graph, metrics = self.graphs[key]
         graph.replay()
         return metrics
 
-    def capture(self, state: State, args: Namespace) -> tuple[object, Metrics]:
-        """The graph of the step whose turn it is, and the metrics that it will fill."""
-        self.pool = self.pool or torch.cuda.graph_pool_handle()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, self.pool, torch.cuda.current_stream()):
-            return graph, train_step(state, args, self.batch)
+    def capture_all(self, state: State, args: Namespace) -> None:
+        """Captures each variant that the run can come to, and undoes the steps that this takes."""
+        before = [t.clone() for t in tensors_of(state)]
+        shifts = [False, True] if int(args.shift * args.image_size) else [False]
+        try:
+            for key in product([False, True] if args.r1 else [False], shifts):
+                self.graphs[key] = self.capture(state, args, key)
+        except RuntimeError as error:
+            self.graphs.clear()
+            while error.__context__:  # a capture that was broken off hides why
+                error = error.__context__
+            why = str(error).splitlines()[0]
+            print(f"no CUDA graph: {why}; slower steps do the same", file=sys.stderr)
+        with torch.no_grad():
+            for now, old in zip_longest(tensors_of(state), before):
+                now.zero_() if old is None else now.copy_(old)  # Adam's begin as zeros
+
+    def capture(self, state: State, args: Namespace, kind: Variant) -> tuple[object, dict]:
+        """The graph of one variant, which runs nothing yet, and the metrics that it will fill."""
+        if not self.graphs:
+            self.stream, self.pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+        usual = torch.cuda.current_stream()
+        self.stream.wait_stream(usual)
+        try:
+            with torch.cuda.stream(self.stream):
+                for _ in range(3):  # cuDNN searches for kernels, which no graph can hold
+                    train_step(state, args, self.batch, kind)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, self.pool, self.stream):
+                metrics = train_step(state, args, self.batch, kind)
+        finally:
+            torch.cuda.set_stream(usual)  # torch.cuda.graph does not where a capture fails
+            usual.wait_stream(self.stream)
+        return graph, metrics
 
 
 # pictures -----------------------------------------------------------------------------------------
@@ -1748,8 +1780,8 @@ FLAGS = {  # by group: flag, default, limits or choices or kind, meaning
     ("--max-minutes", None, (0.001, 1e7), "stop this call after X minutes; repeat it to resume"),
     ("--device", "auto", "DEVICE", "cpu, cuda, cuda:1, mps; auto takes the fastest"),
     ("--amp", AUTO, bool, "bfloat16 convolutions (default: where they are faster)"),
-    ("--cuda-graph", True, bool, "on CUDA, replay the step as a graph, so that a GPU never waits"
-     " for Python"),
+    ("--cuda-graph", AUTO, bool, "replay the step as a CUDA graph, so that a GPU never waits for"
+     " Python (default: on CUDA)"),
     ("--out", AUTO, "FOLDER", "the run's folder (default checkpoint/cat1-cont2, by its codes)"),
     ("--save-every", AUTO, (1, 10**9), "epochs between checkpoints that are kept (default 25, and"
      " at least 30 seconds)"),

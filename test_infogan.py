@@ -1731,7 +1731,7 @@ DEFAULTS = [  # flags, and what args then are
         "",
         "n_cat=1 cat_dim=10 n_cont=2 z_dim=100 lam_cat=1.0 lam_cont=0.3 q_augment=0.0 seed=0 "
         "lam_identity=2.0 data=data/anime epochs=150 out=checkpoint/cat1-cont2 lr_g=0.0002 "
-        "lr_d=0.0002 upsample=nearest shift=0.125 crop=centre cuda_graph=True cap_cont=3.0 "
+        "lr_d=0.0002 upsample=nearest shift=0.125 crop=centre cuda_graph=auto cap_cont=3.0 "
         "cont_at=8 lam_local=0.0",
     ),
     (
@@ -1778,6 +1778,7 @@ def test_defaults_follow_the_recipe_and_the_set_and_a_flag_wins(monkeypatch, fla
     --data nowhere | nowhere: make demo
     --data . | at least 2
     --device tpu | --device tpu: not available
+    --device cpu --cuda-graph | --cuda-graph: needs CUDA
     --upsample bilinear | --upsample nearest transposed"""))  # fmt: skip
 def test_bad_flags_get_one_line(tmp_path, monkeypatch, capsys, flags, words):
     monkeypatch.chdir(tmp_path)

@@ -6,7 +6,7 @@ as a CUDA graph is compared with the eager one.
 
 # ruff: noqa: F811, I001 (a fixture that is imported, and the argument of a test that takes it)
 from contextlib import nullcontext
-from unittest.mock import Mock
+from unittest.mock import MagicMock, Mock
 
 from pytest import fixture, mark, raises
 
@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 import generate
 import infogan
+from infogan import UserError
 
 SHIFTED = "--r1 0.3 --shift 0.125"  # so that all variants of a step come
 
@@ -38,8 +39,6 @@ def gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", set_device)
-    monkeypatch.setattr(torch.cuda, "Stream", Mock())
-    monkeypatch.setattr(torch.cuda, "set_stream", Mock())
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
     monkeypatch.setattr(torch, "ones", lambda *size, device: real_ones(*size))
     return used
@@ -62,15 +61,19 @@ def test_a_gpu_that_this_torch_cannot_use_is_one_line(gpus, monkeypatch, capsys)
 @mark.parametrize("flags, has_fast_bfloat16, chosen", [
     ("", True, (True, True)), ("", False, (False, True)),
     ("--no-cuda-graph", True, (False, False)), ("--no-amp", True, (False, True)),
-    ("--amp --no-cuda-graph", True, (True, False)), ("--amp", False, (True, True)),
+    ("--amp --no-cuda-graph", True, (True, False)), ("--amp", False, None),
 ])  # fmt: skip
 def test_a_gpu_replays_graphs_in_bfloat16_where_that_is_fast(
     gpus, monkeypatch, flags, has_fast_bfloat16, chosen
 ):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: has_fast_bfloat16)
     args = infogan.parse_args(flags.split())
-    infogan.choose_precision(args, torch.device("cuda:0"))
-    assert (args.amp, args.cuda_graph) == chosen
+    if chosen is None:
+        with raises(UserError, match="--amp: this GPU has no fast bfloat16; leave it out"):
+            infogan.choose_precision(args, torch.device("cuda:0"))
+    else:
+        infogan.choose_precision(args, torch.device("cuda:0"))
+        assert (args.amp, args.cuda_graph) == chosen
 
 
 @mark.parametrize("source, target, is_pinned", [
@@ -124,24 +127,29 @@ def test_the_step_takes_nothing_from_the_cpu(monkeypatch, flags):
         assert {(v.device.type, v.dtype) for v in metrics.values()} == {("meta", torch.float32)}
 
 
+def test_adam_can_be_captured_where_the_step_is_and_does_not_warn_of_it():
+    for flags in ("", "--cuda-graph"):
+        state, args = tiny_state(flags)
+        infogan.restore(state, infogan.gather_checkpoint(state, args, "") | {"path": "last.pt"})
+        for opt in (state.opt_G, state.opt_D):
+            assert opt.param_groups[0]["capturable"] == bool(flags)
+            assert opt._warned_capturable_if_run_uncaptured  # torch warns where this is False
+
+
 class Replayed(infogan.GraphedStep):
     """A graph played on the CPU: it runs the step on the fixed tensors, into fixed metrics."""
 
-    def capture(self, state, args):
+    def capture(self, state, args, key):
         metrics, batch = {}, self.batch
+        for _ in range(3):  # as on a GPU, these are steps that have to be undone
+            infogan.train_step(state, args, batch, key)
 
         class Graph:
             def replay(graph) -> None:
-                for name, value in infogan.train_step(state, args, batch).items():
+                for name, value in infogan.train_step(state, args, batch, key).items():
                     metrics.setdefault(name, value.clone()).copy_(value)
 
         return Graph(), metrics
-
-
-def tensors_of(state: infogan.State) -> list[torch.Tensor]:
-    """All weights, batch norm's averages, then what the optimisers keep."""
-    nets = [getattr(state, name).state_dict() for name in infogan.NETS]
-    return tree_leaves([nets, state.opt_G.state, state.opt_D.state])
 
 
 def run_steps(steps: list, *flags: str, device: str = "cpu") -> infogan.State:
@@ -153,27 +161,55 @@ def run_steps(steps: list, *flags: str, device: str = "cpu") -> infogan.State:
 
 
 def all_equal(one: infogan.State, two: infogan.State) -> bool:
-    tensors = [tensors_of(state) + [*state.sums.values()] for state in (one, two)]
+    tensors = [infogan.tensors_of(state) + [*state.sums.values()] for state in (one, two)]
     return all(a.equal(b) for a, b in zip(*tensors, strict=True))
 
 
-def test_a_replayed_step_is_the_eager_one():
-    """Of each variant three steps come before it. Shifts by a pixel begin in epoch 20."""
-    graphed = Replayed()
-    one, two = (run_steps([step] * 82) for step in (infogan.train_step, graphed))
-    assert {*graphed.graphs} == {(False, False), (False, True), (True, True)}
+@mark.parametrize("eager, steps", [(0, 1), (0, 36), (2, 2)])
+def test_a_replayed_step_is_the_eager_one_after_any_eager_steps(eager, steps):
+    """Every variant is captured at once, which changes no result, and a resumed run's optimisers.
+
+    The shift by a pixel begins in epoch 20, so after 36 steps every variant has been replayed.
+    """
+    graphed, step = Replayed(), infogan.train_step
+    one = run_steps([step] * (eager + steps))
+    two = run_steps([step] * eager + [graphed] * steps)
+    assert {*graphed.graphs} == {(r1, shifts) for r1 in (False, True) for shifts in (False, True)}
     assert all_equal(one, two)
+
+
+def test_only_variants_that_can_come_are_captured():
+    graphed = Replayed()
+    run_steps([graphed], "--r1 0 --shift 0")
+    assert [*graphed.graphs] == [(False, False)]
 
 
 def test_where_a_step_cannot_be_captured_one_line_says_why_and_steps_go_on(capsys):
     class Refused(Replayed):
-        def capture(self, state, args):
-            raise RuntimeError("operation not permitted when stream is capturing\nmore")
+        def capture(self, state, args, key):
+            if len(self.graphs) < 2:
+                return super().capture(state, args, key)
+            infogan.train_step(state, args, self.batch, key)
+            try:
+                raise RuntimeError("operation not permitted when stream is capturing\nmore")
+            except RuntimeError:
+                raise RuntimeError("capture was invalidated")  # noqa: B904 (as torch does)
 
     refused = Refused()
-    one, two = (run_steps([step] * 6) for step in (infogan.train_step, refused))
+    one, two = (run_steps([step] * 4) for step in (infogan.train_step, refused))
     assert not refused.graphs and all_equal(one, two)
     said_one_line(capsys, "no CUDA graph: operation not permitted when stream is capturing;")
+
+
+def test_a_failed_capture_leaves_the_stream_that_torch_does_not(monkeypatch):
+    """torch.cuda.graph begins a capture on another stream, and stays on it when that fails."""
+    cuda = MagicMock()
+    cuda.graph.side_effect = RuntimeError("no memory")
+    monkeypatch.setattr(torch, "cuda", cuda)
+    monkeypatch.setattr(infogan, "train_step", Mock())
+    with raises(RuntimeError, match="no memory"):
+        infogan.GraphedStep().capture(None, None, (False, False))
+    cuda.set_stream.assert_called_once_with(cuda.current_stream())
 
 
 @mark.parametrize("words", [
@@ -209,7 +245,7 @@ def test_a_cuda_graph_computes_what_eager_steps_do(flags):
 
     def weights(step_once) -> torch.Tensor:
         state = run_steps([step_once] * 140, flags, "--cuda-graph", device="cuda:0")
-        return torch.cat([t.flatten().double() for t in tensors_of(state)])
+        return torch.cat([t.flatten().double() for t in infogan.tensors_of(state)])
 
     graphed = infogan.GraphedStep()
     eager, again, replayed = map(weights, (infogan.train_step, infogan.train_step, graphed))
