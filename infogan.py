@@ -893,7 +893,7 @@ def find_pictures(root: Path, exclude: Sequence[str] = ()) -> list[Path]:
     exclude: patterns such as "*_mask.png" or "small/*" for paths within root.
     Linked folders are followed, each once; what cannot be opened counts as a file.
     """
-    files, passed_over, visited = [], Counter(), set()
+    files, passed_over, visited = [], Counter(), {*root.resolve().parents}
     suffixes = {end for end, name in Image.registered_extensions().items() if name in FORMATS}
     walk = os.walk(root, onerror=lambda e: files.append(Path(e.filename)), followlinks=True)
     for here, folders, names in walk:
@@ -902,7 +902,7 @@ def find_pictures(root: Path, exclude: Sequence[str] = ()) -> list[Path]:
         folders[:] = sorted({*folders} - hidden)
         if is_ours := folder != root and not OURS.isdisjoint(names):
             passed_over[f"folder {folder.name} (a run, or by generate.py)"] += 1
-        if is_ours or folder.resolve() in visited:  # by a link
+        if is_ours or folder.resolve() in visited:  # by a link, also one upwards
             folders.clear()
             continue
         visited.add(folder.resolve())
@@ -966,6 +966,8 @@ def read_picture(
     try:
         if isinstance(item, Image.Image):
             raw, image = item.tobytes(), item
+        elif not item.is_file():  # a pipe would never end
+            raise FileNotFoundError
         else:
             raw = item.read_bytes()
             image = Image.open(io.BytesIO(raw), formats=FORMATS)  # decodes nothing yet
@@ -1008,7 +1010,8 @@ def decode(root: Path, items: dict, form: tuple, write: Callable) -> dict:
         warnings.simplefilter("ignore")  # Pillow's, about files that it can read all the same
         warnings.simplefilter("error", Image.DecompressionBombWarning)  # of over 89 megapixels
         read = pool.map(lambda item: read_picture(item, *form), items.values())
-        read = tqdm(read, "pictures", len(items), leave=False, disable=None)
+        hidden = None if sys.stderr else True  # None: where it is no terminal
+        read = tqdm(read, "pictures", len(items), leave=False, disable=hidden)
         for name, picture in zip(items, read, strict=True):
             if picture.error:
                 unreadable.append(f"{name} ({type(picture.error).__name__})")
@@ -1041,6 +1044,8 @@ def hint(root: Path) -> str:
         if suffix in (".zip", ".tar", ".gz", ".tgz"):
             tool = "zipfile" if suffix == ".zip" else "tarfile"
             return f"unpack it: python -m {tool} -e {name} {name}-unpacked"
+        if suffix in (".npz", ".parquet"):
+            return f"unpack it: write each picture in {name} as a file, such as a PNG"
     return "give a folder of pictures; `make data` downloads faces, `make demo` draws some"
 
 
@@ -1222,6 +1227,15 @@ def load_generator(path: str | Path | dict, device: str = "cpu") -> tuple[Genera
     return G, G.spec
 
 
+def check_learned(state: State) -> None:
+    """Raises Diverged for a run that ends far off."""
+    for name in ("loss_D", "loss_G", *state.spec.names):
+        value = state.rows[-1][name] if state.rows else 0.0
+        if abs(value) > 50:
+            cure = "it has learned nothing; give another --out, and smaller --lr-g and --lr-d"
+            raise Diverged(f"step {state.step:,}: {name} is {value:.0f}: {cure}")
+
+
 def check_finite(step: int, metrics: dict[str, float]) -> None:
     """Raises Diverged that names the first metric which is NaN or infinite."""
     for name, value in metrics.items():
@@ -1332,7 +1346,7 @@ def refuse(args: Namespace, changes: list[str]) -> None:
 def find_checkpoint(args: Namespace) -> dict | None:
     """last.pt of the run in args.out, if it fits the flags; None in a new folder."""
     path = Path(args.out, "last.pt")
-    if not path.exists():
+    if not any(path.parent.glob("*.pt")):
         return None
     ckpt = load_checkpoint(path)
     allowed = [] if args.allow_changes else ALLOWED
@@ -1354,8 +1368,10 @@ def caught_signals() -> Iterator[list[int]]:
             signal.signal(number, before[number])
 
     for number in SIGNALS:
-        if signal.getsignal(number) != signal.SIG_IGN:  # by nohup, or a shell for a job with &
-            before[number] = signal.signal(number, note)
+        # ignored: by nohup, or a shell for a job with &; None: a handler that is not Python's
+        if signal.getsignal(number) not in (signal.SIG_IGN, None):
+            with suppress(ValueError):  # in a thread of another program, which has its own
+                before[number] = signal.signal(number, note)
     try:
         yield caught
     finally:
@@ -1448,6 +1464,7 @@ SAVE_SECONDS = 60.0  # between two saves of last.pt
 SHOW_SECONDS = 30.0  # between two grids, two kept checkpoints, two lines of progress in a file
 EARLY = (1, 2, 5, 10, 20, 50)  # epochs with a grid, however soon they come
 N_COMPARED = 1000  # real and drawn pictures each that tell_apart gets
+MOST_FAILED_SAVES = 5  # one after the other
 
 
 class Recorder:
@@ -1458,7 +1475,8 @@ class Recorder:
     ):
         self.state, self.args, self.fingerprint = state, args, pictures.fingerprint
         self.out, self.last_step, self.end = Path(args.out), last_step, end
-        self.failed, self.in_terminal = set(), sys.stderr.isatty()
+        self.failed, self.failed_saves = set(), 0
+        self.in_terminal = bool(sys.stderr) and sys.stderr.isatty()
         self.told_apart = state.rows[-1]["told_apart"] if state.rows else 1.0
         self.batch_size = min(args.batch_size, len(pictures.x))
         self.began = time.monotonic()
@@ -1620,10 +1638,14 @@ class Recorder:
             kept = self.out / f"epoch_{self.state.place[0]:04d}.pt"
             self.attempt("checkpoint", write_file, kept, raw)
         last = self.out / "last.pt"
-        if stops:
+        try:
             write_file(last, raw)
-        else:
-            self.attempt("last.pt", write_file, last, raw)
+            self.failed_saves = 0
+        except OSError as error:
+            self.failed_saves += 1
+            if stops or self.failed_saves > MOST_FAILED_SAVES:
+                raise
+            print(f"{last}: {error.strerror}; training goes on and tries again", file=sys.stderr)
         self.save_grid("last")
 
     def close(self) -> None:
@@ -1646,6 +1668,7 @@ def train(args: Namespace) -> int:
         ckpt = find_checkpoint(args)
         if ckpt:
             args.channels = ckpt["args"]["channels"]
+            args.init = args.init or ckpt["args"].get("init")
         form = args.image_size, args.channels, args.crop
         pictures = load_pictures(args.data, *form, exclude=args.exclude or ())
         n, args.channels = len(pictures.x), pictures.x.shape[3]
@@ -1703,6 +1726,7 @@ def loop(state: State, args: Namespace, pictures: Pictures, recorder: Recorder) 
     why, advice = "time is up", "the same command resumes"
     if state.step == recorder.last_step:
         why, advice = "finished", f"see python generate.py --ckpt {shlex.quote(str(path))}"
+        check_learned(state)
     elif caught:
         why, code = signal.Signals(caught[0]).name, 128 + caught[0]
     steps = f"{state.step:,} steps, {state.epochs:.1f} epochs, {state.minutes:.1f} minutes in all"
@@ -1885,6 +1909,8 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     named = {"image_size": 32, "flip": False} if data in NAMED_SETS else {}
     flags = {**parser.defaults, **named, **RECIPES[recipe], **shape, **given, "recipe": recipe}
     flags |= {name: value for name, value in derived(flags).items() if flags[name] is AUTO}
+    if flags["lam_local"] and flags["local_to"] == "cat" and not flags["n_cat"]:
+        raise UserError("--local-to cat: there are no categorical codes; leave it out")
     return Namespace(**flags)
 
 
@@ -1905,11 +1931,11 @@ def run(
     except UserError as error:
         text, code = str(error), error.code
     except OSError as error:
-        cure = "fix this or give another --out, and run it again; saved files are unchanged"
-        text, code = f"{error}; {cure}", 2
-    except RuntimeError as error:
+        text, code = f"{error.filename or 'a file'}: {error.strerror or error}; fix this", 2
+        text += " or give another --out, and run it again; saved files are unchanged"
+    except (MemoryError, RuntimeError) as error:
         text, code = f"out of memory; {if_out_of_memory}", 2
-        if not re.search(NO_MEMORY, str(error)):
+        if isinstance(error, RuntimeError) and not re.search(NO_MEMORY, str(error)):
             raise
     except KeyboardInterrupt:
         text, code = "stopped", 130
@@ -1919,8 +1945,12 @@ def run(
 
 def as_program(main: Callable[[], int]) -> None:
     """Runs main and ends the process, with streams that take any letter."""
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if getattr(stream, "closed", stream is None):  # in a service, or after >&-
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        with suppress(AttributeError, ValueError):  # those of a notebook have no reconfigure
+            stream.reconfigure(errors="backslashreplace")
     sys.exit(main())
 
 

@@ -25,6 +25,7 @@ import sys
 import time
 import zipfile
 from argparse import Namespace
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -847,8 +848,10 @@ def put_rubbish(folder: Path) -> int:
         for link, target in table("""
             broken.png | nowhere.png
             loop.png | loop.png
-            round | ."""):  # fmt: skip
+            round | .
+            device.jpg | /dev/zero"""):  # fmt: skip
             (folder / link).symlink_to(target)
+        os.mkfifo(folder / "pipe.png")
     return sum(p.suffix != "" for p in folder.iterdir())
 
 
@@ -905,7 +908,9 @@ def test_a_set_that_looks_empty_is_told(tmp_path, printed, levels, size, words):
 
 @mark.parametrize("suffix, words", table("""
     .zip | python -m zipfile -e
-    .tar.gz | python -m tarfile -e"""))  # fmt: skip
+    .tar.gz | python -m tarfile -e
+    .npz | write each picture in
+    .parquet | write each picture in"""))  # fmt: skip
 def test_an_archive_in_place_of_pictures_names_the_cure(tmp_path, out, capsys, suffix, words):
     folder = tmp_path / "my faces"
     (folder / "a").mkdir(parents=True)
@@ -938,6 +943,8 @@ def test_linked_folders_are_followed_once(tmp_path, printed):
     (real.parent / "z twice").symlink_to(real)
     (real.parent / "b.png").symlink_to(far.parent)
     (far / "round").symlink_to(far.parent)
+    (real / "up").symlink_to(tmp_path)  # around the set, which is not to be all of it
+    four_pictures(tmp_path / "beside", 8)
     (real.parent / "unmounted").symlink_to("nowhere")
     names = load(real.parent).names
     assert "1 of no suffix\n8 pictures" in printed()
@@ -1153,8 +1160,26 @@ def test_a_full_disk_is_one_line_and_costs_nothing(run_to, trained, out, monkeyp
 
     monkeypatch.setattr(os, "fsync", fsync)
     run_to(20, code=2)
-    assert f"No space left: '{last}'; fix this" in told_at_the_end(capsys)
+    assert f"{last}: No space left; fix this" in told_at_the_end(capsys)
     assert last.read_bytes() == good and not list(out.rglob(".*"))
+
+
+def test_a_save_that_fails_for_too_long_ends_the_run(run_to, out, change, capsys):
+    """In the middle of it, at the sixth failure; what was saved stays."""
+    tried, real = [], infogan.write_file
+
+    def write_file(path, raw):
+        if path.name == "last.pt":
+            tried.append(path)
+            if len(tried) > 1:
+                raise OSError(errno.EIO, "I/O error", str(path))
+        real(path, raw)
+
+    change("write_file", write_file)
+    change("SAVE_SECONDS", 0.0)  # after each step
+    run_to(10**6, code=2)
+    assert f"{out / 'last.pt'}: I/O error; fix this" in told_at_the_end(capsys)
+    assert len(tried) == 7 and step_of(out) == 1
 
 
 def test_a_folder_that_is_away_for_a_while_misses_nothing(
@@ -1168,8 +1193,8 @@ def test_a_folder_that_is_away_for_a_while_misses_nothing(
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # its thread would complain
     run_to(20, "--sample-every 1")
     said = capsys.readouterr().err
-    for name in ("last.pt", "log.csv"):
-        assert said.count(f"No such file or directory: '{out / name}'; training goes on") == 1
+    assert said.count("last.pt: No such file or directory; training goes on and tries again") == 3
+    assert said.count(f"No such file or directory: '{out / 'log.csv'}'; training goes on") == 1
     assert [row["step"] for row in logged(out)] == ["16"] and step_of(out) == 20
     assert not list(out.rglob(".*")) and not away.exists()
 
@@ -1228,6 +1253,13 @@ def test_nan_stops_the_run_and_never_reaches_a_checkpoint(
     what = "the sum of D's weights is nan" if where == "weights" else "loss_D is nan"
     assert f"step {seen}: {what}" in line and "last.pt is the last good" in line
     assert same(out, trained / f"epoch_000{good}.pt")
+
+
+def test_a_finished_run_that_is_far_off_says_so(run_to, out, capsys):
+    run_to(32, "--lr-g 1 --lr-d 1 --no-amp", code=1)
+    line = told_at_the_end(capsys)
+    assert re.search(r"step 32: (loss_[DG]|cat\d|cont\d) is -?\d+: it has learned", line)
+    assert "--lr-g" in line and step_of(out) == 32
 
 
 class Attack:
@@ -1495,6 +1527,18 @@ def test_what_nohup_ignores_is_ignored(run_to, change):
     assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
 
 
+def test_a_thread_of_another_program_trains_and_leaves_signals_and_streams_alone(run_to):
+    def theirs() -> list:
+        return [sys.stdout, sys.stderr, *map(signal.getsignal, infogan.SIGNALS)]
+
+    before = theirs()
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(run_to, 2).result()
+    assert theirs() == before
+    run_to(3)
+    assert theirs() == before
+
+
 @unix
 @mark.parametrize("number", infogan.SIGNALS[:3])
 def test_a_second_signal_leaves_at_once_and_saves_nothing(faces, tmp_path, out, number):
@@ -1722,6 +1766,34 @@ def test_a_grid_is_drawn_in_parts_no_larger_than_a_batch(few, out, monkeypatch):
     assert max(at_once) == 3
 
 
+def closed_stream() -> io.StringIO:
+    stream = io.StringIO()
+    stream.close()
+    return stream
+
+
+class NotebookStream(io.StringIO):
+    """As in a notebook: it has letters of any kind, and nothing to set."""
+
+    reconfigure = property()
+
+
+@mark.parametrize("kind, as_program", [
+    (NotebookStream, True), (closed_stream, True), (type(None), True), (type(None), False),
+])  # fmt: skip
+def test_any_streams_or_none_are_no_reason_to_stop(few, out, monkeypatch, kind, as_program):
+    """Where there are none also in another program, as in a service that calls main() by itself."""
+    argv = tiny(few, out, "--max-steps 1")
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, kind())
+    if as_program:
+        with raises(SystemExit, match="^0$"):
+            infogan.as_program(lambda: infogan.main(argv))
+    else:
+        assert infogan.main(argv) == 0
+    assert step_of(out) == 1
+
+
 # flags --------------------------------------------------------------------------------------------
 
 
@@ -1775,6 +1847,7 @@ def test_defaults_follow_the_recipe_and_the_set_and_a_flag_wins(monkeypatch, fla
     --epoch 3 | unrecognized arguments: --epoch 3; see --help
     --batchsize=3 | unrecognized arguments: --batchsize=3; see --help
     --data= | --data empty
+    --n-cat 0 --lam-local 4 --local-to cat | --local-to cat: there are no categorical codes
     --data nowhere | nowhere: make demo
     --data . | at least 2
     --device tpu | --device tpu: not available
