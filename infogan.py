@@ -1380,6 +1380,7 @@ def caught_signals() -> Iterator[list[int]]:
 
 
 # display ------------------------------------------------------------------------------------------
+# Recorder.after_step: what is shown and saved when. State.rows: what log.csv and curves.png show.
 
 
 def to_image(x: Tensor) -> Image.Image:
