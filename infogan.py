@@ -1397,7 +1397,7 @@ def draw_panel(title: str, epochs: Tensor, lines: Tensor, top: float) -> Image.I
     def height(v: Tensor) -> list[float]:
         return (175 - 145 * (v.clamp(low, high) - low) / (high - low)).tolist()
 
-    pen.text((50, 8), title, "black", font)
+    pen.text((50, 8), f"{title}, by epoch", "black", font)
     for v in (torch.zeros(()), high):
         pen.line([(50, height(v)), (620, height(v))], "#dddddd")
         pen.text((44, height(v)), f"{v:.2f}", "black", font, anchor="rm")
@@ -1405,7 +1405,7 @@ def draw_panel(title: str, epochs: Tensor, lines: Tensor, top: float) -> Image.I
     for line, colour in zip(lines, colours, strict=False):
         pen.line([*zip(x, height(line), strict=True)], colour, 2)
     for k, epoch in enumerate(torch.linspace(epochs[0], epochs[-1], 5)):
-        pen.text((50 + 570 * k / 4, 180), f"epoch {epoch:.3g}", "black", font, anchor="ma")
+        pen.text((50 + 570 * k / 4, 180), f"{epoch:.3g}", "black", font, anchor="ma")
     return panel
 
 
