@@ -1858,8 +1858,8 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
 
 # program ------------------------------------------------------------------------------------------
 
-# what torch says of a full memory
-NO_MEMORY = "(?i)allocate|out of memory|alloc_failed|unable to find an engine"
+# what Python and torch say of a full memory
+NO_MEMORY = "(?i)memoryerror|allocate|out of memory|alloc_failed|unable to find an engine"
 
 
 def run(
@@ -1875,10 +1875,10 @@ def run(
     except OSError as error:
         cure = "fix this or give another --out, and run it again; saved files are unchanged"
         text, code = f"{error}; {cure}", 2
-    except RuntimeError as error:
-        text, code = f"out of memory; {if_out_of_memory}", 2
-        if not re.search(NO_MEMORY, str(error)):
+    except (MemoryError, RuntimeError) as error:
+        if not re.search(NO_MEMORY, repr(error)):
             raise
+        text, code = f"out of memory; {if_out_of_memory}", 2
     except KeyboardInterrupt:
         text, code = "stopped", 130
     print(f"{program}: {text}".replace("\n", " "), file=sys.stderr)
