@@ -732,28 +732,24 @@ def new_state(args: Namespace, device: torch.device) -> State:
 
 
 def pick_device(name: str) -> torch.device:
-    """The fastest device for "auto", a GPU always with its number. Raises UserError if missing."""
-    here = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    here += ["mps"] * torch.backends.mps.is_available() + ["cpu"]
-    named = [d for d in here if name in ("auto", d, d.partition(":")[0])]
-    if not named:
-        raise UserError(f"--device {name}: not available here; use --device auto")
-    return torch.device(named[0])  # "cuda" is cuda:0
+    """The fastest device for "auto"; a GPU has its number. Raises UserError if it cannot work."""
+    if name == "auto":
+        kinds = {"cuda": torch.cuda, "mps": torch.backends.mps}
+        name = next((kind for kind, its in kinds.items() if its.is_available()), "cpu")
+    try:
+        x = torch.ones(1, device=name)
+        x.add_(1).item()  # a GPU that is too old for this torch fails here
+        return x.device
+    except Exception as error:  # of any kind: torch has several
+        raise UserError(f"--device {name}: {error!s:.99}; use --device cpu") from error
 
 
 def speed_up(device: torch.device) -> bool:
-    """Prepares a device for training; returns whether it has fast bfloat16.
-
-    Raises UserError for a GPU that this build of torch cannot use.
-    """
+    """Prepares a device for training; returns whether it has fast bfloat16."""
     if device.type != "cuda":
         return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
     torch.cuda.set_device(device)
     torch.cuda.set_stream(torch.cuda.Stream())  # no graph can be captured on the default stream
-    try:
-        torch.ones(1, device=device).add_(1).item()  # a GPU that is too old fails here
-    except RuntimeError as error:
-        raise UserError(f"--device {device}: {error!s:.99}; use --device cpu") from error
     torch.set_float32_matmul_precision("high")  # TF32
     torch.backends.cudnn.benchmark = True  # a search for the fastest kernels
     return torch.cuda.is_bf16_supported(including_emulation=False)  # since Ampere

@@ -27,7 +27,10 @@ SHIFTED = "--r1 0.3 --shift 0.125"  # so that all variants of a step come
 @fixture
 def gpus(monkeypatch):
     """A machine with two GPUs, whose calls refuse what torch's refuse."""
-    used, real_ones = [], torch.ones
+    used = []
+
+    def ones(_n, device):
+        return Mock(device=torch.device("cuda:0" if device == "cuda" else device))
 
     def set_device(device) -> None:
         device = torch.device(device) if isinstance(device, str) else device
@@ -41,7 +44,7 @@ def gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Stream", Mock())
     monkeypatch.setattr(torch.cuda, "set_stream", Mock())
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
-    monkeypatch.setattr(torch, "ones", lambda *size, device: real_ones(*size))
+    monkeypatch.setattr(torch, "ones", ones)
     return used
 
 
