@@ -704,7 +704,8 @@ def update_ema(G_ema: nn.Module, G: nn.Module, beta: Tensor) -> None:
 
 def networks(args: Namespace) -> tuple[Generator, Discriminator]:
     """G and D of a run's flags."""
-    shape = (spec_of(args), args.image_size, args.width, args.channels)
+    spec = CodeSpec(args.n_cat, args.cat_dim, args.n_cont, args.z_dim)
+    shape = (spec, args.image_size, args.width, args.channels)
     return Generator(*shape, args.upsample, args.cont_at), Discriminator(*shape)
 
 
@@ -882,8 +883,8 @@ def find_pictures(root: Path, exclude: Sequence[str] = ()) -> list[Path]:
                 passed_over[f"of {suffix or 'no suffix'}"] += 1
             else:
                 files.append(file)
-    most = [f"{n:,} {what}" for what, n in passed_over.most_common()]
-    if most:
+    if passed_over:
+        most = [f"{n:,} {what}" for what, n in passed_over.most_common()]
         print(f"passed over in {root}: {first_ten(most)}")
     return sorted(files)
 
@@ -1429,10 +1430,6 @@ class Recorder:
         self.first_step, self.minutes_before = state.step, state.minutes
         self.last = {"progress": -math.inf}  # when what was done last, if not when this start began
         self.compare_seconds = SHOW_SECONDS
-        self.grids, self.kept = (
-            (SHOW_SECONDS, usual) if given is AUTO else (0, given)
-            for given, usual in ((args.sample_every, 5), (args.save_every, 25))
-        )
         rng = torch.Generator().manual_seed(args.seed)  # the same pictures and z at each start
         chosen = pictures.order[torch.randperm(len(pictures.x), generator=rng)[:N_COMPARED]]
         self.latents, self.more_latents = (
@@ -1464,7 +1461,7 @@ class Recorder:
 
     def after_step(self, is_asked_to_stop: bool) -> bool:
         """Shows and saves what is due; returns whether the run stops here, with all saved."""
-        state, now = self.state, time.monotonic()
+        state, args, now = self.state, self.args, time.monotonic()
         state.minutes = self.minutes_before + (now - self.began) / 60
         stops = state.step == self.last_step or is_asked_to_stop or now > self.end
         if self.is_due("told_apart", self.compare_seconds):
@@ -1475,10 +1472,13 @@ class Recorder:
             with suppress(OSError):  # whoever read this is gone
                 self.show(stops)
         epoch, steps = state.place
-        if self.is_due("grid", *self.grids) or (not steps and epoch in EARLY):
+        seconds = 0 if args.sample_every else SHOW_SECONDS
+        is_early = epoch in EARLY and not steps
+        if self.is_due("grid", seconds, args.sample_every or 5) or is_early:
             self.save_grid(f"epoch_{epoch:04d}")
             self.attempt("curves.png", self.save_curves)
-        keeps = self.is_due("kept", *self.kept)
+        seconds = 0 if args.save_every else SHOW_SECONDS
+        keeps = self.is_due("kept", seconds, args.save_every or 25)
         if self.is_due("last.pt", SAVE_SECONDS) or keeps or stops:
             self.save(keeps, stops)
         if stops:  # after last.pt: a second signal may end us
@@ -1747,9 +1747,9 @@ FLAGS = {  # by group: flag, default, limits or choices or kind, meaning
     ("--cuda-graph", True, bool, "on CUDA, replay the step as a graph, so that a GPU never waits"
      " for Python"),
     ("--out", AUTO, "FOLDER", "the run's folder (default checkpoint/cat1-cont2, by its codes)"),
-    ("--save-every", AUTO, (1, 10**9), "epochs between checkpoints that are kept (default 25, and"
+    ("--save-every", None, (1, 10**9), "epochs between checkpoints that are kept (default 25, and"
      " at least 30 seconds)"),
-    ("--sample-every", AUTO, (1, 10**9), "epochs between grids (default 5, and at least 30"
+    ("--sample-every", None, (1, 10**9), "epochs between grids (default 5, and at least 30"
      " seconds)"),
     ("--allow-changes", False, bool, "go on though pictures, --crop or --batch-size are not those"
      " of the run"),
@@ -1787,11 +1787,6 @@ def derived(args: dict) -> dict:
     }
 
 
-def spec_of(args: Namespace) -> CodeSpec:
-    """The codes that a run's flags ask for."""
-    return CodeSpec(args.n_cat, args.cat_dim, args.n_cont, args.z_dim)
-
-
 class Parser(ArgumentParser):
     """Flags from a table like FLAGS, of every program here; parse_args tells only the given ones.
 
@@ -1799,8 +1794,13 @@ class Parser(ArgumentParser):
     """
 
     def __init__(self, program: str, about: str, flags: dict, more: dict):
-        how = {"allow_abbrev": False, "argument_default": SUPPRESS}
-        super().__init__(program, None, about, formatter_class=RawDescriptionHelpFormatter, **how)
+        super().__init__(
+            program,
+            description=about,
+            formatter_class=RawDescriptionHelpFormatter,
+            argument_default=SUPPRESS,
+            allow_abbrev=False,
+        )
         self.defaults = {}
         for title, rows in flags.items():
             group = self.add_argument_group(title)
