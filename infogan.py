@@ -705,7 +705,8 @@ def update_ema(G_ema: nn.Module, G: nn.Module, beta: Tensor) -> None:
 
 def networks(args: Namespace) -> tuple[Generator, Discriminator]:
     """G and D of a run's flags."""
-    shape = (spec_of(args), args.image_size, args.width, args.channels)
+    spec = CodeSpec(args.n_cat, args.cat_dim, args.n_cont, args.z_dim)
+    shape = (spec, args.image_size, args.width, args.channels)
     return Generator(*shape, args.upsample, args.cont_at), Discriminator(*shape)
 
 
@@ -733,27 +734,23 @@ def new_state(args: Namespace, device: torch.device) -> State:
 
 
 def pick_device(name: str) -> torch.device:
-    """The fastest device for "auto", a GPU always with its number. Raises UserError if missing."""
-    here = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    here += ["mps"] * torch.backends.mps.is_available() + ["cpu"]
-    named = [d for d in here if name in ("auto", d, d.partition(":")[0])]
-    if not named:
-        raise UserError(f"--device {name}: not available here; use --device auto")
-    return torch.device(named[0])  # "cuda" is cuda:0
+    """The fastest device for "auto"; a GPU has its number. Raises UserError if it cannot work."""
+    if name == "auto":
+        kinds = {"cuda": torch.cuda, "mps": torch.backends.mps}
+        name = next((kind for kind, its in kinds.items() if its.is_available()), "cpu")
+    try:
+        x = torch.ones(1, device=name)
+        x.add_(1).item()  # a GPU that is too old for this torch fails here
+        return x.device
+    except Exception as error:  # of any kind: torch has several
+        raise UserError(f"--device {name}: {error!s:.99}; use --device cpu") from error
 
 
 def speed_up(device: torch.device) -> bool:
-    """Prepares a device for training; returns whether it has fast bfloat16.
-
-    Raises UserError for a GPU that this build of torch cannot use.
-    """
+    """Prepares a device for training; returns whether it has fast bfloat16."""
     if device.type != "cuda":
         return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
     torch.cuda.set_device(device)
-    try:
-        torch.ones(1, device=device).add_(1).item()  # a GPU that is too old fails here
-    except RuntimeError as error:
-        raise UserError(f"--device {device}: {error!s:.99}; use --device cpu") from error
     torch.set_float32_matmul_precision("high")  # TF32
     torch.backends.cudnn.benchmark = True  # a search for the fastest kernels
     return torch.cuda.is_bf16_supported(including_emulation=False)  # since Ampere
@@ -918,8 +915,8 @@ def find_pictures(root: Path, exclude: Sequence[str] = ()) -> list[Path]:
                 passed_over[f"of {suffix or 'no suffix'}"] += 1
             else:
                 files.append(file)
-    most = [f"{n:,} {what}" for what, n in passed_over.most_common()]
-    if most:
+    if passed_over:
+        most = [f"{n:,} {what}" for what, n in passed_over.most_common()]
         print(f"passed over in {root}: {first_ten(most)}")
     return sorted(files)
 
@@ -1446,7 +1443,7 @@ def draw_panel(title: str, epochs: Tensor, lines: Tensor, top: float) -> Image.I
     def height(v: Tensor) -> list[float]:
         return (175 - 145 * (v.clamp(low, high) - low) / (high - low)).tolist()
 
-    pen.text((50, 8), title, "black", font)
+    pen.text((50, 8), f"{title}, by epoch", "black", font)
     for v in (torch.zeros(()), high):
         pen.line([(50, height(v)), (620, height(v))], "#dddddd")
         pen.text((44, height(v)), f"{v:.2f}", "black", font, anchor="rm")
@@ -1454,7 +1451,7 @@ def draw_panel(title: str, epochs: Tensor, lines: Tensor, top: float) -> Image.I
     for line, colour in zip(lines, colours, strict=False):
         pen.line([*zip(x, height(line), strict=True)], colour, 2)
     for k, epoch in enumerate(torch.linspace(epochs[0], epochs[-1], 5)):
-        pen.text((50 + 570 * k / 4, 180), f"epoch {epoch:.3g}", "black", font, anchor="ma")
+        pen.text((50 + 570 * k / 4, 180), f"{epoch:.3g}", "black", font, anchor="ma")
     return panel
 
 
@@ -1484,10 +1481,6 @@ class Recorder:
         self.first_step, self.minutes_before = state.step, state.minutes
         self.last = {"progress": -math.inf}  # when what was done last, if not when this start began
         self.compare_seconds = SHOW_SECONDS
-        self.grids, self.kept = (
-            (SHOW_SECONDS, usual) if given is AUTO else (0, given)
-            for given, usual in ((args.sample_every, 5), (args.save_every, 25))
-        )
         rng = torch.Generator().manual_seed(args.seed)  # the same pictures and z at each start
         chosen = pictures.order[torch.randperm(len(pictures.x), generator=rng)[:N_COMPARED]]
         self.latents, self.more_latents = (
@@ -1519,7 +1512,7 @@ class Recorder:
 
     def after_step(self, is_asked_to_stop: bool) -> bool:
         """Shows and saves what is due; returns whether the run stops here, with all saved."""
-        state, now = self.state, time.monotonic()
+        state, args, now = self.state, self.args, time.monotonic()
         state.minutes = self.minutes_before + (now - self.began) / 60
         stops = state.step == self.last_step or is_asked_to_stop or now > self.end
         if self.is_due("told_apart", self.compare_seconds):
@@ -1530,10 +1523,13 @@ class Recorder:
             with suppress(OSError):  # whoever read this is gone
                 self.show(stops)
         epoch, steps = state.place
-        if self.is_due("grid", *self.grids) or (not steps and epoch in EARLY):
+        seconds = 0 if args.sample_every else SHOW_SECONDS
+        is_early = epoch in EARLY and not steps
+        if self.is_due("grid", seconds, args.sample_every or 5) or is_early:
             self.save_grid(f"epoch_{epoch:04d}")
             self.attempt("curves.png", self.save_curves)
-        keeps = self.is_due("kept", *self.kept)
+        seconds = 0 if args.save_every else SHOW_SECONDS
+        keeps = self.is_due("kept", seconds, args.save_every or 25)
         if self.is_due("last.pt", SAVE_SECONDS) or keeps or stops:
             self.save(keeps, stops)
         if stops:  # after last.pt: a second signal may end us
@@ -1808,9 +1804,9 @@ FLAGS = {  # by group: flag, default, limits or choices or kind, meaning
     ("--cuda-graph", AUTO, bool, "replay the step as a CUDA graph, so that a GPU never waits for"
      " Python (default: on CUDA)"),
     ("--out", AUTO, "FOLDER", "the run's folder (default checkpoint/cat1-cont2, by its codes)"),
-    ("--save-every", AUTO, (1, 10**9), "epochs between checkpoints that are kept (default 25, and"
+    ("--save-every", None, (1, 10**9), "epochs between checkpoints that are kept (default 25, and"
      " at least 30 seconds)"),
-    ("--sample-every", AUTO, (1, 10**9), "epochs between grids (default 5, and at least 30"
+    ("--sample-every", None, (1, 10**9), "epochs between grids (default 5, and at least 30"
      " seconds)"),
     ("--allow-changes", False, bool, "go on though pictures, --crop or --batch-size are not those"
      " of the run"),
@@ -1848,11 +1844,6 @@ def derived(args: dict) -> dict:
     }
 
 
-def spec_of(args: Namespace) -> CodeSpec:
-    """The codes that a run's flags ask for."""
-    return CodeSpec(args.n_cat, args.cat_dim, args.n_cont, args.z_dim)
-
-
 class Parser(ArgumentParser):
     """Flags from a table like FLAGS, of every program here; parse_args tells only the given ones.
 
@@ -1860,8 +1851,13 @@ class Parser(ArgumentParser):
     """
 
     def __init__(self, program: str, about: str, flags: dict, more: dict):
-        how = {"allow_abbrev": False, "argument_default": SUPPRESS}
-        super().__init__(program, None, about, formatter_class=RawDescriptionHelpFormatter, **how)
+        super().__init__(
+            program,
+            description=about,
+            formatter_class=RawDescriptionHelpFormatter,
+            argument_default=SUPPRESS,
+            allow_abbrev=False,
+        )
         self.defaults = {}
         for title, rows in flags.items():
             group = self.add_argument_group(title)
@@ -1917,8 +1913,8 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
 
 # program ------------------------------------------------------------------------------------------
 
-# what torch says of a full memory
-NO_MEMORY = "(?i)allocate|out of memory|alloc_failed|unable to find an engine"
+# what Python and torch say of a full memory
+NO_MEMORY = "(?i)memoryerror|allocate|out of memory|alloc_failed|unable to find an engine"
 
 
 def run(
@@ -1935,9 +1931,9 @@ def run(
         text, code = f"{error.filename or 'a file'}: {error.strerror or error}; fix this", 2
         text += " or give another --out, and run it again; saved files are unchanged"
     except (MemoryError, RuntimeError) as error:
-        text, code = f"out of memory; {if_out_of_memory}", 2
-        if isinstance(error, RuntimeError) and not re.search(NO_MEMORY, str(error)):
+        if not re.search(NO_MEMORY, repr(error)):
             raise
+        text, code = f"out of memory; {if_out_of_memory}", 2
     except KeyboardInterrupt:
         text, code = "stopped", 130
     print(f"{program}: {text}".replace("\n", " "), file=sys.stderr)

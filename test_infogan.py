@@ -1627,14 +1627,13 @@ def test_training_goes_on_without_what_it_can_do_without(run_to, out, monkeypatc
 # loop ---------------------------------------------------------------------------------------------
 
 
-def test_devices_have_numbers(monkeypatch):
+def test_devices_that_are_not_here_are_refused(monkeypatch):
     """Those that are here: data/test_device.py."""
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    for name in ("cuda:2", "cuda:x", "cpu:1", "auto:0", "tpu", "meta", "cud"):
-        with raises(UserError, match=f"--device {name}: not available"):
+    for name in ("cuda:99", "cuda:x", "auto:0", "tpu", "meta", "cud"):
+        with raises(UserError, match=f"--device {name}: .*; use --device cpu"):
             infogan.pick_device(name)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    assert str(infogan.pick_device("auto")) in ("cpu", "mps")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert infogan.pick_device("auto").type in ("cpu", "mps")
 
 
 def test_what_one_looks_at_is_renewed_while_a_run_trains(tmp_path, out, change, printed):
@@ -1850,7 +1849,7 @@ def test_defaults_follow_the_recipe_and_the_set_and_a_flag_wins(monkeypatch, fla
     --n-cat 0 --lam-local 4 --local-to cat | --local-to cat: there are no categorical codes
     --data nowhere | nowhere: make demo
     --data . | at least 2
-    --device tpu | --device tpu: not available
+    --device tpu | --device tpu: use --device cpu
     --device cpu --cuda-graph | --cuda-graph: needs CUDA
     --upsample bilinear | --upsample nearest transposed"""))  # fmt: skip
 def test_bad_flags_get_one_line(tmp_path, monkeypatch, capsys, flags, words):

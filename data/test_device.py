@@ -28,7 +28,10 @@ SHIFTED = "--r1 0.3 --shift 0.125"  # so that all variants of a step come
 @fixture
 def gpus(monkeypatch):
     """A machine with two GPUs, whose calls refuse what torch's refuse."""
-    used, real_ones = [], torch.ones
+    used = []
+
+    def ones(_n, device):
+        return Mock(device=torch.device("cuda:0" if device == "cuda" else device))
 
     def set_device(device) -> None:
         device = torch.device(device) if isinstance(device, str) else device
@@ -40,7 +43,7 @@ def gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", set_device)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
-    monkeypatch.setattr(torch, "ones", lambda *size, device: real_ones(*size))
+    monkeypatch.setattr(torch, "ones", ones)
     return used
 
 
