@@ -1144,7 +1144,7 @@ def next_batch(state: State, args: Namespace, pictures: Pictures) -> Batch:
 
 # checkpoint ---------------------------------------------------------------------------------------
 # gather_checkpoint: all that a run needs to resume. restore: puts it back. find_checkpoint (run
-# folder): whether the flags fit (KEPT, ALLOWED and PRINTED, below FLAGS).
+# folder): from which file, and whether the flags fit (KEPT, ALLOWED and PRINTED, below FLAGS).
 
 FORMAT = 2
 NEW_RUN = "another --out starts a new run"
@@ -1341,11 +1341,13 @@ def refuse(args: Namespace, changes: list[str]) -> None:
 
 
 def find_checkpoint(args: Namespace) -> dict | None:
-    """last.pt of the run in args.out, if it fits the flags; None in a new folder."""
-    path = Path(args.out, "last.pt")
-    if not any(path.parent.glob("*.pt")):
+    """last.pt of the run in args.out, or its newest kept one, if it fits the flags; or None."""
+    out = Path(args.out)
+    kept = sorted(out.glob("epoch_*.pt"), key=lambda path: (len(path.name), path.name))
+    paths = [*kept, *out.glob("last.pt")]  # without last.pt: killed before the first
+    if not paths:
         return None
-    ckpt = load_checkpoint(path)
+    path, ckpt = paths[-1], load_checkpoint(paths[-1])
     allowed = [] if args.allow_changes else ALLOWED
     refuse(args, differences(args, ckpt["args"], KEPT + allowed))
     print(f"resuming from {path}, step {ckpt['step']:,}")

@@ -1454,6 +1454,11 @@ def test_a_kept_checkpoint_takes_the_place_of_a_broken_last_pt(run_to, trained, 
     shutil.copy(out / "epoch_0002.pt", last)
     run_to(54, EACH)
     unchanged(trained, out)
+    last.unlink()  # as of a run that was killed before its first; the newest by number
+    (out / "epoch_0002.pt").rename(out / "epoch_10000.pt")
+    (out / "epoch_0003.pt").rename(out / "epoch_9999.pt")
+    run_to(54, EACH)
+    assert "epoch_10000.pt, step 36" in capsys.readouterr().out and same(out, trained)
 
 
 def test_a_run_with_other_metrics_is_refused(faces, trained, out, capsys):
