@@ -1086,9 +1086,9 @@ def load_pictures(
     path = folder / f"{place[:16]}.pixels"
     pictures = read_cache(path, stamp)
     if not pictures:
-        items = {file: file for file in files}
-        if named:
-            items = dict(enumerate(x for x, _ in open_named_set(data)))
+        images = (image for image, _ in open_named_set(data)) if named else ()
+        items = dict(enumerate(images)) or {file: file for file in files}
+        cure = "decoded pictures must go somewhere: XDG_CACHE_HOME names another folder"
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with replacing(path) as file:  # pixels as they are decoded, so no set is too large
@@ -1096,9 +1096,10 @@ def load_pictures(
                 with zipfile.ZipFile(file, "a") as archive:  # which readers find from the end
                     archive.writestr(stamp, json.dumps(values))
         except OSError as error:
-            cure = "decoded pictures must go somewhere: XDG_CACHE_HOME names another folder"
-            raise UserError(f"{error}; {cure}") from error
+            raise UserError(f"{path}: {error.strerror}; {cure}") from error
         pictures = read_cache(path, stamp)
+        if not pictures:  # some drives map no files into memory
+            raise UserError(f"{path}: cannot be read as it was written; {cure}")
     print(f"{len(pictures.x):,} pictures in {data}{pictures.summary}{remarks(pictures, crop)}")
     parts = pictures.x.split(100)
     if channels is None and all((part == part[..., :1]).all() for part in parts):

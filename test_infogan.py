@@ -1131,6 +1131,13 @@ def test_where_no_cache_can_be_written_one_line_names_the_cure(few, tmp_path, ou
     assert not out.exists() and not files_in(tmp_path / "cache")
 
 
+def test_a_drive_that_maps_no_files_into_memory_is_one_line(few, out, capsys, change):
+    change("DECODER_VERSION", 0)  # a place of its own
+    change("read_cache", lambda *_: None)
+    train(few, out, code=2)
+    said_one_line(capsys, ".pixels: cannot be read as it was written", "XDG_CACHE_HOME")
+
+
 def cache_in(folder: Path) -> None:
     os.environ["XDG_CACHE_HOME"] = str(folder)
 
