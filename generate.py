@@ -181,7 +181,7 @@ def claim(folder: Path, file: str = "") -> Path:
     if not any(folder.iterdir()):
         mark.touch()
     if path.exists() and not mark.exists():
-        why = "is not from this version of generate.py; give --out a folder of its own"
+        why = "is not from this version of generate.py; give another --out"
         raise UserError(f"{path}: {why}")
     return path
 
@@ -461,6 +461,8 @@ def clear(folder: Path) -> Path:
     mark, old = claim(folder) / MARK, {path.name for path in folder.glob("*.png")}
     if foreign := old.difference(mark.read_text().split()):
         raise UserError(f"--out {folder}: holds {len(foreign):,} other pictures; give an empty one")
+    if old:
+        print(f"{len(old):,} earlier pictures in {folder} are replaced")
     for name in [*old, "codes.csv"]:
         (folder / name).unlink(missing_ok=True)
     mark.write_text("")
@@ -956,7 +958,7 @@ def choose_faces(spec: CodeSpec, args: Namespace) -> None:
     n, least = len(args.numbers), 1 + (args.mode == "--walk")
     most = MOST_SAMPLES if args.mode == "--samples" else 100
     if not least <= n <= most:
-        raise UserError(f"{args.mode}: needs {least} to {most:,} faces, not {n:,}")
+        raise UserError(f"{args.mode}: needs {least} to {most:,} faces, by N or --seeds, not {n:,}")
     if not args.start:
         args.faces = [f"seed {seed}" for seed in args.numbers]
         args.base = sample_seeds(spec, args.numbers, {})

@@ -703,10 +703,14 @@ def update_ema(G_ema: nn.Module, G: nn.Module, beta: Tensor) -> None:
             average.copy_(new)
 
 
+def spec_of(args: Namespace) -> CodeSpec:
+    """The codes that a run's flags ask for."""
+    return CodeSpec(args.n_cat, args.cat_dim, args.n_cont, args.z_dim)
+
+
 def networks(args: Namespace) -> tuple[Generator, Discriminator]:
     """G and D of a run's flags."""
-    spec = CodeSpec(args.n_cat, args.cat_dim, args.n_cont, args.z_dim)
-    shape = (spec, args.image_size, args.width, args.channels)
+    shape = (spec_of(args), args.image_size, args.width, args.channels)
     return Generator(*shape, args.upsample, args.cont_at), Discriminator(*shape)
 
 
@@ -857,6 +861,7 @@ DECODER_VERSION = 8  # counts up whenever decode changes its result
 CROPS = {"centre": 0.5, "top": 0.0}  # how much of what a tall picture loses lies above the square
 HIDDEN = r"(?is)\..*|@eadir|[@#$]recycle(\.bin)?|recycler|#snapshot|__macosx|lost\+found|lost\.dir"
 HIDDEN += r"|found\.000|system volume information|desktop\.ini|thumbs(\.db)?"  # of systems too
+OTHER_CACHE = "decoded pictures must go somewhere: XDG_CACHE_HOME names another folder"
 MARK = ".generated"  # generate.py leaves it in each folder that it makes: what G draws is no data
 OURS = {MARK, "args.json", "last.pt", "codes.csv"}  # each marks a run's folder, or generate.py's
 DATA, IDX = Path("data"), "raw/train-images-idx3-ubyte"  # where torchvision keeps named sets
@@ -1055,6 +1060,21 @@ def read_cache(path: Path, stamp: str) -> Pictures | None:
         return Pictures(x.view(shape), order=order, **values)
 
 
+def write_cache(path: Path, stamp: str, decode_to: Callable) -> None:
+    """Pixels as they are decoded, so that no set is too large; then a zip file of the rest."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for part in path.parent.glob(".*.part"):
+            if time.time() - part.stat().st_mtime > 3600:  # of a start that was killed
+                part.unlink()
+        with replacing(path) as file:
+            values = decode_to(file.write)
+            with zipfile.ZipFile(file, "a") as archive:  # which readers find from the end
+                archive.writestr(stamp, json.dumps(values))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; {OTHER_CACHE}") from error
+
+
 def load_pictures(
     data: str,
     size: int,
@@ -1086,20 +1106,13 @@ def load_pictures(
     path = folder / f"{place[:16]}.pixels"
     pictures = read_cache(path, stamp)
     if not pictures:
-        images = (image for image, _ in open_named_set(data)) if named else ()
-        items = dict(enumerate(images)) or {file: file for file in files}
-        cure = "decoded pictures must go somewhere: XDG_CACHE_HOME names another folder"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with replacing(path) as file:  # pixels as they are decoded, so no set is too large
-                values = decode(root, items, form, file.write)
-                with zipfile.ZipFile(file, "a") as archive:  # which readers find from the end
-                    archive.writestr(stamp, json.dumps(values))
-        except OSError as error:
-            raise UserError(f"{path}: {error.strerror}; {cure}") from error
+        items = {file: file for file in files}
+        if named:
+            items = dict(enumerate(image for image, _ in open_named_set(data)))
+        write_cache(path, stamp, partial(decode, root, items, form))
         pictures = read_cache(path, stamp)
         if not pictures:  # some drives map no files into memory
-            raise UserError(f"{path}: cannot be read as it was written; {cure}")
+            raise UserError(f"{path}: cannot be read as it was written; {OTHER_CACHE}")
     print(f"{len(pictures.x):,} pictures in {data}{pictures.summary}{remarks(pictures, crop)}")
     parts = pictures.x.split(100)
     if channels is None and all((part == part[..., :1]).all() for part in parts):
@@ -1331,13 +1344,16 @@ def as_typed(name: str, value: object) -> str:
     flag = name.replace("_", "-")
     if isinstance(value, bool):
         return f"--{flag}" if value else f"--no-{flag}"
-    return f"--{flag} {shlex.quote(str(value))}"
+    if value is None:
+        return f"no --{flag}"
+    values = value if isinstance(value, list) else [value]
+    return " ".join(f"--{flag} {shlex.quote(str(v))}" for v in values)
 
 
 def refuse(args: Namespace, changes: list[str]) -> None:
     """Raises UserError where there are changes."""
     if changes:
-        text = f"{args.out} was started with {', '.join(changes)}; {NEW_RUN}, or --allow-changes"
+        text = f"{args.out} was trained with {', '.join(changes)}; {NEW_RUN}, or --allow-changes"
         raise UserError(text + " permits other pictures, --crop and --batch-size")
 
 
@@ -1575,12 +1591,12 @@ class Recorder:
         speed = (state.step - self.first_step) / (now - self.began)  # steps a second
         left = timedelta(seconds=max(0, round(min(steps / speed, self.end - now, 1e10))))
         row, spec = state.rows[-1] if state.rows else self.means(), state.spec
-        text = f"epoch {state.epochs:.1f}/{epochs:.12g}"
-        text += f"  D {row['loss_D']:.2f}  G {row['loss_G']:.2f}"
+        text = f"epoch {state.epochs:.1f}/{epochs:.12g}  eta {left}"
+        text += f"  D {row['loss_D']:.2f}  G {row['loss_G']:.2f}  L_I"
         for kind, place in spec.kinds.items():  # the mean L_I, beside its ceiling
             L_I = [row[name] for name in spec.names[place]]
-            text += f"  L_I {kind} {sum(L_I) / len(L_I):.2f}/{spec.ceilings[place][0]:.2f}"
-        text += f"  {speed * self.batch_size:,.0f} img/s  eta {left}"
+            text += f" {kind} {sum(L_I) / len(L_I):.2f}/{spec.ceilings[place][0]:.2f}"
+        text += f"  {speed * self.batch_size:,.0f} img/s"
         if self.in_terminal:
             width = shutil.get_terminal_size().columns - 1
             text = f"\r{text:<{width}.{width}}"
@@ -1826,7 +1842,7 @@ def dest(flag: str) -> str:
 LIMITS = {dest(flag): limits for flag, _, limits, _ in FLAGS["codes and networks"]}
 # flags that a run must keep when it resumes; that only --allow-changes may change; and those whose
 # changes it prints
-KEPT, ALLOWED = [*LIMITS, "info_to"], ["crop", "batch_size"]
+KEPT, ALLOWED = [*LIMITS, "info_to", "init"], ["crop", "batch_size"]
 PRINTED = [dest(row[0]) for title in FLAGS if title != "this start" for row in FLAGS[title]]
 
 
@@ -1900,7 +1916,9 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     parser = Parser("infogan.py", __doc__.split("\nSections")[0], FLAGS, MORE)
     given, shape = vars(parser.parse_args(argv)), {}
     if init := given.get("init"):
-        before = load_checkpoint(init)["args"]
+        run = Path(given.get("out", ""), "last.pt")  # has them too, should the file be gone
+        gone = "out" in given and not os.path.exists(init)
+        before = load_checkpoint(run if gone else init)["args"]
         shape = {name: before[name] for name in LIMITS}
         if other := differences(Namespace(**shape | given), shape, LIMITS):
             raise UserError(f"--init {init} has {', '.join(other)}; leave these flags out")
@@ -1911,7 +1929,9 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     flags |= {name: value for name, value in derived(flags).items() if flags[name] is AUTO}
     if flags["lam_local"] and flags["local_to"] == "cat" and not flags["n_cat"]:
         raise UserError("--local-to cat: there are no categorical codes; leave it out")
-    return Namespace(**flags)
+    args = Namespace(**flags)
+    spec_of(args)  # raises UserError for --z-dim 0 where it cannot be
+    return args
 
 
 # program ------------------------------------------------------------------------------------------
@@ -1930,6 +1950,9 @@ def run(
         return job()
     except UserError as error:
         text, code = str(error), error.code
+    except BrokenPipeError:  # whoever read the output is gone, as after `| head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is left to fail
+        return 128 + 13  # as of SIGPIPE
     except OSError as error:
         text, code = f"{error.filename or 'a file'}: {error.strerror or error}; fix this", 2
         text += " or give another --out, and run it again; saved files are unchanged"
