@@ -181,8 +181,8 @@ def claim(folder: Path, file: str = "") -> Path:
     if not any(folder.iterdir()):
         mark.touch()
     if path.exists() and not mark.exists():
-        why = "is not from this version of generate.py; give another --out"
-        raise UserError(f"{path}: {why}")
+        another = "a file of its own" if file else "a folder of its own"
+        raise UserError(f"{path}: is not from this version of generate.py; give --out {another}")
     return path
 
 
@@ -958,7 +958,7 @@ def choose_faces(spec: CodeSpec, args: Namespace) -> None:
     n, least = len(args.numbers), 1 + (args.mode == "--walk")
     most = MOST_SAMPLES if args.mode == "--samples" else 100
     if not least <= n <= most:
-        raise UserError(f"{args.mode}: needs {least} to {most:,} faces, by N or --seeds, not {n:,}")
+        raise UserError(f"{args.mode}: needs {least} to {most:,} faces, not {n:,}; see --seeds")
     if not args.start:
         args.faces = [f"seed {seed}" for seed in args.numbers]
         args.base = sample_seeds(spec, args.numbers, {})
