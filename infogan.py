@@ -1238,6 +1238,12 @@ def load_generator(path: str | Path | dict, device: str = "cpu") -> tuple[Genera
     return G, G.spec
 
 
+def load_encoder(path: str | Path | dict, device: str = "cpu") -> tuple[Callable, CodeSpec]:
+    """(Q, spec): Q reads codes from pictures in [-1, 1], see Discriminator.read."""
+    D = load_net(path, "D", device)
+    return D.read, D.spec
+
+
 def check_learned(state: State) -> None:
     """Raises Diverged for a run that ends far off."""
     for name in ("loss_D", "loss_G", *state.spec.names):

@@ -52,8 +52,8 @@ from infogan import (
     QOutput,
     UserError,
     as_program,
+    load_encoder,
     load_generator,
-    load_net,
     mutual_information,
     pick_device,
     replacing,
@@ -298,7 +298,7 @@ def measure(args: argparse.Namespace) -> int:
     figures = {"flags": vars(args), "codes": rows, "mean MI": means}
     if files:
         channels, size = draw(spec.sample(1, chance())).shape[1:3]
-        read = read_codes(load_net(args.ckpt, "D", device).read, files, channels, size, device)
+        read = read_codes(load_encoder(args.ckpt, device)[0], files, channels, size, device)
         figures["faces"] = compare_factors(*read, factors, spec.names, chance())
         print_factors(figures["faces"])
     if path:

@@ -509,7 +509,7 @@ def read_by_Q(ckpt: Path, picture: Path) -> list[torch.Tensor]:
     """c_cat's probabilities, c_cont's means and sigmas of a picture."""
     x = torch.frombuffer(bytearray(infogan.read_picture(picture, 16, 3).pixels), dtype=torch.uint8)
     x = generate.to_floats(x.view(1, 16, 16, 3))
-    return [part[0] for part in infogan.load_net(ckpt, "D", "cpu").read(x)]
+    return [part[0] for part in infogan.load_encoder(ckpt)[0](x)]
 
 
 def test_sorting_takes_as_floats_a_batch_at_a_time(ckpt, faces, tmp_path, monkeypatch, capsys):
