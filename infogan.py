@@ -825,11 +825,12 @@ class GraphedStep:
             self.graphs.clear()
             while error.__context__:  # a capture that was broken off hides why
                 error = error.__context__
-            why = str(error).splitlines()[0]
+            why = str(error).partition("\n")[0]
             print(f"no CUDA graph: {why}; slower steps do the same", file=sys.stderr)
         with torch.no_grad():
             for now, old in zip_longest(tensors_of(state), before):
-                now.zero_() if old is None else now.copy_(old)  # Adam's begin as zeros
+                # of a new run Adam's, the last ones, were not there before: they begin as zeros
+                now.zero_() if old is None else now.copy_(old)
 
     def capture(self, state: State, args: Namespace, kind: Variant) -> tuple[object, dict]:
         """The graph of one variant, which runs nothing yet, and the metrics that it will fill."""
@@ -1069,7 +1070,8 @@ def write_cache(path: Path, stamp: str, decode_to: Callable) -> None:
                 part.unlink()
         with replacing(path) as file:
             values = decode_to(file.write)
-            with zipfile.ZipFile(file, "a") as archive:  # which readers find from the end
+            # "a" appends to what is no zip file; readers find it from the end
+            with zipfile.ZipFile(file, "a") as archive:
                 archive.writestr(stamp, json.dumps(values))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; {OTHER_CACHE}") from error
@@ -1504,7 +1506,7 @@ class Recorder:
         self.batch_size = min(args.batch_size, len(pictures.x))
         self.began = time.monotonic()
         self.first_step, self.minutes_before = state.step, state.minutes
-        self.last = {"progress": -math.inf}  # when what was done last, if not when this start began
+        self.last = {"progress": -math.inf}  # when each was due last; else this start's begin
         self.compare_seconds = SHOW_SECONDS
         rng = torch.Generator().manual_seed(args.seed)  # the same pictures and z at each start
         chosen = pictures.order[torch.randperm(len(pictures.x), generator=rng)[:N_COMPARED]]
@@ -1611,7 +1613,8 @@ class Recorder:
     @torch.no_grad()
     def draw(self, latents: Tensor) -> Tensor:
         """What G draws from latents, on the CPU; in parts: it takes no more memory than a step."""
-        return torch.cat([self.state.G_ema(x).cpu() for x in latents.split(self.batch_size)])
+        parts = latents.split(min(16, self.batch_size))
+        return torch.cat([self.state.G_ema(part).cpu() for part in parts])
 
     def compare(self) -> None:
         """Renews told_apart; takes at most 4% of the run's time."""
@@ -1702,7 +1705,7 @@ def train(args: Namespace) -> int:
                 refuse(args, ["other pictures"])
         elif args.init:
             restore(state, load_checkpoint(args.init), weights_only=True)
-        step, epoch = state.changed
+        step, epoch = state.changed  # from which on an epoch has per_epoch steps
         last_step = step + (args.epochs - epoch) * state.per_epoch
         last_step = min(last_step, args.max_steps or math.inf)
         if state.step >= last_step:
@@ -1922,9 +1925,10 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     parser = Parser("infogan.py", __doc__.split("\nSections")[0], FLAGS, MORE)
     given, shape = vars(parser.parse_args(argv)), {}
     if init := given.get("init"):
-        run = Path(given.get("out", ""), "last.pt")  # has them too, should the file be gone
+        # should that file be gone, the run that it began has the same codes and networks
+        last = Path(given.get("out", ""), "last.pt")
         gone = "out" in given and not os.path.exists(init)
-        before = load_checkpoint(run if gone else init)["args"]
+        before = load_checkpoint(last if gone else init)["args"]
         shape = {name: before[name] for name in LIMITS}
         if other := differences(Namespace(**shape | given), shape, LIMITS):
             raise UserError(f"--init {init} has {', '.join(other)}; leave these flags out")
