@@ -857,7 +857,7 @@ class GraphedStep:
 
 FORMATS = ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "JPEG2000", "PPM", "ICO", "PCX", "SGI"]
 FORMATS += ["QOI", "TGA", "AVIF"]  # not all that Pillow knows: for EPS it starts a program
-DECODE_THREADS = 8  # so many pictures are in memory at once
+DECODE_THREADS = 8  # so many files are decoded at once
 DECODER_VERSION = 8  # counts up whenever decode changes its result
 CROPS = {"centre": 0.5, "top": 0.0}  # how much of what a tall picture loses lies above the square
 HIDDEN = r"(?is)\..*|@eadir|[@#$]recycle(\.bin)?|recycler|#snapshot|__macosx|lost\+found|lost\.dir"
@@ -1348,7 +1348,7 @@ def differences(args: Namespace, before: dict, names: Collection[str]) -> list[s
 
 
 def as_typed(name: str, value: object) -> str:
-    """A flag as one gives it: "--lam-cat 1.0", "--flip", "--no-flip"."""
+    """A flag as one gives it: "--lam-cat 1.0", "--no-flip"; or "no --init"."""
     flag = name.replace("_", "-")
     if isinstance(value, bool):
         return f"--{flag}" if value else f"--no-{flag}"
